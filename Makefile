@@ -1,0 +1,59 @@
+# The same few verbs for people and for CI. Needs make, Python 3.11 or later and a package index; nothing else.
+# ARGS passes options on: make test ARGS="-k gate", make bench ARGS="--num-runs 20".
+
+# The first interpreter that runs and is new enough; a name on the PATH may be a shim that leads nowhere.
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo "$$p"; break; }; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format reasoner bench clean
+
+help: ## list the verbs
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(INSTALLED) ## create .venv and install microglia with its pinned development tools
+	@echo "setup: .venv is ready"
+
+# The stamp is written last, so that an interrupted installation is taken up again. -qq keeps errors and drops an
+# index's warnings.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "setup: no Python 3.11 or later found; install one or say make setup PYTHON=/path/to/python" >&2; exit 1; }
+	@echo "setup: installing into .venv with $(PYTHON) (a minute or two the first time)"
+	@test -x $(BIN)/python || "$(PYTHON)" -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: setup ## train agents on the embedded reasoner and show dense against pruned
+	@echo "demo: microglia demo $(ARGS)"
+	@$(BIN)/microglia demo $(ARGS)
+
+test: setup ## run the tests; warnings are errors
+	@echo "test: pytest -q $(ARGS)"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: setup ## formatting, lint and types, changing nothing
+	@echo "check: ruff format, ruff check, mypy"
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+format: setup ## format the code and apply the safe lint fixes
+	@echo "format: ruff check --fix, ruff format"
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+reasoner: setup ## train the embedded reasoner again from scratch (long)
+	@echo "reasoner: scripts/train_reasoner.py $(ARGS)"
+	@$(BIN)/python scripts/train_reasoner.py $(ARGS)
+
+bench: setup ## measure latency and memory, dense against pruned
+	@echo "bench: microglia benchmark $(ARGS)"
+	@$(BIN)/microglia benchmark $(ARGS)
+
+clean: ## remove .venv, caches and build products; runs and checkpoints stay
+	@echo "clean: removing .venv, caches and build products"
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,220 @@
+"""Reversible gating of a model: read the prompt with every head, decide, write the answer with the kept ones."""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from microglia.errors import ConfigError, MicrogliaError
+from microglia.gate import Gate, keep_ratio
+from microglia.look import Look, Seen, watched
+from microglia.policy import Policy
+from microglia.signals import stack_features
+from microglia.sites import Site, causal_lm, find_sites
+
+SCOPES = ("answer", "all")
+
+
+class Pruning(Protocol):
+    """How a decision is carried out: `gated` multiplies masks, `compact.compacted` takes the heads away."""
+
+    def __call__(
+        self, sites: Sequence[Site], keep: Sequence[Tensor], *, fill: Sequence[Tensor] | None, cache: Any
+    ) -> AbstractContextManager[None]: ...
+
+
+@dataclass
+class Trace:
+    """What was seen in the last prompt and what was decided: features (B, F), logits and keep (B, H), per site."""
+
+    features: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    keep: list[Tensor] = field(default_factory=list)
+
+    @property
+    def keep_ratio(self) -> Tensor:
+        """Share of kept heads per prompt, (B,)."""
+        if not self.keep:
+            raise MicrogliaError("no prompt was read yet, so no head was decided on; run the model on a prompt first")
+        return keep_ratio(self.keep)
+
+
+@contextmanager
+def gated(
+    sites: Sequence[Site],
+    keep: Sequence[Tensor],
+    *,
+    where: Tensor | None = None,
+    fill: Sequence[Tensor] | None = None,
+    cache: Any = None,
+) -> Iterator[None]:
+    """Multiply every head's output by its keep, at the input of the output projection.
+
+    `keep` (B, H) or (1, H) per site. `where` (B, T) limits the gates to these positions. `fill` (B, H, D) per site stands
+    in for what a pruned head would have written; zero when None. `cache` is not needed and not touched.
+    """
+    with ExitStack() as stack:
+        for site, k in zip(sites, keep, strict=True):
+            hook = _gate_hook(site, k, where, fill[site.index] if fill is not None else None)
+            stack.callback(site.output.register_forward_pre_hook(hook).remove)
+        yield
+
+
+def _gate_hook(site: Site, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        heads = site.geometry.split(inputs[0])  # (B, T, H, D)
+        if len(keep) not in (1, len(heads)):
+            raise MicrogliaError(
+                f"{site.name} got a batch of {len(heads)} rows but decisions for {len(keep)}; continue the batch that was read, "
+                "or read the new prompts first"
+            )
+        gate = keep[:, None, :, None].to(heads.dtype)
+        if where is not None:
+            gate = torch.where(where[:, :, None, None], gate, torch.ones_like(gate))
+        heads = heads * gate if fill is None else heads * gate + (1 - gate) * fill[:, None].to(heads.dtype)
+        return (heads.flatten(-2), *inputs[1:])
+
+    return hook
+
+
+@contextmanager
+def attached(
+    model: nn.Module,
+    policy: Policy,
+    *,
+    gate: Gate | None = None,
+    look: Look | None = None,
+    scope: str = "answer",
+    fill: str = "zero",
+    pruning: Pruning = gated,
+) -> Iterator[Trace]:
+    """While inside, the model prunes itself for every prompt it reads. Leaving restores it bit for bit.
+
+    A forward pass that starts with an empty cache reads a prompt: dense and watched. Then the policy decides, and the
+    passes that continue the cache are made with the kept heads (`scope="answer"`). With `scope="all"` every site also
+    gates the prompt itself, from its own signals, as the original project does; that saves no prefill work.
+
+    fill: what a pruned head leaves behind, `zero` or `mean` (its mean output over this prompt).
+    Yields the Trace of the last prompt. Raises MicrogliaError when the model is already attached, here or in another
+    thread.
+    """
+    if scope not in SCOPES:
+        raise ConfigError(f"scope={scope!r} is unknown; choose answer or all")
+    if fill not in ("zero", "mean"):
+        raise ConfigError(f"fill={fill!r} is unknown; choose zero or mean")
+    look = look or Look()
+    if scope == "all" and look.norm == "hidden":
+        raise ConfigError("scope='all' gates a site before its hidden norms exist; use norm='head' or scope='answer'")
+    lm = causal_lm(model)
+    sites = find_sites(lm)
+    reader = _Reader(sites, policy, gate or Gate(), look, scope, fill, pruning)
+    with _exclusive(lm), ExitStack() as stack:
+        stack.callback(reader.forget)
+        stack.callback(lm.register_forward_pre_hook(reader.before, with_kwargs=True).remove)
+        stack.callback(lm.register_forward_hook(reader.after, with_kwargs=True, always_call=True).remove)
+        yield reader.trace
+
+
+class _Reader:
+    """The two states of an attached model: reading a prompt (watched), continuing it (pruned)."""
+
+    def __init__(
+        self, sites: Sequence[Site], policy: Policy, gate: Gate, look: Look, scope: str, fill: str, pruning: Pruning
+    ) -> None:
+        self.sites, self.policy, self.gate, self.look = sites, policy, gate, look
+        self.scope, self.fill, self.pruning = scope, fill, pruning
+        self.trace = Trace()
+        self.watching, self.pruned = ExitStack(), ExitStack()
+        self.seen: list[Seen] | None = None
+
+    def forget(self) -> None:
+        """Back to the dense model."""
+        self.seen = None
+        self.watching.close()
+        self.pruned.close()
+
+    def before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            if not self.trace.keep:
+                raise MicrogliaError("the cache holds tokens that were read before attaching; start from the whole prompt")
+            return
+        self.forget()
+        tokens = _tokens(args, kwargs)
+        if int(tokens.sum(1).min()) < 1:
+            raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
+        self.trace.features, self.trace.logits, self.trace.keep = [], [], []
+        decide = self._decide_site if self.scope == "all" else None
+        watch = watched(self.sites, tokens, self.look, mean_outputs=self.fill == "mean", on_site=decide)
+        self.seen = self.watching.enter_context(watch)
+
+    def after(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.seen is None:
+            return
+        seen, self.seen = self.seen, None
+        self.watching.close()
+        if output is None or any(not entry.signals for entry in seen):
+            return  # the pass failed; its own error is on the way
+        if self.scope == "answer":
+            self._decide(seen)
+        fill = [entry.mean_output for entry in seen] if self.fill == "mean" else None
+        cache = getattr(output, "past_key_values", None)
+        self.pruned.enter_context(self.pruning(self.sites, self.trace.keep, fill=fill, cache=cache))  # type: ignore[arg-type]
+
+    def _decide(self, seen: list[Seen]) -> None:
+        self.trace.features = [stack_features(entry.signals, self.policy.features) for entry in seen]
+        with torch.set_grad_enabled(self.gate.trains):
+            self.trace.logits = self.policy(self.trace.features)
+            self.trace.keep = [
+                self.gate(logits, site.geometry) for logits, site in zip(self.trace.logits, self.sites, strict=True)
+            ]
+
+    def _decide_site(self, index: int, signals: dict[str, Tensor]) -> Tensor:
+        features = stack_features(signals, self.policy.features)
+        with torch.set_grad_enabled(self.gate.trains):
+            logits = self.policy.site_logits(index, features)
+            keep = self.gate(logits, self.sites[index].geometry)
+        self.trace.features.append(features)
+        self.trace.logits.append(logits)
+        self.trace.keep.append(keep)
+        return keep
+
+
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Which positions (B, T) of a forward pass are tokens, from its own arguments."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    inputs = ids if ids is not None else kwargs["inputs_embeds"]
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):  # one ready-made mask per kind of layer; sliding ones do not show the whole prompt
+        mask = mask.get("full_attention")
+    if mask is None:
+        return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    if mask.dim() == 4:  # ready-made for a static cache: what the last prompt token sees
+        seen = mask[:, 0, -1, : inputs.shape[1]]
+        return seen if seen.dtype == torch.bool else seen == 0
+    return mask[:, -inputs.shape[1] :].bool()
+
+
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
+_LOCKS_GUARD = threading.Lock()
+
+
+@contextmanager
+def _exclusive(lm: nn.Module) -> Iterator[None]:
+    """One attachment per model at a time: two would gate each other's answers."""
+    with _LOCKS_GUARD:
+        lock = _LOCKS.setdefault(lm, threading.Lock())
+    if not lock.acquire(blocking=False):
+        raise MicrogliaError(
+            f"this {type(lm).__name__} is already attached, here or in another thread; leave that context first or use a second "
+            "copy of the model"
+        )
+    try:
+        yield
+    finally:
+        lock.release()

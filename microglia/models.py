@@ -1,0 +1,82 @@
+"""Load a model and its tokenizer from a hub id, a local folder, a module in memory, or the embedded reasoner."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from microglia.errors import MicrogliaError, UnsupportedModelError
+
+REASONER = "reasoner"  # the model that ships with the package: the default, needs no network
+
+
+def reasoner_path() -> Path:
+    """Folder of the embedded reasoner in the installed package."""
+    return Path(str(resources.files("microglia.reasoner") / "model"))
+
+
+def load_model(
+    model: str | Path | nn.Module = REASONER,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode and its tokenizer, padding on the left and with a padding token.
+
+    `model` is `reasoner`, a hub id, a local folder or a module in memory. `dtype` None means float32 on a CPU and the
+    stored type elsewhere. Raises MicrogliaError when nothing can be loaded from there.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(model, nn.Module):
+        source, lm = getattr(getattr(model, "config", None), "_name_or_path", ""), model
+    else:
+        source = str(reasoner_path()) if str(model) == REASONER else str(model)
+        lm = _from_pretrained(source, dtype or (torch.float32 if device.type == "cpu" else "auto"), trust_remote_code)
+        lm.to(device)
+    if tokenizer is None:
+        tokenizer = _tokenizer(source, trust_remote_code)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return lm.eval(), tokenizer
+
+
+def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
+    folder = Path(source)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise MicrogliaError(f"{source} holds no config.json; give a folder written by save_pretrained, a hub id or {REASONER!r}")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise MicrogliaError(
+            f"no model could be found at {source!r} ({_first_line(error)}); give a hub id, a local folder or {REASONER!r}"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{source} is an encoder-decoder model ({config.model_type}); microglia prunes decoder-only models")
+    try:
+        # use_safetensors: no pickle is ever loaded
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:  # truncated and corrupt files raise safetensors', hub's and torch's own kinds
+        raise MicrogliaError(
+            f"the weights at {source!r} could not be loaded ({_first_line(error)}); download or save them again as safetensors"
+        ) from error
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if not source:
+        raise MicrogliaError("a model in memory does not say where its tokenizer is; pass tokenizer=")
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise MicrogliaError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer=") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,79 @@
+"""A policy turns the features of a prompt into one logit per head; above 0 means keep. Agents and static masks alike."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from microglia.agent import KEEP_AT_START, MicrogliaAgent
+from microglia.geometry import HeadGeometry
+from microglia.signals import feature_size
+
+
+class Policy(nn.Module):
+    """Base class. `features` says which signals `site_logits` wants: both, norm or entropy."""
+
+    features: str = "both"
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        """Features (B, F) of site `index` → logits (B, H)."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how a site decides; define site_logits")
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Features of every site, (B, F) each → logits of every site, (B, H) each. Override it to look across sites."""
+        return [self.site_logits(index, x) for index, x in enumerate(features)]
+
+
+class AgentPolicy(Policy):
+    """One MicrogliaAgent per site on features standardised with statistics of training prompts."""
+
+    def __init__(self, geometries: Sequence[HeadGeometry], *, hidden_dim: int = 128, features: str = "both") -> None:
+        super().__init__()
+        self.features, self.hidden_dim = features, hidden_dim
+        sizes = [feature_size(g.heads, features) for g in geometries]
+        self.agents = nn.ModuleList(
+            MicrogliaAgent(heads=g.heads, features=size, hidden_dim=hidden_dim)
+            for g, size in zip(geometries, sizes, strict=True)
+        )
+        for index, size in enumerate(sizes):
+            self.register_buffer(f"mean_{index}", torch.zeros(size))
+            self.register_buffer(f"std_{index}", torch.ones(size))
+
+    @torch.no_grad()
+    def fit_statistics(self, features: Sequence[Tensor]) -> None:
+        """Take mean and standard deviation from the features (N, F) of N training prompts, per site."""
+        for index, x in enumerate(features):
+            self.get_buffer(f"mean_{index}").copy_(x.mean(0))
+            self.get_buffer(f"std_{index}").copy_(x.std(0, correction=0).clamp(min=1e-6))
+
+    @torch.no_grad()
+    def start_from(self, logits: Sequence[Tensor]) -> None:
+        """Start every agent at these logits (H,) per site: the MLP then learns only what the input adds."""
+        for agent, values in zip(self.agents, logits, strict=True):
+            agent.network[-1].bias.copy_(values)  # type: ignore[union-attr, index, operator]
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")
+        return self.agents[index]((features.to(mean) - mean) / std)
+
+
+class StaticPolicy(Policy):
+    """The same logits for every prompt. Trainable (the agents' static twin) or fixed (scores, random masks)."""
+
+    def __init__(self, logits: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.logits = nn.ParameterList(nn.Parameter(x.detach().clone().float()) for x in logits)
+
+    @classmethod
+    def all_kept(cls, geometries: Sequence[HeadGeometry]) -> "StaticPolicy":
+        """Every head kept, as agents are before training."""
+        return cls([torch.full((g.heads,), KEEP_AT_START) for g in geometries])
+
+    @classmethod
+    def random(cls, geometries: Sequence[HeadGeometry], seed: int) -> "StaticPolicy":
+        """Independent uniform logits; a threshold turns them into a random mask of any keep ratio."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls([torch.rand(g.heads, generator=generator) for g in geometries])
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        return self.logits[index].expand(len(features), -1)

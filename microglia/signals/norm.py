@@ -1,0 +1,13 @@
+"""Activation norm: how much each head writes, on average over the prompt."""
+
+from torch import Tensor
+
+
+def mean_norm(outputs: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over prompt tokens of the L2 norm of each head's output.
+
+    `outputs` (B, T, H, D); `tokens` (B, T), true at prompt tokens (not at padding). Returns (B, H) in float32.
+    """
+    norms = outputs.float().norm(dim=-1)  # (B, T, H)
+    weight = tokens.to(norms.dtype)
+    return (norms * weight[..., None]).sum(1) / weight.sum(1).clamp(min=1)[:, None]

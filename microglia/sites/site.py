@@ -1,0 +1,80 @@
+"""One attention layer of one model, with its geometry, and the reversible replacement of its attention function."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from microglia.geometry import HeadGeometry
+from microglia.sites.layouts import Layout
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+_NAME = "microglia"
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """`index` counts the sites of a model from 0; `layer` is the layer's index in the key/value cache."""
+
+    index: int
+    layer: int
+    name: str
+    attention: nn.Module
+    layout: Layout
+    geometry: HeadGeometry
+
+    @property
+    def output(self) -> nn.Module:
+        """The output projection; its input `(B, T, H·D)` is the one place where heads are told apart and gated."""
+        return getattr(self.attention, self.layout.o)
+
+
+class View:
+    """A live, read-only view of an object (a config, a module) in which some attributes differ.
+
+    A copy of a config would go stale: `set_attn_implementation` reaches the model's config only, and a copied config
+    would then meet masks made for another back end (wrong tokens, no error).
+    """
+
+    def __init__(self, base: Any, **changes: Any) -> None:
+        self.__dict__["_base"], self.__dict__["_changes"] = base, changes
+
+    def __getattr__(self, name: str) -> Any:
+        changes = self.__dict__["_changes"]
+        return changes[name] if name in changes else getattr(self.__dict__["_base"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"cannot set {name!r} on a view; set it on the object itself")
+
+
+def stock_attention(attention: nn.Module) -> AttentionFunction:
+    """The attention function that this module would call by itself, now."""
+    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)  # type: ignore[union-attr]
+
+
+def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    return module.config.microglia_attention(module, *args, **kwargs)  # type: ignore[union-attr, operator]
+
+
+@contextmanager
+def replaced_attention(site: Site, function: AttentionFunction) -> Iterator[None]:
+    """Let the site's module call `function(module, q, k, v, mask, **kwargs)` instead of its stock attention.
+
+    q is `(B, H, T, D)`, k and v `(B, G, Tk, D)`, after rotary embedding and cache update. Only this module sees another
+    config; masks are still made by the model for its own back end.
+    """
+    AttentionInterface.register(_NAME, _dispatch)
+    config = site.attention.config
+    view = View(config, _attn_implementation=_NAME, microglia_attention=function)
+    site.attention.config = view  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        site.attention.config = config

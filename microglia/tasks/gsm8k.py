@@ -1,0 +1,91 @@
+"""GSM8K: grade-school mathematics word problems with worked answers (Cobbe et al. 2021, arXiv:2110.14168).
+
+The data have no validation split; ours is carved out of train by a fixed shuffle, and our train goes without it.
+"""
+
+import random
+import re
+from pathlib import Path
+from typing import ClassVar
+
+from microglia.errors import DataError
+from microglia.tasks.answers import normalise_answer
+from microglia.tasks.base import Example, Task, sample
+from microglia.tasks.rows import read_rows
+
+HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
+FIELDS = ("question", "answer")
+VALIDATION_SIZE = 500
+VALIDATION_SEED = 8  # fixed for good: another value would move examples between train and validation
+CALCULATOR = re.compile(r"<<[^>]*>>")
+
+
+class Gsm8kTask(Task):
+    """7,473 problems to train on (500 of them held out as validation) and 1,319 to test on."""
+
+    name: ClassVar[str] = "gsm8k"
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    def load(
+        self, split: str, *, limit: int | None = None, seed: int = 0, data_dir: Path | str | None = None
+    ) -> list[Example]:
+        """The examples of a split, from `data_dir` (a folder with train.jsonl and test.jsonl) or from the hub.
+
+        limit draws that many with `seed`; None gives the whole split in the order of the file. The calculator
+        annotations `<<2*3=6>>` are taken out of the answers: nobody wants to read or decode them.
+        Raises ConfigError for an unknown split or a limit below 1, DataError when files or fields are missing, an
+        answer does not end in `#### number`, or the hub cannot be reached.
+        """
+        self.check(split, limit)
+        source = "test" if split == "test" else "train"
+        rows = _rows_from_hub(source) if data_dir is None else _rows_from_folder(Path(data_dir), source)
+        examples = [_example(row, source, index) for index, row in enumerate(rows)]
+        if split != "test":
+            held_out = _validation_indices(len(examples))
+            examples = [e for index, e in enumerate(examples) if (index in held_out) == (split == "validation")]
+        return sample(examples, limit, seed)
+
+
+def _validation_indices(count: int) -> frozenset[int]:
+    """Which of `count` training rows are held out: 500, or a tenth of a small file. Depends on `count` alone."""
+    order = list(range(count))
+    random.Random(VALIDATION_SEED).shuffle(order)
+    return frozenset(order[count - min(VALIDATION_SIZE, max(1, count // 10)) :])
+
+
+def _example(row: dict[str, str], source: str, index: int) -> Example:
+    """`source` and `index` (the row in the file) make the id, so that it is the same in every run."""
+    answer = CALCULATOR.sub("", row["answer"]).strip()
+    worked, marker, final = answer.rpartition("####")
+    gold = normalise_answer(final)
+    if not marker or not re.search(r"\d", gold):
+        raise DataError(
+            f"example {index} of GSM8K {source} ends in {answer[-40:]!r}; it must end in '#### number', so mend it"
+        )
+    steps = sum(1 for line in worked.splitlines() if line.strip())
+    return Example(f"gsm8k/{source}/{index}", row["question"].strip(), answer, gold, difficulty=steps)
+
+
+def _rows_from_folder(folder: Path, source: str) -> list[dict[str, str]]:
+    path = folder / f"{source}.jsonl"
+    if not path.is_file():
+        raise DataError(
+            f"there is no file {path}; data_dir must be a folder with train.jsonl and test.jsonl as in "
+            "github.com/openai/grade-school-math, so give such a folder or leave it out to use the hub"
+        )
+    rows = read_rows(path, FIELDS)
+    if len(rows) < 2:
+        raise DataError(f"{path} holds {len(rows)} example(s) but at least 2 are needed; give the whole file")
+    return rows
+
+
+def _rows_from_hub(source: str) -> list[dict[str, str]]:
+    try:
+        from datasets import load_dataset  # here, since importing it takes seconds and a local folder does without
+
+        return [{key: str(row[key]) for key in FIELDS} for row in load_dataset(HUB_ID, HUB_CONFIG, split=source)]
+    except Exception as error:  # datasets, huggingface_hub and httpx raise some twenty unrelated types here
+        raise DataError(
+            f"GSM8K could not be loaded from the hub as {HUB_ID} ({type(error).__name__}: {error}); "
+            "go online, or give --data-dir (data_dir=) a folder with train.jsonl and test.jsonl"
+        ) from error
