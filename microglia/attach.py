@@ -92,6 +92,7 @@ def attached(
     scope: str = "answer",
     fill: str = "zero",
     pruning: Pruning = gated,
+    tokens: Tensor | None = None,
 ) -> Iterator[Trace]:
     """While inside, the model prunes itself for every prompt it reads. Leaving restores it bit for bit.
 
@@ -100,6 +101,7 @@ def attached(
     gates the prompt itself, from its own signals, as the original project does; that saves no prefill work.
 
     fill: what a pruned head leaves behind, `zero` or `mean` (its mean output over this prompt).
+    tokens: (B, T), true at prompt tokens, for a pass that holds more than the prompt; else the attention mask says it.
     Yields the Trace of the last prompt. Raises MicrogliaError when the model is already attached, here or in another
     thread.
     """
@@ -112,7 +114,7 @@ def attached(
         raise ConfigError("scope='all' gates a site before its hidden norms exist; use norm='head' or scope='answer'")
     lm = causal_lm(model)
     sites = find_sites(lm)
-    reader = _Reader(sites, policy, gate or Gate(), look, scope, fill, pruning)
+    reader = _Reader(sites, policy, gate or Gate(), look, scope, fill, pruning, tokens)
     with _exclusive(lm), ExitStack() as stack:
         stack.callback(reader.forget)
         stack.callback(lm.register_forward_pre_hook(reader.before, with_kwargs=True).remove)
@@ -124,10 +126,18 @@ class _Reader:
     """The two states of an attached model: reading a prompt (watched), continuing it (pruned)."""
 
     def __init__(
-        self, sites: Sequence[Site], policy: Policy, gate: Gate, look: Look, scope: str, fill: str, pruning: Pruning
+        self,
+        sites: Sequence[Site],
+        policy: Policy,
+        gate: Gate,
+        look: Look,
+        scope: str,
+        fill: str,
+        pruning: Pruning,
+        tokens: Tensor | None,
     ) -> None:
         self.sites, self.policy, self.gate, self.look = sites, policy, gate, look
-        self.scope, self.fill, self.pruning = scope, fill, pruning
+        self.scope, self.fill, self.pruning, self.tokens = scope, fill, pruning, tokens
         self.trace = Trace()
         self.watching, self.pruned = ExitStack(), ExitStack()
         self.seen: list[Seen] | None = None
@@ -145,7 +155,7 @@ class _Reader:
                 raise MicrogliaError("the cache holds tokens that were read before attaching; start from the whole prompt")
             return
         self.forget()
-        tokens = _tokens(args, kwargs)
+        tokens = _tokens(args, kwargs) if self.tokens is None else self.tokens
         if int(tokens.sum(1).min()) < 1:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
         self.trace.features, self.trace.logits, self.trace.keep = [], [], []

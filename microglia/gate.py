@@ -117,7 +117,8 @@ def threshold_for(
     low, high = float(values.min()) - 1, float(values.max()) + 1
     for _ in range(40):
         middle = (low + high) / 2
-        keep = [rectangle(x.double() - middle, g, bucket) for x, g in zip(logits, geometries, strict=True)]
+        # In the logits' own precision, as the gate will: in a finer one the last head could fall on the other side.
+        keep = [rectangle(x - middle, g, bucket) for x, g in zip(logits, geometries, strict=True)]
         if float(keep_ratio(keep).mean()) >= target:
             low = middle
         else:

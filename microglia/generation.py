@@ -28,6 +28,12 @@ class Generated:
     texts: list[str]
     keep: list[Tensor]
 
+    def lengths(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """New tokens per row, up to and with the end-of-text token, without the padding after it."""
+        ended = (self.tokens == tokenizer.eos_token_id).long().cumsum(1)
+        before = (ended == 0).sum(1)
+        return (before + (ended > 0).any(1)).tolist()
+
 
 @torch.inference_mode()
 def generate(
@@ -83,3 +89,29 @@ def encode_prompts(
             "shorten the prompt or lower max_new_tokens"
         )
     return {name: batch[name].to(lm.device) for name in ("input_ids", "attention_mask")}
+
+
+@torch.inference_mode()
+def prompt_logits(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    policy: Policy,
+    *,
+    look: Look | None = None,
+    batch_size: int = 32,
+) -> list[Tensor]:
+    """What `policy` says of each of N prompts, nothing generated: logits (N, H) per site, on the CPU (for a dial)."""
+    lm: Any = causal_lm(model)
+    parts = []
+    for start in range(0, len(prompts), batch_size):
+        batch = encode_prompts(lm, tokenizer, prompts[start : start + batch_size], 0)
+        with attached(lm, policy, look=look) as trace:
+            lm(**batch, position_ids=positions(batch["attention_mask"]), use_cache=True, logits_to_keep=1)
+        parts.append([x.float().cpu() for x in trace.logits])
+    return [torch.cat(site) for site in zip(*parts, strict=True)]
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids (B, T) that count tokens and not padding, as a model's own `generate` makes them."""
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)

@@ -18,9 +18,10 @@ NUMBER = re.compile(
 ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:(?:is|are|will be|would be|must be|equals)\b|[:=])[\s*_:$\\(\[]*", re.I)
 # The rest of a `#### 72` line: punctuation, emphasis, a percent sign, a few words of unit. Without this rule the
 # Markdown heading `#### 1. Find the total` would be the answer 1.
-AFTER_HASHES = re.compile(r"\s*[%°]?[A-Za-z/²³]*(?:\s+[A-Za-z/²³]+){0,4}[\s.*_$)\]}!]*(?:<[^>]*>)?\s*$")
-ANOTHER_QUESTION = re.compile(r"\n\s*(?:Question|Q|Problem)\s*:", re.I)
+AFTER_HASHES = re.compile(r" ?[%°]?[A-Za-z/²³]*(?: [A-Za-z/²³]+){0,4}[ .*_$)\]}!]*(?:<[^>]*>)?$")
+ANOTHER_QUESTION = re.compile(r"\n[ \t]*(?:Question|Q|Problem)[ \t]*:", re.I)
 LIST_STARTS = re.compile(r"1[.)]\s+\S")  # "Answer:" and, on the next line, "1. Find the total"
+LONGEST_BOX = 300  # characters looked at for the closing brace, so that a babbling model costs no quadratic time
 LARGEST_EXPONENT = 40  # 1e999999999 would otherwise be written out in full
 
 UNICODE = str.maketrans(
@@ -91,7 +92,8 @@ def _canonical(match: re.Match[str]) -> str:
 
 
 def _after_hashes(text: str) -> str | None:
-    for line in re.findall(r"####([^\n]*)", text):
+    for rest in re.findall(r"####([^\n]*)", text):
+        line = " ".join(rest.split())
         start = re.match(r"[\s*_(\[{:]*(?:\\boxed\{)?[\s(\[]*", line)
         match = NUMBER.match(line, start.end() if start else 0)
         if match and AFTER_HASHES.match(line, match.end()):
@@ -102,7 +104,8 @@ def _after_hashes(text: str) -> str | None:
 def _after_answer_is(text: str) -> str | None:
     found = None
     for marker in ANSWER_IS.finditer(text):
-        line = text[marker.end() :].split("\n", 1)[0]
+        newline = text.find("\n", marker.end())
+        line = text[marker.end() : newline if newline >= 0 else len(text)]
         if "\n" in marker[0] and LIST_STARTS.match(line):
             continue
         sentence = re.split(r"[.!?;](?=\s|$)", line, maxsplit=1)[0]
@@ -117,7 +120,7 @@ def _boxed(text: str) -> str | None:
     found = None
     for box in re.finditer(r"\\boxed\s*\{", text):
         depth, end = 1, box.end()
-        while end < len(text) and depth:
+        while end < min(len(text), box.end() + LONGEST_BOX) and depth:
             depth += {"{": 1, "}": -1}.get(text[end], 0)
             end += 1
         if numbers := list(NUMBER.finditer(text[box.end() : end])):

@@ -32,6 +32,7 @@ def test_wilson_agrees_with_newcombe_1998() -> None:
         assert wilson_ci(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_ends_where_the_score_test_rejects(counts: tuple[int, int]) -> None:
     successes, n = counts
@@ -61,6 +62,7 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar_exact(np.array([True, False]), np.array([False, True])) == 1.0
 
 
+@settings(deadline=None)
 @given(outcomes)
 def test_mcnemar_is_the_sum_over_all_coin_tosses(pairs: list[tuple[bool, bool]]) -> None:
     a, b = zip(*pairs, strict=True)

@@ -1,0 +1,67 @@
+"""The model card of a checkpoint, written from its configuration."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from microglia.checkpoint.config import MicrogliaConfig
+
+
+def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
+    """Markdown with the hub's metadata: what it belongs to, how it was trained, how it is used."""
+    share = f" ({policy_parameters / config.base_parameters:.2%} of the base model)" if config.base_parameters else ""
+    heads = sum(site.heads for site in config.sites)
+    kind = "input-adaptive agents" if config.policy == "agents" else "one static mask for every prompt"
+    rows = {
+        "base model": f"`{config.base_model}` ({config.model_class})",
+        "sites × heads": f"{len(config.sites)} sites, {heads} heads",
+        "policy": f"{kind}, {policy_parameters:,} parameters{share}",
+        "signals": f"{config.features}; norm `{config.norm}`, entropy window {config.window or 'all'}",
+        "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill `{config.fill}`",
+        "LoRA": "yes, in `adapter/`" if config.lora else "no",
+    }
+    return "\n".join(
+        [
+            "---",
+            "library_name: microglia",
+            *([f"base_model: {config.base_model}"] if config.base_model.count("/") == 1 else []),
+            "tags: [attention-head-pruning, microglia]",
+            "---",
+            "",
+            f"# Attention-head pruning for {config.base_model}",
+            "",
+            "The prompt is read with every head; the answer is written with the heads that this policy keeps for it.",
+            "",
+            *_table(rows),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from microglia import MicrogliaPruningSystem",
+            "",
+            'system = MicrogliaPruningSystem.from_pretrained("this folder or its hub id")',
+            'print(system.generate("What is 15% of 240?"), system.get_sparsity())',
+            "```",
+            "",
+            "## Training",
+            "",
+            *(_table(_flat(config.training)) if config.training else ["Not trained yet: every head is kept."]),
+            "",
+        ]
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> list[str]:
+    cells = [f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    return ["| | |", "|---|---|", *cells]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted names; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat

@@ -1,0 +1,190 @@
+"""A policy with everything that is needed to use it again, saved to and loaded from a folder or the hub."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as safetensors_bytes
+from torch import Tensor, nn
+
+from microglia.checkpoint.card import model_card
+from microglia.checkpoint.config import MicrogliaConfig, is_lora
+from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
+from microglia.errors import CheckpointError
+from microglia.policy import Policy
+
+CALIBRATION = "calibration."  # before the site's index in the names of tensors
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """calibration: the policy's logits (N, H) per site on N prompts it was not trained on, from which a keep ratio is
+    turned into a threshold; adapter: the files of the LoRA adapter, name → bytes, when there is one.
+    """
+
+    policy: Policy
+    config: MicrogliaConfig
+    calibration: Sequence[Tensor] = ()
+    adapter: Mapping[str, bytes] | None = None
+
+    def save_pretrained(self, folder: Path | str, model: nn.Module | None = None) -> Path:
+        """Write the checkpoint; a crash at any moment leaves the previous one or this one, whole.
+
+        model: the peft-wrapped model, whose adapter is saved with it. Raises CheckpointError when nothing can be
+        written there or the adapter is missing.
+        """
+        folder = Path(folder)
+        adapter = _adapter_of(model) if model is not None and is_lora(model) else self.adapter
+        if self.config.lora and adapter is None:
+            raise CheckpointError("this policy was trained with LoRA, so its adapter must be saved too; pass model=")
+        config = replace(self.config, lora=adapter is not None)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.policy.state_dict().items()}
+        tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in enumerate(self.calibration)}
+        if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+            raise CheckpointError(
+                f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
+            )
+        contents = {AGENTS: safetensors_bytes(tensors), **(adapter or {})}
+        card = model_card(config, policy_parameters=sum(p.numel() for p in self.policy.parameters()))
+        replace_all(folder, contents, config.to_json, card.encode(), outdated={*ADAPTER})
+        return folder
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, *, revision: str | None = None, token: str | None = None
+    ) -> "Checkpoint":
+        """Load from a local folder, or from the hub when there is no such folder. Nothing that is pickled is read.
+
+        Raises CheckpointError, one sentence, for whatever is missing, damaged, unsafe or too new.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            path = _download(str(folder), revision, token)
+        config, checksums = MicrogliaConfig.from_json(read_config(path), str(path / CONFIG))
+        wanted = {AGENTS, *(ADAPTER if config.lora else ())}
+        if checksums.keys() != wanted:
+            raise CheckpointError(
+                f"{path / CONFIG} has the SHA-256 of {', '.join(sorted(checksums)) or 'nothing'}, but must have "
+                f"that of {', '.join(sorted(wanted))}; copy or save the checkpoint again"
+            )
+        contents = read_all(path, checksums)
+        policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
+        return cls(policy, config, calibration, contents or None)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise CheckpointError naming every difference at once unless `model` is the kind this was made on."""
+        if found := self.config.differences(model):
+            raise CheckpointError(
+                f"this checkpoint was made on {self.config.base_model or self.config.model_class} and does not fit the "
+                f"given model: {'; '.join(found)}; load the model it was made on, or train new agents"
+            )
+
+    def load_onto(self, model: nn.Module) -> nn.Module:
+        """The model, checked and wrapped with the LoRA adapter if there is one; the policy moves to its device."""
+        self.check(model)
+        if self.adapter is not None:
+            if is_lora(model):
+                raise CheckpointError(
+                    "the model has an adapter and this checkpoint brings its own; give the base model"
+                )
+            model = _with_adapter(model, self.adapter)
+        self.policy.to(next(model.parameters()).device).eval()
+        return model
+
+    def push_to_hub(
+        self, repo_id: str, *, model: nn.Module | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Save to a repository of the hub, made if it is missing, and return its address."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model)
+            try:
+                api = HfApi(token=token)
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Checkpoint of microglia")
+            except Exception as error:  # network, rights, names: some ten unrelated types
+                raise CheckpointError(
+                    f"the checkpoint could not be pushed to {repo_id!r} ({_first_line(error)}); check the name, the "
+                    "network and hf auth login, or use save_pretrained"
+                ) from error
+        return str(url)
+
+
+def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, list[Tensor]]:
+    """Policy and calibration logits from the bytes of a safetensors file."""
+    try:
+        tensors = parse_safetensors(data)
+    except SafetensorError as error:
+        raise CheckpointError(f"{where} is not safetensors ({_first_line(error)}); copy it again") from error
+    calibration = [tensors.pop(f"{CALIBRATION}{i}") for i in range(len(config.sites)) if f"{CALIBRATION}{i}" in tensors]
+    policy = config.new_policy()
+    wanted = policy.state_dict()
+    problems = [
+        *(f"{name} is missing" for name in wanted if name not in tensors),
+        *(f"{name} is unknown" for name in tensors if name not in wanted),
+        *(
+            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+            for name, value in wanted.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ),
+        *(f"{name} holds NaN or infinity" for name, value in tensors.items() if not bool(torch.isfinite(value).all())),
+        *(["some sites have no calibration"] if calibration and len(calibration) != len(config.sites) else []),
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
+    policy.load_state_dict(tensors)
+    return policy.eval(), calibration
+
+
+def _adapter_of(model: Any) -> dict[str, bytes]:
+    """The files that peft writes for a wrapped model, name → bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        # save_embedding_layers: "auto" asks the hub whether the vocabulary grew; microglia never changes it.
+        model.save_pretrained(folder, save_embedding_layers=False)
+        return {name: (Path(folder) / Path(name).name).read_bytes() for name in ADAPTER}
+
+
+def _with_adapter(model: nn.Module, adapter: Mapping[str, bytes]) -> nn.Module:
+    from peft import PeftModel  # here, since importing it takes seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, data in adapter.items():
+            (Path(folder) / Path(name).name).write_bytes(data)
+        try:
+            return PeftModel.from_pretrained(model, folder).eval()
+        except Exception as error:  # peft, safetensors and torch raise their own kinds for what does not fit
+            raise CheckpointError(
+                f"the LoRA adapter of this checkpoint does not fit the model ({_first_line(error)}); load the one it "
+                "was made on"
+            ) from error
+
+
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        raise CheckpointError(
+            f"there is no checkpoint folder {repo_id}; give one that microglia train wrote, or a hub id"
+        ) from None
+    try:
+        names = [CONFIG, AGENTS, CARD, *ADAPTER]
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=names))
+    except Exception as error:  # no network, no such repository, no right: some ten unrelated types
+        raise CheckpointError(
+            f"there is no checkpoint folder {repo_id}, nor could one be had from the hub ({_first_line(error)}); give "
+            "a folder that microglia train or save_pretrained wrote, or a hub id"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

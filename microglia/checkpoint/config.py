@@ -1,0 +1,238 @@
+"""What a checkpoint says about itself: the model that it fits, how it looks, decides and gates, how it was trained."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from torch import nn
+
+from microglia.errors import CheckpointError, ConfigError
+from microglia.gate import Gate
+from microglia.geometry import HeadGeometry
+from microglia.look import Look
+from microglia.models import REASONER, reasoner_path
+from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.signals import feature_size
+from microglia.sites import causal_lm, find_sites
+
+FORMAT_VERSION = 1  # raised when an older microglia could not read what a newer one writes
+POLICIES: dict[str, type[Policy]] = {"agents": AgentPolicy, "static": StaticPolicy}
+CHOICES = {"policy": tuple(POLICIES), "fill": ("zero", "mean"), "scope": ("answer", "all")}
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """Where a site stood and its head geometry."""
+
+    name: str
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def geometry(self) -> HeadGeometry:
+        return HeadGeometry(self.heads, self.kv_heads, self.head_dim)
+
+
+@dataclass(frozen=True)
+class MicrogliaConfig:
+    """Frozen; saved as JSON beside the weights.
+
+    base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA; threshold: the dial (a head
+    is kept when its logit exceeds it); template: the prompt with `{question}` that was trained on; training: dataset,
+    options and results of the training, anything that JSON holds; lora: an adapter belongs to it.
+    """
+
+    base_model: str
+    model_class: str
+    sites: tuple[SavedSite, ...]
+    base_parameters: int = 0
+    policy: str = "agents"
+    hidden_dim: int = 128
+    features: str = "both"
+    norm: str = "head"
+    window: int | None = 64
+    temperature: float = 0.5
+    threshold: float = 0.0
+    bucket: int | None = None
+    fill: str = "zero"
+    scope: str = "answer"
+    template: str = "{question}"
+    training: dict = field(default_factory=dict)
+    lora: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (given := getattr(self, name)) not in allowed:
+                raise ConfigError(f"{name}={given!r} is unknown; choose {' or '.join(allowed)}")
+        if not self.sites or self.hidden_dim < 1:
+            raise ConfigError(
+                f"{len(self.sites)} sites and hidden_dim={self.hidden_dim} make no policy; both must be 1 or more"
+            )
+        _ = self.gate, self.look, [feature_size(g.heads, self.features) for g in self.geometries]  # each checks itself
+
+    @classmethod
+    def describing(
+        cls,
+        model: nn.Module,
+        policy: Policy,
+        *,
+        base_model: str | None = None,
+        gate: Gate | None = None,
+        look: Look | None = None,
+        fill: str = "zero",
+        scope: str = "answer",
+        template: str = "{question}",
+        training: Mapping[str, Any] | None = None,
+    ) -> "MicrogliaConfig":
+        """The configuration of `policy` on `model` (with LoRA when peft has wrapped it)."""
+        lm, gate, look = causal_lm(model), gate or Gate(), look or Look()
+        name = base_model or getattr(lm.config, "_name_or_path", "") or ""
+        return cls(
+            base_model=REASONER if name == str(reasoner_path()) else name,
+            model_class=type(lm).__name__,
+            sites=saved_sites(lm),
+            base_parameters=sum(p.numel() for key, p in lm.named_parameters() if "lora_" not in key),
+            policy=kind_of(policy),
+            hidden_dim=getattr(policy, "hidden_dim", 128),
+            features=policy.features,
+            norm=look.norm,
+            window=look.window,
+            temperature=gate.temperature,
+            threshold=gate.threshold,
+            bucket=gate.bucket,
+            fill=fill,
+            scope=scope,
+            template=template,
+            training=dict(training or {}),
+            lora=is_lora(model),
+        )
+
+    @property
+    def geometries(self) -> list[HeadGeometry]:
+        return [site.geometry for site in self.sites]
+
+    @property
+    def gate(self) -> Gate:
+        """The hard gate of inference."""
+        return Gate(temperature=self.temperature, threshold=self.threshold, bucket=self.bucket)
+
+    @property
+    def look(self) -> Look:
+        return Look(norm=self.norm, window=self.window)
+
+    def new_policy(self) -> Policy:
+        """An untrained policy of this kind and these sizes."""
+        if self.policy == "static":
+            return StaticPolicy.all_kept(self.geometries)
+        return AgentPolicy(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
+
+    def differences(self, model: nn.Module) -> list[str]:
+        """Every way in which `model` is not the model that this was made on; empty when it fits."""
+        lm = causal_lm(model)
+        found = []
+        if type(lm).__name__ != self.model_class:
+            found.append(f"its class is {type(lm).__name__}, not {self.model_class}")
+        here = saved_sites(lm)
+        if len(here) != len(self.sites):
+            found.append(f"it has {len(here)} sites, not {len(self.sites)}")
+        grouped: dict[tuple[str, Any, Any], list[int]] = {}
+        for index, (site, saved) in enumerate(zip(here, self.sites, strict=False)):
+            for f in fields(SavedSite):
+                if (a := getattr(site, f.name)) != (b := getattr(saved, f.name)):
+                    grouped.setdefault((f.name, a, b), []).append(index)
+        for (name, a, b), sites in grouped.items():
+            found.append(f"{name} is {a}, not {b} ({_listed(sites)})")
+        return found
+
+    def to_json(self, checksums: Mapping[str, str]) -> bytes:
+        """Readable JSON with the SHA-256 of the files beside it. Raises CheckpointError for what JSON cannot hold."""
+        row = {"format_version": FORMAT_VERSION, **asdict(self), "sha256": dict(checksums)}
+        try:
+            return json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the configuration cannot be written as JSON ({error}); keep finite numbers, texts and lists in it"
+            ) from error
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> tuple["MicrogliaConfig", dict[str, str]]:
+        """The configuration and the checksums of the other files. `where` names the file in a CheckpointError."""
+        row = _parsed(data, where)
+        checksums = row.pop("sha256", None)
+        if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
+            raise CheckpointError(f"{where} has no SHA-256 of the files beside it; copy or save the checkpoint again")
+        values = _typed(cls, row, where)
+        sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
+        try:
+            return cls(**{**values, "sites": tuple(SavedSite(**site) for site in sites)}), checksums
+        except ValueError as error:  # ConfigError is one
+            raise CheckpointError(f"{where}: {error}") from error
+
+
+def saved_sites(model: nn.Module) -> tuple[SavedSite, ...]:
+    """The sites of a model as they are saved."""
+    return tuple(SavedSite(s.name, s.layer, **asdict(s.geometry)) for s in find_sites(model))
+
+
+def kind_of(policy: Policy) -> str:
+    """The name under which a policy's class is saved. Raises ConfigError for any other."""
+    for name, kind in POLICIES.items():
+        if type(policy) is kind:
+            return name
+    raise ConfigError(f"a {type(policy).__name__} cannot be saved; only an AgentPolicy and a StaticPolicy can")
+
+
+def is_lora(model: nn.Module) -> bool:
+    """Whether peft has wrapped the model."""
+    return hasattr(model, "get_base_model")
+
+
+def _parsed(data: bytes, where: str) -> dict[str, Any]:
+    """JSON object of a format version that this microglia knows; the version is taken out."""
+
+    def refuse(constant: str) -> float:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        row = json.loads(data.decode("utf-8"), parse_constant=refuse)
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are two
+        raise CheckpointError(f"{where} is damaged or cut short ({error}); copy or save it again") from error
+    version = row.pop("format_version", None) if isinstance(row, dict) else None
+    if isinstance(version, bool) or not isinstance(version, int):
+        raise CheckpointError(f"{where} has no format_version, so microglia did not write it; give a checkpoint folder")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has format version {version}, but this microglia reads up to {FORMAT_VERSION}; upgrade microglia"
+        )
+    return row
+
+
+def _typed(target: type, row: Any, where: str) -> dict[str, Any]:
+    """The fields of the dataclass `target` in `row`, each of its type. Raises CheckpointError."""
+    if not isinstance(row, dict):
+        raise CheckpointError(f"{where} holds a {type(row).__name__} in place of an object; copy or save it again")
+    known = {f.name: f.type for f in fields(target)}
+    missing, unknown = sorted(known.keys() - row.keys()), sorted(row.keys() - known.keys())
+    wrong = [f"{name}={row[name]!r}" for name, kind in known.items() if name in row and not _is(row[name], kind)]
+    problems = {"lacks": missing, "has the unknown": unknown, "has the wrong": wrong}
+    if listed := [f"{problem} {', '.join(names)}" for problem, names in problems.items() if names]:
+        raise CheckpointError(f"{where} {' and '.join(listed)}; copy or save the checkpoint again")
+    return row
+
+
+def _is(value: Any, annotation: Any) -> bool:
+    """Whether a JSON value suits a field; JSON knows lists but no tuples, and writes 1.0 as 1 in other hands."""
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, bool):
+        return annotation is bool
+    return isinstance(value, list if "tuple" in str(annotation) else annotation)
+
+
+def _listed(sites: Sequence[int]) -> str:
+    """`site 3`, `sites 0, 1, 2` or `sites 0, 1, 2 and 29 more`."""
+    shown = ", ".join(map(str, sites[:3]))
+    return f"site{'s' * (len(sites) > 1)} {shown}" + (f" and {len(sites) - 3} more" if len(sites) > 3 else "")

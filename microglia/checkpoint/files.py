@@ -1,0 +1,150 @@
+"""Files of a checkpoint: written so that a crash at any moment leaves a loadable one, read so that damage is seen.
+
+Several files cannot be replaced in one step, so the configuration is the one that counts: it names the SHA-256 of the
+others. New contents are first put beside the old ones under `name.<start of their SHA-256>`, then the configuration is
+replaced, then they are moved into place. Whoever reads takes the file or the one beside it, whichever the
+configuration means.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from microglia.errors import CheckpointError
+
+CONFIG = "microglia_config.json"
+AGENTS = "agents.safetensors"
+ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # names and format are peft's
+CARD = "README.md"
+PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+_STAGED = re.compile(r"\.[0-9a-f]{16}")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step, on disk when this returns; makes missing folders. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(folder: Path | str) -> None:
+    """Make `folder` and raise CheckpointError unless files can be written into it: better known before than after."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise CheckpointError(_unwritable(folder, error)) from error
+
+
+def replace_all(
+    folder: Path,
+    contents: Mapping[str, bytes],
+    configure: Callable[[dict[str, str]], bytes],
+    card: bytes,
+    outdated: set[str],
+) -> None:
+    """Make `contents` (name → bytes) the checkpoint in `folder`; `outdated` names go.
+
+    `configure(checksums)` gives the configuration's bytes. A README.md that microglia did not write is left alone.
+    Raises CheckpointError when it cannot be written; what was there before then still loads.
+    """
+    checksums = {name: checksum(data) for name, data in contents.items()}
+    staged = {name: folder / f"{name}.{checksums[name][:16]}" for name in contents}
+    try:
+        for name, data in contents.items():
+            write_atomically(staged[name], data)
+        write_atomically(folder / CONFIG, configure(checksums))
+        for name, path in staged.items():
+            os.replace(path, folder / name)
+        if _is_ours(folder / CARD):
+            write_atomically(folder / CARD, card)
+    except OSError as error:
+        raise CheckpointError(_unwritable(folder, error)) from error
+    with suppress(OSError):
+        for name in outdated - contents.keys():
+            (folder / name).unlink(missing_ok=True)
+        for name in (AGENTS, *ADAPTER):
+            for path in (folder / name).parent.glob(f"{Path(name).name}.*"):
+                if _STAGED.fullmatch(path.suffix):
+                    path.unlink(missing_ok=True)
+
+
+def read_all(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
+    """The contents that `checksums` (name → SHA-256) mean. Raises CheckpointError when one is missing or damaged."""
+    return {name: _read(folder, name, digest) for name, digest in checksums.items()}
+
+
+def read_config(folder: Path) -> bytes:
+    """The bytes of the configuration. Raises CheckpointError when `folder` holds no checkpoint."""
+    try:
+        return (folder / CONFIG).read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no {CONFIG}{_pickles(folder)}; give a folder that microglia train or save_pretrained wrote"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(_unreadable(folder / CONFIG, error)) from error
+
+
+def checksum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read(folder: Path, name: str, digest: str) -> bytes:
+    path = folder / name
+    beside = folder / f"{name}.{digest[:16]}"
+    found = None
+    for candidate in (path, beside, path):  # the last again: another process may just have moved it there
+        try:
+            data = candidate.read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise CheckpointError(_unreadable(candidate, error)) from error
+        if checksum(data) == digest:
+            return data
+        found = len(data)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} lacks {name}{_pickles(path.parent)}; copy the whole folder again or train and save once more"
+        )
+    raise CheckpointError(
+        f"{path} is damaged or belongs to another checkpoint: its {found} bytes have not the SHA-256 in {CONFIG}; "
+        "copy the whole folder again or train and save once more"
+    )
+
+
+def _pickles(folder: Path) -> str:
+    """A clause about files that are never loaded, when there are some."""
+    try:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    except OSError:
+        return ""
+    if not names:
+        return ""
+    return f" ({', '.join(names[:3])} may hold pickles, which run code when loaded, so microglia never reads them)"
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a model card may be written there: none yet, or one that microglia made."""
+    return not card.exists() or "library_name: microglia" in card.read_text(encoding="utf-8", errors="replace")[:2000]
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    return f"{path} cannot be read ({error.strerror or error}); give a checkpoint that can"
+
+
+def _unwritable(folder: Path | str, error: OSError) -> str:
+    return f"nothing can be written to {folder} ({error.strerror or error}); choose another folder or mend that"

@@ -1,0 +1,178 @@
+"""`microglia benchmark`: time and memory dense, masked and compacted, beside the best that the pattern allows."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.verb import Outcome, progress, verb
+from microglia.errors import ConfigError
+
+MIB = 2**20
+DEFAULT_SHAPE, DEFAULT_LAYERS = "phi3-mini", 4  # bound by memory like the whole model, and fits a small machine
+TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: some 100,000 tokens
+
+
+@verb
+def benchmark(
+    *,
+    model_path: o.CheckpointPath = None,
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--random-weights",
+            help="Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
+            show_default="phi3-mini, 4 layers",
+        ),
+    ] = None,
+    layers: Annotated[
+        int | None, typer.Option("--layers", min=1, help="Only so many layers of it.", show_default="all")
+    ] = None,
+    keep_ratio: Annotated[
+        list[str] | None,
+        typer.Option("--keep-ratio", help="One or several: 0.75,0.5.", show_default="0.75, or the checkpoint's own"),
+    ] = None,
+    batch_sizes: Annotated[list[str] | None, typer.Option("--batch-sizes", help="1,8", show_default="1")] = None,
+    context: Annotated[
+        list[str] | None, typer.Option("--context", help="Tokens of the prompt.", show_default="128,1024")
+    ] = None,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Length of an answer.")] = 64,
+    num_runs: Annotated[int, typer.Option("--num-runs", min=1, help="Repetitions.")] = 20,
+    per_row: Annotated[
+        bool, typer.Option("--per-row", help="Every row of a batch decides for itself; otherwise all rows together.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="File of records to append to, e.g. results/cpu.jsonl.")
+    ] = None,
+    model: o.Model = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help=", ".join(o.DTYPES) + ".", show_default="bfloat16 for random weights")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Measure latency and memory, each beside its ceiling.
+
+    microglia benchmark --model-path checkpoints --batch-sizes 1,8
+
+    microglia benchmark --random-weights phi3-mini --layers 4 --keep-ratio 0.75,0.5
+    """
+    from microglia.benchmark import Plan
+    from microglia.benchmark import benchmark as measure
+    from microglia.checkpoint import check_writable
+    from microglia.record import append_records
+
+    if model_path is not None and random_weights is not None:
+        raise ConfigError("--model-path and --random-weights were both given; a benchmark measures one of them")
+    if output is not None:
+        check_writable(output.parent)
+    ratios: list[Any] = numbers("--keep-ratio", keep_ratio, float)
+    plan = Plan(
+        batch_sizes=numbers("--batch-sizes", batch_sizes, int) or (1,),
+        contexts=numbers("--context", context, int) or (128, 1024),
+        keep_ratios=ratios or ([0.75] if model_path is None else [None]),
+        new_tokens=new_tokens,
+        num_runs=num_runs,
+    )
+    how = o.loading(device, dtype, trust_remote_code)
+    if model_path is None:
+        lm, subject, about = of_shape(random_weights, layers, how, per_row, seed)
+    else:
+        lm, subject, about = of_checkpoint(model_path, model, how, per_row, seed)
+    about |= {"dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
+    with progress("measuring") as update:
+        report = measure(lm, subject, plan, about, update)
+    if output is not None:
+        append_records(output, report.records())
+    return Outcome(report.as_json(), views(report))
+
+
+def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row: bool, seed: int) -> tuple:
+    """Model, subject and description for random weights."""
+    import torch
+
+    from microglia.benchmark import random_model, random_subject
+
+    if shape is None:
+        shape, layers = DEFAULT_SHAPE, layers or DEFAULT_LAYERS
+    device = how["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
+    lm = random_model(shape, layers=layers, dtype=getattr(torch, how["dtype"] or "bfloat16"), device=device, seed=seed)
+    subject = random_subject(lm, per_row=per_row, seed=seed)
+    name = Path(shape).name  # a folder's place says something about a machine, not about a model
+    return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": "random"}
+
+
+def of_checkpoint(folder: str, model: str | None, how: dict[str, Any], per_row: bool, seed: int) -> tuple:
+    """Model, subject and description for a trained checkpoint, on arithmetic problems."""
+    from microglia.benchmark import text_subject
+    from microglia.sites import causal_lm
+    from microglia.tasks.arithmetic import ArithmeticTask
+
+    system = o.load(folder, model, **how)
+
+    def gate_at(ratio: float | None) -> Any:
+        if ratio is not None:
+            system.set_keep_ratio(ratio)
+        return system.gate
+
+    texts = [x.question + "\n" + x.answer for x in ArithmeticTask().load("test", limit=TEXTS, seed=seed)]
+    subject = text_subject(system.policy, gate_at, system.tokenizer, texts, look=system.look, per_row=per_row)
+    lm: Any = causal_lm(system.model)
+    name = system.checkpoint().config.base_model
+    return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": Path(folder).name}
+
+
+def numbers(option: str, given: list[str] | None, kind: type) -> list:
+    """`["1,8", "16"]` → `[1, 8, 16]`."""
+    try:
+        return [kind(word) for text in given or () for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"{option} {','.join(given or ())} was given; give numbers separated by commas") from None
+
+
+def views(report: Any) -> list[Any]:
+    """One table for all rows, and what its figures need to be read."""
+    about = report.subject
+    title = f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances['device']}"
+    table = Table(title=title)
+    for name in ("batch × context", "heads", "variant"):
+        table.add_column(name)
+    for name in "ms/token,speed-up (95 %),ceiling,share,KV MiB,peak MiB,break-even,1st token ms,request".split(","):
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}"
+        dense = row.variant == "dense"
+        if dense and table.rows:
+            table.add_section()
+        table.add_row(
+            f"{row.batch_size} × {row.context}",
+            f"{row.keep_ratio:.0%}",
+            row.variant.replace("_total", " + slicing"),
+            f"{row.ms_per_token:.2f}",
+            "" if dense else f"{row.ratio_to_dense:.3f} ({row.ratio_ci95[0]:.3f} to {row.ratio_ci95[1]:.3f})",
+            "" if dense else f"{row.ceiling:.3f}",
+            "" if row.realised_share is None else f"{row.realised_share:.0%}" + ("*" if row.realised_share > 1 else ""),
+            f"{row.kv_bytes / MIB:,.1f}",
+            peak,
+            "" if not row.variant.startswith("compact") else f"{row.break_even_tokens or 'never'}",
+            f"{row.first_token_ms:.0f}",
+            f"{row.request_ratio:.3f}",
+        )
+    notes = [
+        "speed-up: dense ÷ this, median of interleaved pairs; ceiling: its best possible value, by bytes read per step; "
+        "share: of the time that could be saved; request: the same ratio for prompt and answer together"
+    ]
+    if any((row.realised_share or 0) > 1 for row in report.rows):
+        notes.append("* above 100 %: the dense operations were not at the memory's speed themselves")
+    first = [row for row in report.rows if row.variant == "compact"]
+    for row in first:
+        notes.append(
+            f"{row.batch_size} × {row.context} at {row.keep_ratio:.0%}, deciding {row.decides}: decision "
+            f"{row.decision_ms:.1f} ms, slicing {row.slicing_ms:.1f} ms; prefill with monitoring takes "
+            f"{row.monitoring_ratio - 1:+.1%}; weights read per step "
+            f"{row.weight_bytes / MIB:,.0f} MiB, operations {row.step_flops / 1e9:.2f} GFLOP"
+        )
+    return [table, *notes]

@@ -1,0 +1,123 @@
+"""`microglia evaluate`: accuracy and sparsity of a checkpoint, dense against pruned on the same prompts."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+
+
+@verb
+def evaluate(
+    *,
+    model_path: o.CheckpointPath = None,
+    dataset: o.Dataset = "arithmetic",
+    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Folder for records and answers.")] = None,
+    data_dir: o.DataDir = None,
+    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Examples.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: o.MaxNewTokens = 256,
+    path: o.GenerationPath = "compact",
+    keep_ratio: o.KeepRatio = None,
+    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Answer with the dense model too.")] = True,
+    model: o.Model = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Compare the pruned with the dense model on the same problems.
+
+    microglia evaluate --model-path checkpoints --dataset arithmetic --limit 500 --output-dir results
+    """
+    from microglia.checkpoint import check_writable
+    from microglia.record import append_records
+
+    if output_dir is not None:
+        check_writable(output_dir)
+    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code))
+    try:
+        with progress("evaluating") as update:
+            result = system.evaluate(
+                dataset,
+                split=split,
+                limit=limit,
+                seed=seed,
+                data_dir=data_dir,
+                path=path,
+                keep_ratio=keep_ratio,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                dense=dense,
+                progress=update,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; no result was written, start again, with a smaller --limit perhaps") from None
+    answers = result.pop("answers")
+    if output_dir is not None:
+        append_records(output_dir / "records.jsonl", records(result, next(system.model.parameters()).device, seed))
+        _write(output_dir / f"evaluation-{dataset}.json", finite(result))
+        _write(output_dir / f"answers-{dataset}.json", answers)
+    return Outcome(result, views(result))
+
+
+def records(result: dict[str, Any], device: Any, seed: int) -> list[Any]:
+    """The measured numbers of an evaluation with their circumstances."""
+    from microglia.record import Record, circumstances
+
+    around = {**circumstances(device), "seed": seed}
+    found = []
+    for name in ("dense", "pruned"):
+        for number in ("accuracy", "sparsity"):
+            if name in result:
+                extra = {"model": name, "dataset": result["dataset"], "split": result["split"]}
+                if number == "accuracy":
+                    extra["ci95"] = result[name]["accuracy_ci95"]
+                run = result[name]
+                found.append(Record(number, run[number], "ratio", n=run["prompts"], extra=extra, **around))
+    if "paired" in result:
+        extra = {"dataset": result["dataset"], "split": result["split"], **finite(result["paired"])}
+        n = result["pruned"]["prompts"]
+        found.append(Record("accuracy_difference", result["paired"]["diff"], "ratio", n=n, extra=extra, **around))
+    return found
+
+
+def views(result: dict[str, Any]) -> list[Any]:
+    """A table dense against pruned, one by difficulty, and the paired difference in a sentence."""
+    runs = {name: result[name] for name in ("dense", "pruned") if name in result}
+    table = Table("", *runs, title=f"{result['dataset']}, {result['split']}, {result['pruned']['prompts']} problems")
+    accuracies = [f"{r['accuracy']:.1%} ({_interval(r['accuracy_ci95'])})" for r in runs.values()]
+    table.add_row("accuracy (95 % interval)", *accuracies)
+    table.add_row("sparsity", *(f"{r['sparsity']:.1%}" for r in runs.values()))
+    table.add_row("tokens per answer", *(f"{r['mean_tokens']:.1f}" for r in runs.values()))
+    table.add_row("seconds", *(f"{r['seconds']:.1f}" for r in runs.values()))
+    by = Table("difficulty", "sparsity", *(f"accuracy, {name}" for name in runs))
+    for level, sparsity in result["pruned"]["sparsity_by_difficulty"].items():
+        by.add_row(level, f"{sparsity:.1%}", *(f"{r['accuracy_by_difficulty'][level]:.1%}" for r in runs.values()))
+    parts: list[Any] = [table, by]
+    if pair := result.get("paired"):
+        points = [100 * value for value in (pair["diff"], *pair["diff_ci95"])]
+        parts.append(
+            f"pruned minus dense: {points[0]:+.1f} points, 95 % interval {points[1]:+.1f} to {points[2]:+.1f}, "
+            f"McNemar p = {pair['p_value']:.3g}"
+        )
+    return parts
+
+
+def _interval(ends: list[float]) -> str:
+    return f"{ends[0]:.1%} to {ends[1]:.1%}"
+
+
+def _write(path: Path, value: Any) -> None:
+    from microglia.checkpoint import write_atomically
+    from microglia.errors import MicrogliaError
+
+    try:
+        write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+    except OSError as error:
+        raise MicrogliaError(f"{path} cannot be written ({error.strerror}); give another --output-dir") from error

@@ -1,0 +1,42 @@
+"""`microglia generate`: answer questions with the heads that each of them needs."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from microglia.cli import options as o
+from microglia.cli.verb import Outcome, verb
+
+
+@verb
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Questions; without any, one is read from stdin.", show_default=False)
+    ] = None,
+    *,
+    model_path: o.CheckpointPath = None,
+    max_new_tokens: o.MaxNewTokens = 256,
+    path: o.GenerationPath = "compact",
+    keep_ratio: o.KeepRatio = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt is complete: no template around it.")] = False,
+    model: o.Model = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Answer one question or several.
+
+    microglia generate "What is 15% of 240?" --model-path checkpoints
+    """
+    questions = prompts or [sys.stdin.read()]
+    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code))
+    texts = system.generate(questions, max_new_tokens, path=path, keep_ratio=keep_ratio, raw=raw)
+    rows = [
+        {"prompt": question, "text": text, "sparsity": sparsity}
+        for question, text, sparsity in zip(questions, texts, system.get_sparsities(), strict=True)
+    ]
+    from rich.text import Text
+
+    view = [Text.assemble(row["text"], "\n", (f"{row['sparsity']:.0%} of the heads pruned", "dim")) for row in rows]
+    return Outcome({"answers": rows, "sparsity": system.get_sparsity()}, view)

@@ -1,0 +1,117 @@
+"""`microglia inspect`: where a model's heads are, or what a checkpoint holds."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.verb import Outcome, facts, verb
+from microglia.errors import MicrogliaError
+
+
+@verb
+def inspect(
+    what: Annotated[
+        str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint folder.", show_default="reasoner")
+    ] = "reasoner",
+    *,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Show a model's sites and geometry without loading its weights, or a checkpoint's agents.
+
+    microglia inspect Qwen/Qwen2.5-3B-Instruct
+
+    microglia inspect checkpoints
+    """
+    from microglia.checkpoint import CONFIG
+
+    return of_checkpoint(what) if (Path(what) / CONFIG).is_file() else of_model(what, trust_remote_code)
+
+
+def of_model(source: str, trust_remote_code: bool) -> Outcome:
+    """Class, parameters and the head geometry of every site."""
+    from microglia.checkpoint.config import saved_sites
+
+    lm = _without_weights(source, trust_remote_code)
+    sites = saved_sites(lm)
+    parameters = sum(p.numel() for p in lm.parameters())
+    data = {
+        "kind": "model",
+        "model": source,
+        "model_class": type(lm).__name__,
+        "parameters": parameters,
+        "heads": sum(site.heads for site in sites),
+        "sites": [vars(site) for site in sites],
+    }
+    rows = {"model": source, "class": data["model_class"], "parameters": f"{parameters:,}", "heads": data["heads"]}
+    return Outcome(data, [facts(rows), site_table(sites)])
+
+
+def of_checkpoint(folder: str) -> Outcome:
+    """What was trained on which model, and how large the agents are."""
+    from microglia.checkpoint import Checkpoint
+
+    saved = Checkpoint.from_pretrained(folder)
+    config = saved.config
+    parameters = sum(p.numel() for p in saved.policy.parameters())
+    data = {
+        "kind": "checkpoint",
+        "base_model": config.base_model,
+        "model_class": config.model_class,
+        "policy": config.policy,
+        "agent_parameters": parameters,
+        "agent_share": parameters / config.base_parameters if config.base_parameters else None,
+        "hidden_dim": config.hidden_dim,
+        "features": config.features,
+        "look": vars(config.look),
+        "gate": {"threshold": config.threshold, "temperature": config.temperature, "bucket": config.bucket},
+        "fill": config.fill,
+        "scope": config.scope,
+        "lora": config.lora,
+        "training": config.training,
+        "sites": [vars(site) for site in config.sites],
+    }
+    share = f"{data['agent_share']:.3%} of the model" if data["agent_share"] else ""
+    rows = {
+        "checkpoint of": f"{config.base_model} ({config.model_class})",
+        "policy": f"{config.policy}: {parameters:,} parameters {share}",
+        "looks at": f"{config.features}, norm {config.norm}, window {config.window or 'all'}",
+        "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill {config.fill}",
+        "LoRA": "yes" if config.lora else "no",
+        "trained on": config.training.get("dataset", "nothing yet"),
+    }
+    return Outcome(data, [facts(rows), site_table(config.sites)])
+
+
+def site_table(sites: Any) -> Table:
+    """One row per run of sites that differ in their place only."""
+    table = Table("sites", "first", "heads", "KV heads", "head size")
+    shapes = [(site.heads, site.kv_heads, site.head_dim) for site in sites]
+    start = 0
+    for end in range(1, len(shapes) + 1):
+        if end == len(shapes) or shapes[end] != shapes[start]:
+            numbers = f"{start}" if end == start + 1 else f"{start} to {end - 1}"
+            table.add_row(numbers, sites[start].name, *map(str, shapes[start]))
+            start = end
+    return table
+
+
+def _without_weights(source: str, trust_remote_code: bool) -> Any:
+    """The model's modules on the meta device: looking at a large model downloads and allocates next to nothing."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from microglia.models import REASONER, reasoner_path
+
+    folder = str(reasoner_path()) if source == REASONER else source
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise MicrogliaError(
+            f"{source!r} is neither a checkpoint folder nor a causal language model ({reason}); give one of them"
+        ) from error

@@ -1,0 +1,64 @@
+"""Options that several verbs have, with the names of the original scripts (`--base_model`) beside the short ones."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from microglia.errors import ConfigError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "--base-model", help="Hub id, local folder, or reasoner, the model that ships with microglia."
+    ),
+]
+CheckpointPath = Annotated[
+    str | None,
+    typer.Option("--model-path", "--checkpoint", help="Checkpoint: a folder that `train` wrote, or a hub id."),
+]
+Dataset = Annotated[str, typer.Option("--dataset", help="Task: arithmetic (generated, needs no network) or gsm8k.")]
+DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Local folder with the task's JSONL files.")]
+GenerationPath = Annotated[
+    str, typer.Option("--path", help="compact (heads are gone), masked (same answers, no time saved) or dense.")
+]
+KeepRatio = Annotated[
+    float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")
+]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …", show_default="cuda if there is one")
+]
+Dtype = Annotated[
+    str | None, typer.Option("--dtype", help=", ".join(DTYPES) + ".", show_default="float32 on a CPU, else as stored")
+]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
+
+
+def loading(device: str | None, dtype: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Keyword arguments of the system for these three; ConfigError for a device or type that does not exist."""
+    import torch
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
+    try:
+        usable = device is None or torch.empty(0, device=device).numel() == 0
+    except (RuntimeError, AssertionError, NotImplementedError):
+        usable = False
+    if not usable or device == "meta":
+        raise ConfigError(
+            f"device={device!r} cannot be used here; leave it out, or choose cpu or a device that torch sees"
+        )
+    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+
+
+def load(model_path: str | None, model: str | None, **how: Any) -> Any:
+    """The system of a checkpoint, on another base model if one is given."""
+    from microglia.system import MicrogliaPruningSystem
+
+    if model_path is None:
+        raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
+    return MicrogliaPruningSystem.from_pretrained(model_path, model, **how)

@@ -1,0 +1,130 @@
+"""What all verbs share: results on stdout (one JSON object with --json), all else on stderr, sentences for errors."""
+
+import functools
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from microglia.errors import MicrogliaError
+
+WRONG, INTERRUPTED = 2, 130  # exit codes; 2 is also what typer uses for wrong options
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show what the libraries underneath say, and tracebacks.")]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a verb found: `data` for programs, `view` for people (put on stdout one below the other)."""
+
+    data: dict[str, Any]
+    view: Sequence[RenderableType] = field(default_factory=tuple)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, with a sentence that says what was kept and how to go on."""
+
+
+def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
+    """A typer command from a function that returns an Outcome; adds --json and --verbose."""
+
+    @functools.wraps(function)
+    def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
+        try:
+            with redirect_stdout(sys.stderr), quiet(verbose):
+                outcome = function(**options)
+        except MicrogliaError as error:
+            if verbose:
+                raise
+            tell(f"microglia: {error}")
+            raise typer.Exit(WRONG) from None
+        except KeyboardInterrupt as stop:
+            tell(f"microglia: {str(stop) or 'interrupted; nothing was written'}")
+            raise typer.Exit(INTERRUPTED) from None
+        if as_json:
+            sys.stdout.write(json.dumps(finite(outcome.data), ensure_ascii=False, allow_nan=False) + "\n")
+        else:
+            for part in outcome.view:
+                Console(file=sys.stdout).print(part)
+
+    signature = inspect.signature(function)
+    shared = {"as_json": AsJson, "verbose": Verbose}
+    added = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in shared.items()
+    ]
+    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *added], return_annotation=None
+    )
+    command.__annotations__ = {**function.__annotations__, **shared, "return": None}
+    return command
+
+
+def tell(sentence: str) -> None:
+    """One line on stderr, unwrapped and as it is."""
+    sys.stderr.write(sentence + "\n")
+
+
+@contextmanager
+def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per name on stderr, where that is a terminal; yields `update(name, done, total)`."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=sys.stderr), transient=True) as bars:
+        tasks: dict[str, Any] = {}
+
+        def update(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(f"{description}: {name}", total=total)
+            bars.update(tasks[name], completed=done)
+
+        yield update
+
+
+@contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """While inside, the libraries underneath say nothing below an error and draw no bars of their own."""
+    if verbose:
+        yield
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)  # before the first import of torch, which logs
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+            transformers_logging.enable_progress_bar()
+
+
+def facts(rows: dict[str, Any], title: str | None = None) -> Table:
+    """A table of names and values."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for what is undefined."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and (value != value or abs(value) == float("inf")) else value

@@ -1,0 +1,146 @@
+"""The main job on real problems in ten minutes: agents, their static twin and random masks on the embedded reasoner."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
+from microglia.evaluation.run import Evaluation, evaluate, paired
+from microglia.evaluation.significance import spearman_ci
+from microglia.gate import Gate, keep_ratio, threshold_for
+from microglia.generation import prompt_logits
+from microglia.look import Look
+from microglia.models import REASONER, load_model
+from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.sites import find_sites
+from microglia.tasks import get_task
+from microglia.tasks.prompts import render_prompt
+from microglia.training import TrainingConfig, train
+
+RANDOM_MASKS = 3
+DIAL_PROMPTS = 200  # validation problems on which the others are set to the agents' keep ratio
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Two stages of the same loss: first the static twin alone; then the agents, which start from the twin's logits and
+    so learn only what the input adds, and beside them, for the same number of steps, the twin again."""
+
+    first: TrainingConfig
+    second: TrainingConfig
+
+
+FIRST = TrainingConfig(
+    max_steps=120, batch_size=48, limit=12_000, learning_rate=3e-2, alpha=(0.01, 0.2), save_steps=10_000
+)
+RECIPE = Recipe(FIRST, replace(FIRST, max_steps=160, learning_rate=3e-3, alpha=(0.2, 0.2), noise=(0.5, 0.0), seed=1))
+
+
+def demo(
+    output_dir: Path | str = "runs/demo",
+    *,
+    recipe: Recipe = RECIPE,
+    problems: int = 500,
+    batch_size: int = 100,
+    seed: int = 0,
+    tell: Callable[[str], None] = print,
+    progress: Callable[[str, int, int], None] | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train; answer the same held-out problems dense, pruned, with the static twin and with random masks of the same
+    sparsity; write `summary.json`, the answers and the agents' checkpoint to `output_dir`. Returns the summary."""
+    started, folder = time.monotonic(), Path(output_dir)
+    check_writable(folder)
+    torch.manual_seed(seed)
+    model, tokenizer = load_model(REASONER)
+    task, look, gate = get_task("arithmetic"), Look(), Gate()
+    geometries = [site.geometry for site in find_sites(model)]
+
+    def train_policy(policy: Policy, config: TrainingConfig, name: str) -> list[dict[str, Any]]:
+        tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
+        run = folder / "training" / name.replace(" ", "-")
+        shutil.rmtree(run, ignore_errors=True)  # the demo's own; it always starts anew
+        return train(model, tokenizer, task, policy, config, output_dir=run, look=look, quiet=quiet).history
+
+    twin = StaticPolicy.all_kept(geometries)
+    train_policy(twin, recipe.first, "static twin")
+    agents = AgentPolicy(geometries)
+    agents.start_from(list(twin.logits))
+    history = train_policy(agents, recipe.second, "agents")
+    train_policy(twin, recipe.second, "static twin, on")
+
+    held_out = task.load("validation", limit=DIAL_PROMPTS, seed=seed)
+    prompts = [render_prompt(tokenizer, example.question, task.template) for example in held_out]
+
+    def at(policy: Policy, target: float) -> Gate:
+        """The gate that keeps as many heads of the validation problems as the agents do, or a few more."""
+        return replace(gate, threshold=threshold_for(logits(policy), geometries, target))
+
+    def logits(policy: Policy) -> list[torch.Tensor]:
+        return prompt_logits(model, tokenizer, prompts, policy, look=look)
+
+    kept = [gate(x, g) for x, g in zip(logits(agents), geometries, strict=True)]
+    target = float(keep_ratio(kept).mean())
+    masks = [StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)]
+    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate), "pruned": (agents, gate)}
+    variants["static"] = (twin, at(twin, target))
+    variants |= {f"random {i + 1}": (mask, at(mask, target)) for i, mask in enumerate(masks)}
+
+    examples = task.load("test", limit=problems, seed=seed)
+    runs: dict[str, Evaluation] = {}
+    for name, (policy, how) in variants.items():
+        runs[name] = evaluate(
+            model,
+            tokenizer,
+            task,
+            examples,
+            policy,
+            gate=how,
+            look=look,
+            batch_size=batch_size,
+            max_new_tokens=160,
+            progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
+        )
+        tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
+    parameters = sum(p.numel() for p in agents.parameters())
+    summary = summarise(runs) | {
+        "agent_parameters": parameters,
+        "agent_share": parameters / sum(p.numel() for p in model.parameters()),
+        "seconds": time.monotonic() - started,
+        "problems": problems,
+        "seed": seed,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n")
+    (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
+    config = MicrogliaConfig.describing(
+        model, agents, base_model=REASONER, gate=gate, look=look, fill="zero", scope="answer", template=task.template, training={}
+    )
+    Checkpoint(agents, config, logits(agents)).save_pretrained(folder / "checkpoint")
+    return summary
+
+
+def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
+    """The figures of the demo from its evaluations; every difference is paired on the same problems."""
+    dense, pruned, static = runs["dense"], runs["pruned"], runs["static"]
+    random = [run for name, run in runs.items() if name.startswith("random")]
+    adaptivity = paired(static, pruned)
+    follows = spearman_ci([a.difficulty for a in pruned.answers], [1 - a.keep_ratio for a in pruned.answers])
+    return {
+        "dense": dense.summary(),
+        "pruned": pruned.summary() | paired(dense, pruned),
+        "static": static.summary() | paired(dense, static),
+        "random": {
+            "accuracy": sum(run.accuracy for run in random) / len(random),
+            "sparsity": sum(run.sparsity for run in random) / len(random),
+            "masks": [run.summary() for run in random],
+        },
+        "adaptivity": {"gain": adaptivity["diff"], "ci95": adaptivity["diff_ci95"], "p_value": adaptivity["p_value"]},
+        "sparsity_follows_difficulty": {"rank_correlation": follows.rho, "ci95": list(follows.ci95)},
+    }

@@ -1,0 +1,151 @@
+"""Answer examples and judge the answers: accuracy, sparsity, output length and time from one and the same run."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from microglia.errors import DataError
+from microglia.evaluation.significance import mcnemar_exact, paired_difference, wilson_ci
+from microglia.gate import Gate, keep_ratio
+from microglia.generation import generate
+from microglia.look import Look
+from microglia.policy import Policy
+from microglia.tasks.base import Example, Task
+from microglia.tasks.prompts import render_prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense."""
+
+    id: str
+    text: str
+    correct: bool
+    keep_ratio: float
+    new_tokens: int
+    difficulty: int
+    family: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers in the order of the examples, and the seconds that generating them took."""
+
+    answers: tuple[Answer, ...]
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return _mean([a.correct for a in self.answers])
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - _mean([a.keep_ratio for a in self.answers])
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean length of the answers: a hurt model rambles, and wall time grows with it."""
+        return _mean([a.new_tokens for a in self.answers])
+
+    def by(self, key: str, value: Callable[[Answer], float]) -> dict[Any, float]:
+        """Mean of `value` per value of an attribute of the answers, sorted."""
+        groups: dict[Any, list[float]] = defaultdict(list)
+        for answer in self.answers:
+            groups[getattr(answer, key)].append(value(answer))
+        return {name: _mean(groups[name]) for name in sorted(groups)}
+
+    @property
+    def accuracy_by_difficulty(self) -> dict[int, float]:
+        return self.by("difficulty", lambda a: a.correct)
+
+    @property
+    def sparsity_by_difficulty(self) -> dict[int, float]:
+        return self.by("difficulty", lambda a: 1 - a.keep_ratio)
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the answers, ready for JSON."""
+        return {
+            "prompts": len(self.answers),
+            "accuracy": self.accuracy,
+            "accuracy_ci95": list(wilson_ci(sum(a.correct for a in self.answers), len(self.answers))),
+            "sparsity": self.sparsity,
+            "accuracy_by_difficulty": {str(k): v for k, v in self.accuracy_by_difficulty.items()},
+            "sparsity_by_difficulty": {str(k): v for k, v in self.sparsity_by_difficulty.items()},
+            "sparsity_by_family": self.by("family", lambda a: 1 - a.keep_ratio),
+            "mean_tokens": self.mean_tokens,
+            "seconds": self.seconds,
+        }
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One JSON-ready row per answer."""
+        return [asdict(answer) for answer in self.answers]
+
+
+def evaluate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    policy: Policy | None = None,
+    *,
+    gate: Gate | None = None,
+    look: Look | None = None,
+    fill: str = "zero",
+    path: str = "compact",
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
+
+    `progress(done, total)` is called after every batch. Raises DataError when there is no example.
+    """
+    if not examples:
+        raise DataError("there is no example to evaluate; give at least one, or a larger limit")
+    prompts = [render_prompt(tokenizer, example.question, task.template) for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: dict[int, Answer] = {}
+    seconds = 0.0
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        begun = time.monotonic()
+        output = generate(
+            model,
+            tokenizer,
+            [prompts[i] for i in indices],
+            policy,
+            gate=gate,
+            look=look,
+            fill=fill,
+            path=path,
+            max_new_tokens=max_new_tokens,
+        )
+        seconds += time.monotonic() - begun
+        ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
+        counts = output.lengths(tokenizer)
+        for i, text, ratio, count in zip(indices, output.texts, ratios, counts, strict=True):
+            example = examples[i]
+            answers[i] = Answer(
+                example.id, text, task.correct(example, text), ratio, count, example.difficulty, example.family
+            )
+        if progress:
+            progress(len(answers), len(examples))
+    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds)
+
+
+def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
+    """Accuracy of `pruned` minus `dense` on the same prompts: difference, paired 95 % interval, exact McNemar p-value."""
+    if [a.id for a in dense.answers] != [a.id for a in pruned.answers]:
+        raise DataError("the two evaluations answered different examples; evaluate both on the same ones")
+    ours, theirs = [a.correct for a in pruned.answers], [a.correct for a in dense.answers]
+    difference = paired_difference(ours, theirs)
+    return {"diff": difference.diff, "diff_ci95": list(difference.ci95), "p_value": mcnemar_exact(ours, theirs)}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

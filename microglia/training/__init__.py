@@ -1,0 +1,6 @@
+"""Train agents (and, on request, LoRA) so that pruned answers stay right."""
+
+from microglia.training.config import TrainingConfig
+from microglia.training.loop import TrainingResult, train
+
+__all__ = ["TrainingConfig", "TrainingResult", "train"]

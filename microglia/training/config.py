@@ -1,0 +1,79 @@
+"""What a training run is told: one frozen value, checked here, saved as the JSON that travels with the result."""
+
+from dataclasses import dataclass
+
+from microglia.errors import ConfigError
+from microglia.training.schedule import SCHEDULES
+
+LORA = ("none", "first", "joint")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Defaults are the recipe that the demo uses; see docs/recipe.md for what was tried.
+
+    epochs, max_steps: passes over the examples, or optimiser steps when max_steps is positive.
+    limit: number of training examples, None for all (generated tasks need it).
+    alpha: weight of mean(keep), from start to end along `schedule` (linear, cosine, exponential).
+    beta: weight of the gates' binary entropy, which is minimised: it drives gates to 0 or 1.
+    gate: straight-through (hard forward) or soft (the original's recipe).
+    temperature: of the gates' sigmoid, start and end. noise: scale of logistic noise on the logits, start and end.
+    keep_ratio: when given, a Lagrange multiplier steers the mean keep to it and alpha is not used.
+    distill: weight of KL(dense ‖ pruned) on answer tokens.
+    scope: answer (gates on answer positions) or all (on the prompt too, as the original).
+    lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
+    patience: evaluations without improvement until training stops, 0 to train to the end.
+    """
+
+    epochs: float = 3.0
+    max_steps: int = -1
+    batch_size: int = 16
+    learning_rate: float = 3e-3
+    limit: int | None = None
+    alpha: tuple[float, float] = (0.01, 0.3)
+    schedule: str = "linear"
+    beta: float = 0.01
+    gate: str = "straight-through"
+    temperature: tuple[float, float] = (1.0, 1.0)
+    noise: tuple[float, float] = (1.0, 0.0)
+    keep_ratio: float | None = None
+    distill: float = 0.0
+    scope: str = "answer"
+    fill: str = "zero"
+    lora: str = "none"
+    lora_rank: int = 8
+    lora_steps: int = 100
+    lora_learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    seed: int = 0
+    patience: int = 0
+    eval_steps: int = 100
+    eval_limit: int = 128
+    save_steps: int = 100
+    report_to: str = "none"
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
+        if self.lora not in LORA:
+            raise ConfigError(f"lora={self.lora!r} is unknown; choose one of {', '.join(LORA)}")
+        if self.gate not in ("straight-through", "soft"):
+            raise ConfigError(f"gate={self.gate!r} cannot be trained; choose straight-through or soft")
+        if self.scope not in ("answer", "all"):
+            raise ConfigError(f"scope={self.scope!r} is unknown; choose answer or all")
+        if self.fill not in ("zero", "mean"):
+            raise ConfigError(f"fill={self.fill!r} is unknown; choose zero or mean")
+        if self.fill == "mean" and (self.scope == "all" or self.gradient_checkpointing):
+            raise ConfigError("fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them")
+        for name in ("batch_size", "learning_rate", "epochs", "eval_steps", "eval_limit", "save_steps", "lora_rank"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; it must be above 0")
+        for name in ("alpha", "noise", "temperature"):
+            if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; it must be two numbers, start and end, not negative")
+        if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
+            raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"keep_ratio={self.keep_ratio} was given; it must be above 0 and at most 1")

@@ -1,0 +1,183 @@
+"""A training run from start to end: statistics, optional LoRA stage, agents; interruptible and exactly resumable."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from microglia.errors import ConfigError, MicrogliaError
+from microglia.look import Look
+from microglia.policy import AgentPolicy, Policy
+from microglia.sites import causal_lm
+from microglia.tasks.base import Task
+from microglia.training.config import TrainingConfig
+from microglia.training.data import Batch, Collator, encode
+from microglia.training.lora import set_trainable, with_lora
+from microglia.training.passes import prompt_features
+from microglia.training.progress import Report
+from microglia.training.trainer import PruningTrainer, Trained
+
+STATISTICS_PROMPTS = 256
+TOLD = "training_config.json"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """`model` is the one given, or peft's wrapper around it when LoRA was trained; `history` holds the logged values."""
+
+    policy: Policy
+    model: nn.Module
+    history: list[dict[str, Any]]
+    seconds: float
+
+
+def train(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    policy: Policy,
+    config: TrainingConfig,
+    *,
+    output_dir: Path | str,
+    look: Look | None = None,
+    bucket: int | None = None,
+    data_dir: Path | str | None = None,
+    resume: bool = False,
+    quiet: bool = False,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainingResult:
+    """Train `policy` (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
+
+    Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights as
+    an uninterrupted run. `on_log` sees every line of the history. Raises ConfigError when there is nothing to resume or
+    the run was told otherwise, MicrogliaError when the loss is no longer a number.
+    """
+    folder, look, started = Path(output_dir), look or Look(), time.monotonic()
+    _remember(folder, config, resume)
+    set_seed(config.seed)
+    lm = causal_lm(model)
+    room = getattr(lm.config, "max_position_embeddings", None)
+    train_data = encode(
+        tokenizer, task.load("train", limit=config.limit, seed=config.seed, data_dir=data_dir), task.template, room
+    )
+    eval_data = encode(
+        tokenizer, task.load("validation", limit=config.eval_limit, seed=config.seed, data_dir=data_dir), task.template, room
+    )
+    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+    model.requires_grad_(False)
+    if config.lora != "none" and lm is model:
+        model = with_lora(model, rank=config.lora_rank)
+    policy.to(lm.device)  # type: ignore[arg-type]
+
+    def run(stage: str, trained: Trained, **changes: Any) -> PruningTrainer:
+        arguments = _arguments(folder / stage, config, **changes)
+        trainer = PruningTrainer(
+            config=config,
+            look=look,
+            bucket=bucket,
+            model=trained,
+            args=arguments,
+            data_collator=Collator(pad),
+            train_dataset=train_data,
+            eval_dataset=eval_data,
+            callbacks=[EarlyStoppingCallback(config.patience)] if config.patience and stage == "agents" else None,
+        )
+        trainer.remove_callback(PrinterCallback)  # prints to stdout, which belongs to results
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(Report(on_log, show=not quiet))
+        last = get_last_checkpoint(str(folder / stage)) if resume and (folder / stage).is_dir() else None
+        trainer.train(resume_from_checkpoint=last)
+        return trainer
+
+    if config.lora == "first":
+        set_trainable(model, True)
+        steps = {"max_steps": config.lora_steps, "learning_rate": config.lora_learning_rate}
+        run("lora", Trained(model, None, lm_mode=config.gradient_checkpointing), **steps)
+        set_trainable(model, False)
+    if isinstance(policy, AgentPolicy):
+        policy.fit_statistics(_sample_features(lm, train_data, policy, look, Collator(pad)))
+    if config.lora == "joint":
+        set_trainable(model, True)
+    if config.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    try:
+        trainer = run("agents", Trained(model, policy, lm_mode=config.gradient_checkpointing))
+    finally:
+        if config.gradient_checkpointing:
+            lm.gradient_checkpointing_disable()  # type: ignore[operator]
+        model.requires_grad_(False)
+        model.eval()
+    return TrainingResult(policy.eval(), model, trainer.state.log_history, time.monotonic() - started)
+
+
+def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> TrainingArguments:
+    stop_early = config.patience > 0
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup_steps,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "train_sampling_strategy": "group_by_length",
+        "logging_steps": 10,
+        "eval_strategy": "steps" if stop_early else "no",
+        "eval_steps": config.eval_steps,
+        "save_steps": config.eval_steps if stop_early else config.save_steps,
+        "save_total_limit": 2,
+        "load_best_model_at_end": stop_early,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
+        "remove_unused_columns": False,
+        "label_names": [],
+        "report_to": config.report_to,
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": config.bf16,
+        "seed": config.seed,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(**(options | changes))
+
+
+def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
+    """Write down what this run is told, or check that a resumed run is told the same."""
+    told = json.loads(json.dumps(asdict(config)))
+    path = folder / TOLD
+    if resume:
+        if not path.is_file():
+            raise ConfigError(f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run")
+        before = json.loads(path.read_text())
+        if changed := sorted(name for name in told if before.get(name) != told[name]):
+            listed = ", ".join(f"{name} was {before.get(name)!r} and is now {told[name]!r}" for name in changed)
+            raise ConfigError(f"the run in {folder} was started with other options ({listed}); resume with the same ones")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
+            raise ConfigError(f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder")
+        path.write_text(json.dumps(told, indent=2) + "\n")
+    except OSError as error:
+        raise MicrogliaError(f"{folder} cannot be written ({error.strerror}); give an output folder that can") from error
+
+
+def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, collate: Collator) -> list[Tensor]:
+    """Features of the first training prompts, (N, F) per site."""
+    seen: list[list[Tensor]] = []
+    rows = [data[i] for i in range(min(STATISTICS_PROMPTS, len(data)))]
+    for start in range(0, len(rows), 32):
+        batch = {name: x.to(lm.device) for name, x in collate(rows[start : start + 32]).items()}  # type: ignore[arg-type]
+        seen.append(prompt_features(lm, Batch(**batch), policy, look))
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)]

@@ -1,0 +1,92 @@
+"""Forward passes of training, made exactly as inference makes them: the prompt dense, the answer with kept heads."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.attach import Trace, attached, gated
+from microglia.gate import Gate
+from microglia.generation import positions
+from microglia.look import Look
+from microglia.policy import Policy
+from microglia.sites import find_sites
+from microglia.training.data import Batch
+
+
+def answer_logits(
+    lm: nn.Module,
+    batch: Batch,
+    policy: Policy | None,
+    *,
+    gate: Gate,
+    look: Look,
+    fill: str = "zero",
+    scope: str = "answer",
+    whole: bool = False,
+) -> tuple[Tensor, Trace]:
+    """Logits (B, N, V) that predict the answer's tokens, and the trace of the decision (empty without a policy).
+
+    By default in two passes: the prompt fills a cache, the answer continues it, gated. The prompt pass needs no gradient
+    unless the model itself is trained. `whole=True` runs prompt and answer through one pass with gates on answer
+    positions instead: the same numbers at about twice the cost, for gradient checkpointing, which cannot use a cache.
+    """
+    if policy is None:
+        return _one_pass(lm, batch), Trace()
+    if scope == "all":
+        prompt = torch.cat([batch.prompt_mask, torch.zeros_like(batch.answer_mask[:, :-1])], 1).bool()
+        with attached(lm, policy, gate=gate, look=look, scope="all", tokens=prompt) as trace:
+            return _one_pass(lm, batch), trace
+    if whole:
+        with attached(lm, policy, gate=gate, look=look, pruning=_decided_only) as trace, torch.no_grad():
+            _read_prompt(lm, batch)
+        sites = find_sites(lm)
+        where = torch.cat([torch.zeros_like(batch.prompt_mask), batch.answer_mask[:, :-1]], 1).bool()
+        with gated(sites, trace.keep, where=where):
+            return _one_pass(lm, batch), trace
+    model_trains = any(p.requires_grad for p in lm.parameters())
+    with attached(lm, policy, gate=gate, look=look, fill=fill) as trace:
+        with torch.set_grad_enabled(model_trains and torch.is_grad_enabled()):
+            first = _read_prompt(lm, batch)
+        mask = torch.cat([batch.prompt_mask, batch.answer_mask[:, :-1]], 1)
+        output = lm(
+            input_ids=batch.answer[:, :-1],
+            attention_mask=mask,
+            position_ids=positions(mask)[:, batch.prompt.shape[1] :],
+            past_key_values=first.past_key_values,
+            use_cache=True,
+        )
+    return torch.cat([first.logits, output.logits], 1), trace
+
+
+def prompt_features(lm: nn.Module, batch: Batch, policy: Policy, look: Look) -> list[Tensor]:
+    """Features (B, F) of every site for the batch's prompts."""
+    with attached(lm, policy, look=look, pruning=_decided_only) as trace, torch.no_grad():
+        _read_prompt(lm, batch)
+    return trace.features
+
+
+def _read_prompt(lm: nn.Module, batch: Batch) -> Any:
+    return lm(
+        input_ids=batch.prompt,
+        attention_mask=batch.prompt_mask,
+        position_ids=positions(batch.prompt_mask),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+
+
+def _one_pass(lm: nn.Module, batch: Batch) -> Tensor:
+    mask = torch.cat([batch.prompt_mask, batch.answer_mask[:, :-1]], 1)
+    ids = torch.cat([batch.prompt, batch.answer[:, :-1]], 1)
+    length = batch.answer.shape[1]
+    output = lm(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False, logits_to_keep=length)
+    return output.logits
+
+
+@contextmanager
+def _decided_only(sites: Sequence[Any], keep: Sequence[Tensor], **_: Any) -> Iterator[None]:
+    yield
+

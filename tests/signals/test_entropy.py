@@ -1,0 +1,65 @@
+"""Streaming entropy against explicit softmax matrices in float64."""
+
+import pytest
+import torch
+
+from microglia.signals import attention_entropy
+from tests.reference import attention_weights, entropy_of
+
+ONES = torch.ones(3, 13, dtype=torch.bool)
+LEFT = torch.arange(13) >= torch.tensor([[0], [5], [12]])
+RIGHT = torch.arange(13) < torch.tensor([[13], [5], [1]])
+
+
+def queries_and_keys(heads, groups, *, spread=2.0):
+    torch.manual_seed(0)
+    return spread * torch.randn(3, heads, 13, 8), spread * torch.randn(3, groups, 13, 8)
+
+
+@pytest.mark.parametrize("tokens", [ONES, LEFT, RIGHT], ids=["whole", "left", "right"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("window", [None, 1, 4, 64])
+def test_streaming_is_naive(tokens, groups, window):
+    query, key = queries_and_keys(6, groups)
+    truth = entropy_of(attention_weights(query, key, tokens, scale=0.3), tokens, window=window)
+    ours = attention_entropy(query, key, tokens, scale=0.3, window=window)
+    torch.testing.assert_close(ours.double(), truth, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("tokens", [ONES, LEFT, RIGHT], ids=["whole", "left", "right"])
+@pytest.mark.parametrize(("sliding_window", "softcap"), [(1, None), (4, None), (None, 2.0), (4, 2.0)])
+def test_streaming_is_naive_with_sliding_window_and_softcap(tokens, sliding_window, softcap):
+    query, key = queries_and_keys(4, 2)
+    weights = attention_weights(query, key, tokens, scale=0.5, sliding_window=sliding_window, softcap=softcap)
+    truth = entropy_of(weights, tokens, sliding_window=sliding_window)
+    ours = attention_entropy(query, key, tokens, scale=0.5, window=None, sliding_window=sliding_window, softcap=softcap)
+    torch.testing.assert_close(ours.double(), truth, atol=2e-6, rtol=0)
+
+
+def test_blocks_leave_no_seam(monkeypatch):
+    query, key = queries_and_keys(4, 2)
+    whole = attention_entropy(query, key, LEFT, scale=0.5, window=None)
+    monkeypatch.setattr("microglia.signals.entropy.BLOCK", 3)
+    torch.testing.assert_close(attention_entropy(query, key, LEFT, scale=0.5, window=None), whole)
+
+
+def test_entropy_is_one_when_all_keys_are_alike_and_zero_when_one_wins():
+    query, key = torch.ones(3, 2, 13, 8), torch.ones(3, 2, 13, 8)
+    alike = attention_entropy(query, key, ONES, scale=1.0, window=4)
+    torch.testing.assert_close(alike, torch.ones(3, 2))
+    key[:, :, 1:] = -100
+    assert attention_entropy(query, key, ONES, scale=1.0, window=None).max() == 0
+
+
+def test_a_single_token_has_no_entropy():
+    query, key = queries_and_keys(4, 2)
+    assert attention_entropy(query, key, LEFT, scale=1.0)[2].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("spread", [1e-4, 30.0])
+def test_extreme_logits_stay_between_zero_and_one(spread):
+    query, key = queries_and_keys(4, 2, spread=spread)
+    ours = attention_entropy(query, key, LEFT, scale=1.0)
+    assert ours.isfinite().all()
+    assert ours.min() >= 0
+    assert ours.max() <= 1 + 1e-6

@@ -1,0 +1,214 @@
+"""Attaching: untouched while every head is kept, restored whatever happens, deciding on the prompt alone."""
+
+import threading
+
+import pytest
+import torch
+
+from microglia.attach import attached, gated
+from microglia.compact import compacted
+from microglia.errors import ConfigError, MicrogliaError
+from microglia.gate import Gate
+from microglia.look import Look
+from microglia.policy import StaticPolicy
+from microglia.sites import find_sites
+from tests.tiny import BACKENDS, positions, random_policy, step_logits, tiny_model, tiny_prompts, wild_policy
+
+IDS, MASK = tiny_prompts(14, 9, 3)
+ANSWER = tiny_prompts(5, 5, 5, seed=2)[0]
+ONE = Gate(bucket=1)
+
+
+@pytest.mark.parametrize(("family", "backend"), BACKENDS)
+@pytest.mark.parametrize("pruning", [gated, compacted])
+def test_all_ones_are_the_untouched_model_bit_for_bit(family, backend, pruning):
+    model = tiny_model(family, backend=backend)
+    dense = step_logits(model, IDS, MASK, ANSWER)
+    policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
+    with attached(model, policy, pruning=pruning) as trace:
+        assert step_logits(model, IDS, MASK, ANSWER).equal(dense)
+    assert trace.keep_ratio.tolist() == [1, 1, 1]
+
+
+def test_the_prompt_is_dense_and_the_answer_is_gated_at_the_output_projection(family):
+    """The truth by hand: zeros written into the output projection's input in every pass but the first."""
+    model, keeps = tiny_model(family), []
+    sites = find_sites(model)
+    with attached(model, random_policy(model), gate=ONE) as trace:
+        ours = step_logits(model, IDS, MASK, ANSWER)
+        keeps = trace.keep
+    dense = step_logits(model, IDS, MASK, ANSWER)
+
+    def zero(site, inputs):
+        x = inputs[0].clone()
+        for head in (keeps[site.index][0] == 0).nonzero().flatten().tolist() if x.shape[1] == 1 else []:
+            x[:, :, head * site.geometry.head_dim : (head + 1) * site.geometry.head_dim] = 0
+        return (x,)
+
+    handles = [s.output.register_forward_pre_hook(lambda _, inputs, s=s: zero(s, inputs)) for s in sites]
+    truth = step_logits(model, IDS, MASK, ANSWER)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(ours, truth, atol=1e-6, rtol=0)
+    assert ours[:, 0].equal(dense[:, 0])
+    assert (ours[:, 1:] - dense[:, 1:]).abs().max() > 1e-2
+
+
+def test_scope_all_gates_the_prompt_too_from_each_sites_own_signals():
+    model = tiny_model("qwen2")
+    policy = wild_policy(model)
+    dense = step_logits(model, IDS, MASK, ANSWER)
+    with attached(model, policy, gate=ONE, scope="all") as trace:
+        ours = step_logits(model, IDS, MASK, ANSWER)
+    assert (ours[:, 0] - dense[:, 0]).abs().max() > 1e-3
+    for features, logits, keep, agent in zip(trace.features, trace.logits, trace.keep, range(2), strict=True):
+        torch.testing.assert_close(policy.site_logits(agent, features), logits)
+        assert keep.equal(ONE(logits, find_sites(model)[agent].geometry))
+
+
+def test_mean_fill_stands_in_for_pruned_heads():
+    model = tiny_model("llama")
+    site, prompt, answer = find_sites(model)[0], [], []
+    handle = site.output.register_forward_pre_hook(lambda _, inputs: prompt.append(site.geometry.split(inputs[0])))
+    with torch.no_grad(), attached(model, random_policy(model), gate=ONE, fill="mean") as trace:
+        cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
+        handle.remove()
+        site.output.register_forward_pre_hook(lambda _, inputs: answer.append(site.geometry.split(inputs[0])))
+        mask = torch.cat([MASK, MASK[:, -1:]], dim=1)
+        model(input_ids=ANSWER[:, :1], attention_mask=mask, past_key_values=cache)
+    pruned = trace.keep[0][0] == 0
+    means = torch.stack([x[own.bool()].mean(0) for x, own in zip(prompt[0], MASK, strict=True)])
+    assert pruned.any()
+    torch.testing.assert_close(answer[-1][:, 0, pruned], means[:, pruned], atol=1e-5, rtol=1e-5)
+
+
+# --- a decision belongs to its prompt ---------------------------------------------------------------------------------
+
+
+def decide(model, policy, ids, mask, **options):
+    with torch.no_grad(), attached(model, policy, gate=ONE, **options) as trace:
+        model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True)
+    return trace
+
+
+@pytest.mark.parametrize(("family", "backend"), BACKENDS)
+@pytest.mark.parametrize("scope", ["answer", "all"])
+def test_a_prompt_is_decided_the_same_alone_in_a_batch_and_padded(family, backend, scope):
+    model = tiny_model(family, backend=backend)
+    policy = wild_policy(model)
+    batch = decide(model, policy, IDS, MASK, scope=scope)
+    assert len({tuple(torch.cat(row).tolist()) for row in zip(*batch.keep, strict=True)}) == 3  # they do differ
+    for row in range(3):
+        own = MASK[row].bool()
+        alone = decide(model, policy, IDS[row : row + 1, own], MASK[row : row + 1, own], scope=scope)
+        padded = decide(model, policy, IDS[row : row + 1], MASK[row : row + 1], scope=scope)
+        for one, two, many in zip(alone.features, padded.features, batch.features, strict=True):
+            torch.testing.assert_close(one, many[row : row + 1], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(two, many[row : row + 1], atol=1e-4, rtol=1e-4)
+        for one, two, many in zip(alone.keep, padded.keep, batch.keep, strict=True):
+            assert one.equal(many[row : row + 1])
+            assert two.equal(many[row : row + 1])
+
+
+@pytest.mark.parametrize("pruning", [gated, compacted])
+def test_the_answer_has_no_say(family, pruning):
+    model = tiny_model(family)
+    policy = wild_policy(model)
+    keeps = []
+    for seed in (2, 3):
+        with attached(model, policy, gate=ONE, pruning=pruning) as trace:
+            step_logits(model, IDS, MASK, tiny_prompts(5, 5, 5, seed=seed)[0])
+        keeps.append(torch.cat(trace.keep, dim=-1))
+    assert keeps[0].equal(keeps[1])
+    assert keeps[0].equal(torch.cat(decide(model, policy, IDS, MASK).keep, dim=-1))
+
+
+@pytest.mark.parametrize("scope", ["answer", "all"])
+def test_given_tokens_limit_the_look_to_the_prompt(scope):
+    """A pass that holds prompt and answer decides as the prompt alone does, when it is told where the prompt ends."""
+    model = tiny_model("llama")
+    policy = wild_policy(model)
+    ids = torch.cat([IDS, ANSWER], dim=1)
+    mask = torch.cat([MASK, torch.ones_like(ANSWER)], dim=1)
+    prompt = torch.cat([MASK, torch.zeros_like(ANSWER)], dim=1).bool()
+    keeps = decide(model, policy, ids, mask, tokens=prompt).keep
+    assert keeps[0].equal(decide(model, policy, IDS, MASK).keep[0])
+    if scope == "answer":
+        assert keeps[1].equal(decide(model, policy, IDS, MASK).keep[1])
+
+
+def test_every_prompt_is_decided_anew():
+    model = tiny_model("llama")
+    policy = wild_policy(model)
+    with attached(model, policy, gate=ONE, pruning=compacted) as trace:
+        first = step_logits(model, IDS, MASK, ANSWER)
+        keep = trace.keep
+        step_logits(model, *tiny_prompts(6, seed=9), ANSWER[:1])
+        assert [len(k) for k in trace.keep] == [1, 1]
+        assert step_logits(model, IDS, MASK, ANSWER).equal(first)
+        assert all(a.equal(b) for a, b in zip(keep, trace.keep, strict=True))
+
+
+def test_gradients_of_the_gates_reach_every_agent():
+    model = tiny_model("llama").requires_grad_(False)
+    policy = wild_policy(model)
+    with attached(model, policy, gate=Gate(mode="straight-through", bucket=1)):
+        cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
+        mask = torch.cat([MASK, MASK[:, -1:]], dim=1)
+        model(input_ids=ANSWER[:, :1], attention_mask=mask, past_key_values=cache).logits.pow(2).sum().backward()
+    assert [name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_attachment_is_refused_here_and_in_another_thread():
+    model, other = tiny_model("llama"), tiny_model("llama")
+    policy, caught = random_policy(model), []
+
+    def attach():
+        try:
+            with attached(model, policy):
+                pass
+        except MicrogliaError as error:
+            caught.append(str(error))
+
+    with attached(model, policy), attached(other, policy):
+        with pytest.raises(MicrogliaError, match="LlamaForCausalLM is already attached, here or in another thread"):
+            attached(model, policy).__enter__()
+        thread = threading.Thread(target=attach)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+    attach()
+    assert len(caught) == 1  # free again
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"scope": "half"}, "scope='half' is unknown; choose answer or all"),
+        ({"fill": "max"}, "fill='max' is unknown; choose zero or mean"),
+        ({"scope": "all", "look": Look(norm="hidden")}, "use norm='head' or scope='answer'"),
+    ],
+)
+def test_impossible_options_are_refused(options, sentence):
+    model = tiny_model("llama")
+    with pytest.raises(ConfigError, match=sentence), attached(model, random_policy(model), **options):
+        pass
+
+
+def test_a_cache_from_elsewhere_a_wrong_batch_and_an_empty_prompt_are_refused():
+    model = tiny_model("llama")
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with attached(model, random_policy(model, 3)) as trace:
+        with pytest.raises(MicrogliaError, match="no prompt was read yet"):
+            _ = trace.keep_ratio
+        with pytest.raises(MicrogliaError, match="read before attaching; start from the whole prompt"):
+            model(input_ids=ANSWER[:, :1], past_key_values=cache)
+        with pytest.raises(MicrogliaError, match="a prompt without any token was given"):
+            model(input_ids=IDS, attention_mask=MASK * torch.tensor([[1], [0], [1]]))
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([0, 1]))
+        with pytest.raises(MicrogliaError, match="got a batch of 2 rows but decisions for 3"):
+            model(input_ids=ANSWER[:2, :1], past_key_values=cache)

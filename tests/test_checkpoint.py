@@ -1,0 +1,322 @@
+"""Checkpoints: what was saved is what is loaded, damage is named, and no crash loses the previous one."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint, MicrogliaConfig, check_writable
+from microglia.checkpoint.files import checksum
+from microglia.errors import CheckpointError, ConfigError
+from microglia.gate import Gate
+from microglia.generation import generate
+from microglia.look import Look
+from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.sites import find_sites
+from microglia.training.lora import with_lora
+from tests.tiny import tiny_model
+from tests.tiny_folder import character_tokenizer, opinionated
+
+PROMPTS = ["Tom has 3 apples.", "Ann buys 12 pens and gives 5 of them away. How many are left?", "1 + 1 ="]
+AGENTS = "agents.safetensors"
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama", vocab_size=99, max_position_embeddings=512)
+
+
+def checkpoint_for(model, *, seed=0, **options):
+    policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16), seed=seed)
+    return Checkpoint(policy, MicrogliaConfig.describing(model, policy, base_model="tiny", **options))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    return checkpoint_for(model).save_pretrained(tmp_path / "saved")
+
+
+def same_state(a: Policy, b: Policy) -> bool:
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def answers(model, saved):
+    config = saved.config
+    options = {"gate": config.gate, "look": config.look, "fill": config.fill, "max_new_tokens": 12}
+    return generate(model, character_tokenizer(), PROMPTS, saved.policy, **options)
+
+
+# --- round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
+    options = {"gate": Gate(threshold=0.25, temperature=0.7, bucket=2), "look": Look(window=5), "fill": "mean"}
+    saved = checkpoint_for(model, template="Q: {question}", training={"dataset": "arithmetic"}, **options)
+    saved = replace(saved, calibration=[torch.randn(5, 8), torch.randn(5, 8)])
+    loaded = Checkpoint.from_pretrained(saved.save_pretrained(tmp_path))
+
+    assert loaded.config == saved.config
+    assert same_state(loaded.policy, saved.policy)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.calibration, saved.calibration, strict=True))
+    before, after = answers(model, saved), answers(model, loaded)
+    assert 0 < sum(float(k.mean()) for k in before.keep) < len(before.keep)
+    assert all(torch.equal(a, b) for a, b in zip(before.keep, after.keep, strict=True))
+    assert torch.equal(before.tokens, after.tokens)
+
+
+def test_a_static_policy_comes_back_static(model, tmp_path):
+    policy = StaticPolicy.random([s.geometry for s in find_sites(model)], seed=3)
+    Checkpoint(policy, MicrogliaConfig.describing(model, policy)).save_pretrained(tmp_path)
+    loaded = Checkpoint.from_pretrained(tmp_path)
+    assert isinstance(loaded.policy, StaticPolicy)
+    assert same_state(loaded.policy, policy)
+
+
+def test_a_policy_of_another_kind_cannot_be_saved(model):
+    with pytest.raises(ConfigError, match=r"a Policy cannot be saved; only an AgentPolicy"):
+        MicrogliaConfig.describing(model, Policy())
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+def test_the_adapter_travels_with_the_agents(model, tmp_path):
+    wrapped = with_lora(model, rank=2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    saved = checkpoint_for(wrapped)
+    with pytest.raises(CheckpointError, match=r"its adapter must be saved too; pass model="):
+        saved.save_pretrained(tmp_path / "forgotten")
+    saved.save_pretrained(tmp_path / "a", wrapped)
+    loaded = Checkpoint.from_pretrained(tmp_path / "a")
+    again = Checkpoint.from_pretrained(loaded.save_pretrained(tmp_path / "b"))
+
+    plain = tiny_model("llama", vocab_size=99, max_position_embeddings=512)
+    ids = torch.tensor([[5, 6, 7]])
+    dense = plain(ids).logits
+    adapted = again.load_onto(plain)
+    assert torch.equal(adapted(ids).logits, wrapped(ids).logits)
+    assert not torch.equal(adapted(ids).logits, dense)
+    with pytest.raises(CheckpointError, match=r"this checkpoint brings its own; give the base model"):
+        again.load_onto(adapted)
+
+    (tmp_path / "b" / "adapter" / "adapter_model.safetensors").unlink()
+    (tmp_path / "b" / "adapter" / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"lacks adapter/adapter_model\.safetensors \(adapter_model\.bin may hold"
+    ):
+        Checkpoint.from_pretrained(tmp_path / "b")
+    checkpoint_for(tiny_model("llama")).save_pretrained(tmp_path / "a")
+    assert not list((tmp_path / "a" / "adapter").iterdir())
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def edit(folder, **changes):
+    path = folder / CONFIG
+    row = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in row.items() if value != "gone"}))
+
+
+def swap_agents(folder, change):
+    """Other tensors with the right checksum: what a hand-made checkpoint looks like."""
+    tensors = load_file(folder / AGENTS)
+    change(tensors)
+    data = save(tensors)
+    (folder / AGENTS).write_bytes(data)
+    edit(folder, sha256={AGENTS: checksum(data)})
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def not_safetensors(folder):
+    (folder / AGENTS).write_bytes(b"no tensors")
+    edit(folder, sha256={AGENTS: checksum(b"no tensors")})
+
+
+def with_nan(tensors):
+    tensors["mean_0"][0] = torch.nan
+
+
+DAMAGES = {
+    "bit flipped": (lambda f: flip_a_bit(f / AGENTS), r"agents\.safetensors is damaged or belongs to another"),
+    "truncated": (lambda f: (f / AGENTS).write_bytes((f / AGENTS).read_bytes()[:99]), r"its 99 bytes have not the SHA"),
+    "no agents": (lambda f: (f / AGENTS).unlink(), r"lacks agents\.safetensors; copy the whole folder again"),
+    "agents a folder": (lambda f: ((f / AGENTS).unlink(), (f / AGENTS).mkdir()), r"cannot be read \(Is a directory\)"),
+    "no safetensors": (not_safetensors, r"agents\.safetensors is not safetensors"),
+    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("mean_1")), r"does not fit .*: mean_1 is missing"),
+    "key unknown": (lambda f: swap_agents(f, lambda t: t.update(x=torch.ones(1))), r"x is unknown"),
+    "wrong shape": (
+        lambda f: swap_agents(f, lambda t: t.update(std_0=torch.ones(3))),
+        r"std_0 has shape \(3,\), not \(16",
+    ),
+    "not a number": (lambda f: swap_agents(f, with_nan), r"mean_0 holds NaN"),
+    "half calibrated": (
+        lambda f: swap_agents(f, lambda t: t.update({"calibration.0": torch.ones(2, 8)})),
+        r"no calibra",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), r"holds no microglia_config\.json; give a folder"),
+    "config cut": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:100]), r"damaged or cut short"),
+    "config binary": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"damaged or cut short"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), r"has no format_version"),
+    "config NaN": (lambda f: edit(f, threshold=float("nan")), r"NaN is not JSON"),
+    "newer": (lambda f: edit(f, format_version=FORMAT_VERSION + 1), r"format version 2, .* up to 1; upgrade microglia"),
+    "no version": (lambda f: edit(f, format_version="gone"), r"has no format_version"),
+    "no checksum": (lambda f: edit(f, sha256="gone"), r"has no SHA-256"),
+    "checksum elsewhere": (lambda f: edit(f, sha256={"../x": "0"}), r"must have that of agents\.safetensors"),
+    "fields wrong": (
+        lambda f: edit(f, window="gone", bucket="x", fill=True, more=1),
+        r"lacks window and has the unknown more and has the wrong bucket='x', fill=True",
+    ),
+    "site wrong": (lambda f: edit(f, sites=[{}]), r"site 0 lacks head_dim, heads, kv_heads, layer, name"),
+    "geometry wrong": (
+        lambda f: edit(f, sites=[{"name": "a", "layer": 0, "heads": 3, "kv_heads": 2, "head_dim": 1}]),
+        r"3 heads in 2 groups of head size 1 make no geometry",
+    ),
+    "value wrong": (lambda f: edit(f, policy="oracle"), r"policy='oracle' is unknown; choose agents or static"),
+    "look wrong": (lambda f: edit(f, norm="x"), r"norm='x' is unknown; choose head or hidden"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_ends_in_one_sentence(folder, kind):
+    damage, sentence = DAMAGES[kind]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        Checkpoint.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_a_pickle_is_never_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("agents.bin", "agents.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    Checkpoint.from_pretrained(folder)  # beside good files they are ignored
+    (folder / AGENTS).unlink()
+    with pytest.raises(CheckpointError, match=r"agents\.bin, agents\.pt may hold pickles, .* never reads them"):
+        Checkpoint.from_pretrained(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_model_that_does_not_fit_hears_every_difference_at_once(folder):
+    other = tiny_model("qwen2", num_hidden_layers=3, num_attention_heads=12, hidden_size=96)
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint.from_pretrained(folder).load_onto(other)
+    sentence = str(caught.value)
+    for difference in (
+        "made on tiny",
+        "its class is Qwen2ForCausalLM, not LlamaForCausalLM",
+        "it has 3 sites, not 2",
+        "heads is 12, not 8 (sites 0, 1)",
+        "kv_heads is 4, not 8 (sites 0, 1)",
+        "head_dim is 8, not 6 (sites 0, 1)",
+    ):
+        assert difference in sentence
+    Checkpoint.from_pretrained(folder).check(tiny_model("llama", seed=7))
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_a_save_that_dies_leaves_the_old_or_the_new_one_whole(model, tmp_path, monkeypatch, step):
+    old, new = checkpoint_for(model, seed=1), checkpoint_for(model, seed=2, fill="mean")
+    old.save_pretrained(tmp_path)
+    real, calls = os.replace, []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr("microglia.checkpoint.files.os.replace", dies)
+    if step < 5:
+        with pytest.raises(KeyboardInterrupt):
+            new.save_pretrained(tmp_path)
+    else:
+        new.save_pretrained(tmp_path)
+        assert len(calls) == 4  # agents, configuration, agents into place, card: no step was left out
+    monkeypatch.undo()
+
+    expected = old if step <= 2 else new
+    loaded = Checkpoint.from_pretrained(tmp_path)
+    assert loaded.config == expected.config
+    assert same_state(loaded.policy, expected.policy)
+    assert same_state(Checkpoint.from_pretrained(old.save_pretrained(tmp_path)).policy, old.policy)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
+
+
+def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for write in (checkpoint_for(model).save_pretrained, check_writable):
+        with pytest.raises(CheckpointError, match=r"nothing can be written to .*file.*; choose another folder"):
+            write(tmp_path / "file" / "below")
+
+
+def test_a_policy_of_nan_is_not_saved_over_a_good_one(model, folder):
+    bad = checkpoint_for(model, seed=4)
+    with_nan(bad.policy.state_dict())
+    with pytest.raises(CheckpointError, match=r"mean_0 holds NaN .* train at a lower learning rate"):
+        bad.save_pretrained(folder)
+    with pytest.raises(CheckpointError, match=r"cannot be written as JSON"):
+        checkpoint_for(model, training={"loss": float("nan")}).save_pretrained(folder)
+    Checkpoint.from_pretrained(folder)
+
+
+def test_the_card_says_what_this_is_and_spares_other_readmes(model, folder):
+    card = (folder / "README.md").read_text()
+    assert "library_name: microglia" in card
+    assert re.search(r"\| policy \| input-adaptive agents, [\d,]+ parameters \([\d.]+% of the base model\) \|", card)
+    (folder / "README.md").write_text("# My project\n")
+    checkpoint_for(model).save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "# My project\n"
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_hub_gets_the_folder_and_gives_it_back(model, tmp_path, monkeypatch):
+    class Hub:
+        def __init__(self, token): ...
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, tmp_path / repo_id)
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: str(tmp_path / repo_id))
+    saved = checkpoint_for(model)
+    assert saved.push_to_hub("me/agents") == "https://hub/me/agents"
+    assert same_state(Checkpoint.from_pretrained("me/agents").policy, saved.policy)
+
+    def refused(*_, **__):
+        raise OSError("no network\nand a long explanation")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused)
+    monkeypatch.setattr(Hub, "create_repo", refused)
+    with pytest.raises(CheckpointError, match=r"no checkpoint folder me/agents, nor .* the hub \(no network\); give"):
+        Checkpoint.from_pretrained("me/agents")
+    with pytest.raises(CheckpointError, match=r"could not be pushed to 'me/agents' \(no network\)"):
+        saved.push_to_hub("me/agents")
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint folder runs/nothing/; give one"):
+        Checkpoint.from_pretrained("runs/nothing/")
