@@ -73,10 +73,10 @@ def _gate_hook(site: Site, keep: Tensor, where: Tensor | None, fill: Tensor | No
                 f"{site.name} got a batch of {len(heads)} rows but decisions for {len(keep)}; continue the batch that was read, "
                 "or read the new prompts first"
             )
-        gate = keep[:, None, :, None].to(heads.dtype)
+        gate = keep[:, None, :, None].to(heads)
         if where is not None:
             gate = torch.where(where[:, :, None, None], gate, torch.ones_like(gate))
-        heads = heads * gate if fill is None else heads * gate + (1 - gate) * fill[:, None].to(heads.dtype)
+        heads = heads * gate if fill is None else heads * gate + (1 - gate) * fill[:, None].to(heads)
         return (heads.flatten(-2), *inputs[1:])
 
     return hook
@@ -200,12 +200,12 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     ids = kwargs.get("input_ids", args[0] if args else None)
     inputs = ids if ids is not None else kwargs["inputs_embeds"]
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict):  # one ready-made mask per kind of layer; sliding ones do not show the whole prompt
-        mask = mask.get("full_attention")
+    if isinstance(mask, dict):  # one ready-made mask per kind of layer, all with the same diagonal
+        mask = next((one for one in mask.values() if one is not None), None)
     if mask is None:
         return torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    if mask.dim() == 4:  # ready-made for a static cache: what the last prompt token sees
-        seen = mask[:, 0, -1, : inputs.shape[1]]
+    if mask.dim() == 4:  # ready-made for a static cache: a token sees itself, in sliding layers too; padding does not
+        seen = mask[:, 0].diagonal(dim1=-2, dim2=-1)
         return seen if seen.dtype == torch.bool else seen == 0
     return mask[:, -inputs.shape[1] :].bool()
 

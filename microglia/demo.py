@@ -48,6 +48,7 @@ def demo(
     recipe: Recipe = RECIPE,
     problems: int = 500,
     batch_size: int = 100,
+    max_new_tokens: int = 160,
     seed: int = 0,
     tell: Callable[[str], None] = print,
     progress: Callable[[str, int, int], None] | None = None,
@@ -104,7 +105,7 @@ def demo(
             gate=how,
             look=look,
             batch_size=batch_size,
-            max_new_tokens=160,
+            max_new_tokens=max_new_tokens,
             progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
         )
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")

@@ -60,6 +60,8 @@ def generate(
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if policy is not None and options.get(name):
             raise ConfigError(f"{name} reads the prompt in parts or with guesses, so nothing could be decided on it; leave it out")
+    if policy is not None and options.get("use_cache") is False:
+        raise ConfigError("use_cache=False reads the prompt again for every token, so nothing is ever pruned; leave it out")
     lm: Any = causal_lm(model)
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
@@ -88,7 +90,8 @@ def encode_prompts(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's context is {room}; "
             "shorten the prompt or lower max_new_tokens"
         )
-    return {name: batch[name].to(lm.device) for name in ("input_ids", "attention_mask")}
+    device = lm.device if lm.device.type != "meta" else "cpu"  # weights that accelerate holds elsewhere; it moves the ids
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 @torch.inference_mode()

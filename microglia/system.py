@@ -222,7 +222,7 @@ class MicrogliaPruningSystem:
         }
 
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
-        """Turn the dial: so many heads are kept on average from now on, and prompts still differ. Returns the threshold.
+        """Turn the dial: from now on so many heads are kept on average; prompts still differ. Returns the threshold.
 
         prompts: questions to calibrate on; without them the held-out ones of the training are used, whose decisions the
         checkpoint holds. None as ratio goes back to the trained decision.

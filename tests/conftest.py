@@ -1,11 +1,38 @@
 """Fixtures that every test may ask for."""
 
 import pytest
+import torch
 
-from tests.tiny import FAMILIES
+from tests.tiny import FAMILIES, step_logits, tiny_prompts
 
 
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     """Each family of tests.tiny in turn."""
     return request.param
+
+
+@pytest.fixture
+def snapshot():
+    """A function of a model: everything that leaving a context must bring back, in comparable form."""
+    kept = []  # so that no identity is given away twice
+
+    def take(model):
+        ids, mask = tiny_prompts(9, 4)
+        parts = {"logits": step_logits(model, ids, mask, ids[:, -3:]).numpy().tobytes()}
+        for name, module in model.named_modules():
+            parts[name] = (
+                id(module),
+                id(getattr(module, "config", None)),
+                {k: v for k, v in vars(module).items() if isinstance(v, int | float | str | bool | None)},
+                [len(v) for k, v in vars(module).items() if k.endswith("_hooks")],
+                "forward" in vars(module),
+            )
+            kept.append(module)
+        for name, tensor in [*model.state_dict(keep_vars=True).items(), *model.named_buffers()]:
+            parts["tensor", name] = (tensor.requires_grad, tensor.shape, tensor.dtype, tensor.device)
+            if not tensor.is_meta:  # accelerate makes new stand-ins for offloaded weights in every pass
+                parts["value", name] = id(tensor), torch.hash_tensor(tensor.detach().float()).item()
+        return parts
+
+    return take

@@ -63,6 +63,7 @@ def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
     loaded = Checkpoint.from_pretrained(saved.save_pretrained(tmp_path))
 
     assert loaded.config == saved.config
+    assert (loaded.config.gate, loaded.config.look) == (options["gate"], options["look"])
     assert same_state(loaded.policy, saved.policy)
     assert all(torch.equal(a, b) for a, b in zip(loaded.calibration, saved.calibration, strict=True))
     before, after = answers(model, saved), answers(model, loaded)

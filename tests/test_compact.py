@@ -56,8 +56,6 @@ def test_the_heads_are_gone(family, rows):
         whole = kv_bytes(model(IDS, attention_mask=MASK, use_cache=True).past_key_values)
         with attached(model, policy, gate=ONE, pruning=compacted) as trace:
             cache = model(IDS, attention_mask=MASK, use_cache=True).past_key_values
-            for site in find_sites(model) if rows == 3 else []:
-                assert site.geometry.heads == 8  # projections stay dense: every row needs others
             shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     groups = [
         site.geometry.by_group(keep).any(-1).sum(-1).max()
@@ -66,7 +64,7 @@ def test_the_heads_are_gone(family, rows):
     assert [layer.keys.shape[1] for layer in cache.layers] == groups
     assert kv_bytes(cache) < whole
     sliced = [name for name, p in model.named_parameters() if shapes[name] != tuple(p.shape)]
-    assert (len(sliced) > 0) == (rows == 1)
+    assert (len(sliced) > 0) == (rows == 1)  # rows of their own leave the projections dense
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
@@ -94,7 +92,7 @@ def test_a_first_layer_with_a_single_head_is_enough(family):
     torch.testing.assert_close(pruned(model, policy, compacted), pruned(model, policy, gated), atol=1e-5, rtol=0)
     with attached(model, policy, gate=ONE, pruning=compacted) as trace:
         cache = model(IDS, attention_mask=MASK, use_cache=True).past_key_values
-    assert trace.keep[0].sum() == 1
+    assert trace.keep[0].sum(-1).tolist() == [1, 1, 1]
     assert cache.get_seq_length() == 14
 
 
@@ -132,7 +130,7 @@ def test_row_rectangle_gathers_what_rows_ask_for_and_nothing_twice():
     assert asked.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals -------------------------------------------------------------------------------------------------------
 
 
 def test_soft_keeps_are_refused():

@@ -64,8 +64,8 @@ def text_subject(
             tokens += tokenizer(text)["input_ids"]
         if len(tokens) < rows * context:
             raise DataError(
-                f"{rows} prompts of {context} tokens were asked for, but the texts have {len(tokens)} tokens; give more "
-                "text, a smaller batch or a shorter context"
+                f"{rows} prompts of {context} tokens were asked for, but the texts have {len(tokens)} tokens; give "
+                "more text, a smaller batch or a shorter context"
             )
         ids = torch.tensor(tokens[: rows * context]).view(rows, context)
         return Prompted(ids.expand(batch, -1).contiguous(), policy, gate_at(keep_ratio), look or Look())

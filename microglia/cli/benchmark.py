@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
@@ -11,6 +12,7 @@ from microglia.cli.verb import Outcome, progress, verb
 from microglia.errors import ConfigError
 
 MIB = 2**20
+VARIANTS = ("dense", "masked", "compact", "compact_total")
 DEFAULT_SHAPE, DEFAULT_LAYERS = "phi3-mini", 4  # bound by memory like the whole model, and fits a small machine
 TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: some 100,000 tokens
 
@@ -134,45 +136,53 @@ def numbers(option: str, given: list[str] | None, kind: type) -> list:
 
 
 def views(report: Any) -> list[Any]:
-    """One table for all rows, and what its figures need to be read."""
+    """One table per batch size, context and keep ratio, each with what its figures need to be read."""
     about = report.subject
-    title = f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances['device']}"
-    table = Table(title=title)
-    for name in ("batch × context", "heads", "variant"):
-        table.add_column(name)
-    for name in "ms/token,speed-up (95 %),ceiling,share,KV MiB,peak MiB,break-even,1st token ms,request".split(","):
-        table.add_column(name, justify="right")
-    for row in report.rows:
-        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}"
-        dense = row.variant == "dense"
-        if dense and table.rows:
-            table.add_section()
-        table.add_row(
-            f"{row.batch_size} × {row.context}",
-            f"{row.keep_ratio:.0%}",
-            row.variant.replace("_total", " + slicing"),
-            f"{row.ms_per_token:.2f}",
-            "" if dense else f"{row.ratio_to_dense:.3f} ({row.ratio_ci95[0]:.3f} to {row.ratio_ci95[1]:.3f})",
-            "" if dense else f"{row.ceiling:.3f}",
-            "" if row.realised_share is None else f"{row.realised_share:.0%}" + ("*" if row.realised_share > 1 else ""),
-            f"{row.kv_bytes / MIB:,.1f}",
-            peak,
-            "" if not row.variant.startswith("compact") else f"{row.break_even_tokens or 'never'}",
-            f"{row.first_token_ms:.0f}",
-            f"{row.request_ratio:.3f}",
-        )
-    notes = [
-        "speed-up: dense ÷ this, median of interleaved pairs; ceiling: its best possible value, by bytes read per step; "
-        "share: of the time that could be saved; request: the same ratio for prompt and answer together"
+    parts: list[Any] = [
+        f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances['device']}"
+    ]
+    for start in range(0, len(report.rows), len(VARIANTS)):
+        rows = report.rows[start : start + len(VARIANTS)]
+        parts += ["", table(rows), summary(rows)]
+    parts += [
+        "",
+        "speed-up: dense time ÷ this time, median of interleaved pairs. ceiling: its best possible value, by bytes.",
+        "share: of the time that could be saved, what was.",
     ]
     if any((row.realised_share or 0) > 1 for row in report.rows):
-        notes.append("* above 100 %: the dense operations were not at the memory's speed themselves")
-    first = [row for row in report.rows if row.variant == "compact"]
-    for row in first:
-        notes.append(
-            f"{row.batch_size} × {row.context} at {row.keep_ratio:.0%}, deciding {row.decides}: decision "
-            f"{row.decision_ms:.1f} ms, slicing {row.slicing_ms:.1f} ms; prefill with monitoring takes "
-            f"{row.monitoring_ratio - 1:+.1%}; weights read per step "
-            f"{row.weight_bytes / MIB:,.0f} MiB, operations {row.step_flops / 1e9:.2f} GFLOP"
+        parts.append("* above 100 %: the dense operations did not reach the memory's speed themselves.")
+    return parts
+
+
+def table(rows: list[Any]) -> Table:
+    """The four variants of one combination."""
+    row = rows[-1]
+    title = f"batch {row.batch_size}, context {row.context:,}, {row.keep_ratio:.0%} of the heads, decided {row.decides}"
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
+    view.add_column("", no_wrap=True)
+    for name in ("ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB"):
+        view.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        share = "" if row.realised_share is None else f"{row.realised_share:.0%}" + "*" * (row.realised_share > 1)
+        speed = [f"{row.ratio_to_dense:.3f}", "{:.3f}–{:.3f}".format(*row.ratio_ci95), f"{row.ceiling:.3f}", share]
+        view.add_row(
+            row.variant,
+            f"{row.ms_per_token:.2f}",
+            *(["", "", "", ""] if row.variant == "dense" else speed),
+            f"{row.kv_bytes / MIB:,.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}",
         )
-    return [table, *notes]
+    return view
+
+
+def summary(rows: list[Any]) -> str:
+    """What the table has no column for, of its compacted variant."""
+    dense, _, _, total = rows
+    paid = f"paid back after {total.break_even_tokens} tokens" if total.break_even_tokens else "never paid back"
+    return (
+        f"decision {total.decision_ms:.1f} ms and slicing {total.slicing_ms:.1f} ms, {paid}\n"
+        f"prompt: {dense.first_token_ms:.0f} ms dense, monitoring {total.monitoring_ratio - 1:+.1%}; request of "
+        f"{total.new_tokens} new tokens: {dense.request_ms:.0f} ms dense, {total.request_ms:.0f} ms compacted\n"
+        f"a step reads {dense.bytes_per_token / MIB:,.0f} MiB dense, {total.bytes_per_token / MIB:,.0f} MiB compacted; "
+        f"computes {dense.step_flops / 1e9:.2f} and {total.step_flops / 1e9:.2f} GFLOP"
+    )

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from microglia import __version__
+from microglia.cli.benchmark import benchmark
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.generate import generate
@@ -16,6 +17,7 @@ VERBS = (
     train,
     evaluate,
     generate,
+    benchmark,
     inspect,
 )
 

@@ -24,6 +24,7 @@ def train(
     limit: Annotated[int | None, Number(help="Training examples.", show_default="all")] = None,
     batch_size: Annotated[int | None, Number(show_default="16")] = None,
     learning_rate: Annotated[float | None, Number(show_default="0.003")] = None,
+    warmup_steps: Annotated[int | None, Number(help="Until the full learning rate.", show_default="20")] = None,
     alpha_min: Annotated[float | None, Number(help="Weight of mean(keep) at first.", show_default="0.01")] = None,
     alpha_max: Annotated[float | None, Number(help="Weight of mean(keep) at last.", show_default="0.3")] = None,
     schedule: Annotated[str | None, Number(help="linear, cosine, exponential.", show_default="linear")] = None,
@@ -52,6 +53,9 @@ def train(
     ] = None,
     lora_rank: Annotated[int | None, Number(show_default="8", rich_help_panel=METHOD)] = None,
     lora_steps: Annotated[int | None, Number(show_default="100", rich_help_panel=METHOD)] = None,
+    lora_learning_rate: Annotated[
+        float | None, Number(help="In the first stage.", show_default="0.0003", rich_help_panel=METHOD)
+    ] = None,
     hidden_dim: Annotated[int, Number(min=1, help="Of an agent.", rich_help_panel=METHOD)] = 128,
     features: Annotated[str, Number(help="both, norm or entropy.", rich_help_panel=METHOD)] = "both",
     norm: Annotated[str, Number(help="head, or hidden as the original.", rich_help_panel=METHOD)] = "head",

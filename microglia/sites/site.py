@@ -54,9 +54,17 @@ class View:
 
 
 def stock_attention(attention: nn.Module) -> AttentionFunction:
-    """The attention function that this module would call by itself, now."""
+    """The attention function that this module would call by itself, by its present config.
+
+    The back end is looked up at every call: masks are made for whatever `set_attn_implementation` chose last.
+    """
+    config: Any = attention.config
     eager = sys.modules[type(attention).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager)  # type: ignore[union-attr]
+
+    def stock(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)(module, *args, **kwargs)
+
+    return stock
 
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,76 @@
+"""Write the README's figures from the records in results/.
+
+    python scripts/update_figures.py           # rewrite
+    python scripts/update_figures.py --check   # exit 1 if the README says something else than the records
+
+A section stands between `<!-- figures: NAME -->` and `<!-- end -->`; nobody types a number there.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LABELS = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin", "random": "random masks"}
+
+
+def demo() -> str:
+    """The demo's table and what it says of adaptivity."""
+    record = json.loads((ROOT / "results" / "demo.json").read_text())
+    rows = [
+        "| | right | heads pruned | difference to dense | answer tokens |",
+        "|---|---|---|---|---|",
+        *(_demo_row(LABELS[name], record[name]) for name in LABELS),
+    ]
+    gain, (low, high) = record["adaptivity"]["gain"], record["adaptivity"]["ci95"]
+    follows = record["sparsity_follows_difficulty"]
+    by_steps = ", ".join(f"{steps}: {value:.0%}" for steps, value in record["pruned"]["sparsity_by_difficulty"].items())
+    made = record["circumstances"]
+    return "\n".join(
+        [
+            f"`make demo`, {record['problems']} held-out problems of 1 to 8 steps, the embedded reasoner, {made['device']}:",
+            "",
+            *rows,
+            "",
+            f"Agents against their static twin (same loss, same steps, no input) at the same sparsity: {100 * gain:+.1f} points, paired 95 % "
+            f"interval {100 * low:+.1f} to {100 * high:+.1f}. Heads pruned by number of steps: {by_steps} (rank correlation "
+            f"{follows['rank_correlation']:+.2f}, interval {follows['ci95'][0]:+.2f} to {follows['ci95'][1]:+.2f}). The agents have "
+            f"{record['agent_parameters']:,} parameters, {record['agent_share']:.2%} of the model.",
+        ]
+    )
+
+
+def _demo_row(label: str, row: dict[str, Any]) -> str:
+    difference = ""
+    if "diff" in row:
+        low, high = row["diff_ci95"]
+        difference = f"{100 * row['diff']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+    tokens = f"{row['mean_tokens']:.0f}" if "mean_tokens" in row else ""
+    return f"| {label} | {row['accuracy']:.1%} | {row['sparsity']:.1%} | {difference} | {tokens} |"
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo}
+
+
+def rendered(readme: str) -> str:
+    """The README with every section written anew."""
+    for name, section in SECTIONS.items():
+        pattern = rf"(<!-- figures: {name} -->\n).*?(<!-- end -->)"
+        readme = re.sub(pattern, lambda m, section=section: f"{m[1]}{section()}\n{m[2]}", readme, flags=re.DOTALL)  # type: ignore[misc]
+    return readme
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before = path.read_text()
+    after = rendered(before)
+    if "--check" in sys.argv:
+        sys.exit(int(before != after))
+    path.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The command line: JSON alone on stdout, sentences for errors, the original scripts' spellings, exit codes."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from typer.testing import CliRunner
+
+import microglia
+from microglia.cli.main import VERBS, app
+from microglia.cli.train import kept, train
+from microglia.errors import MicrogliaError
+from microglia.record import read_records
+from microglia.system import MicrogliaPruningSystem
+from microglia.training import TrainingConfig
+from tests.tiny_folder import save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+# What TrainingConfig has as a pair or under another name.
+ELSEWHERE = {"epochs": {"num_epochs"}, "alpha": {"alpha_min", "alpha_max"}}
+
+
+def run(*arguments: object, **options):
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+
+def only_json(result) -> dict:
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    """Folder and JSON of a training of two steps, in the spelling of the original script."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    flags = "--num_epochs 1 --alpha_min 0.02 --alpha_max 0.2 --max-steps 2 --limit 4 --batch-size 2 --eval-limit 2"
+    place = ["--base_model", model, "--output_dir", folder, "--hidden-dim", 16]
+    return folder, only_json(run("train", *place, *flags.split(), "--json"))
+
+
+def test_train_writes_a_checkpoint_and_says_so(trained):
+    folder, data = trained
+    assert data["output_dir"] == str(folder)
+    assert data["training"]["config"]["alpha"] == [0.02, 0.2]
+    assert 0 < data["agent_share"] < 1
+    assert (folder / "agents.safetensors").is_file()
+
+
+def test_evaluate_compares_and_writes_records(trained, tmp_path):
+    flags = "--limit 2 --max-new-tokens 3".split()
+    result = run("evaluate", "--model_path", trained[0], "--output_dir", tmp_path, *flags, "--json")
+    data = only_json(result)
+    assert data["pruned"]["prompts"] == data["dense"]["prompts"] == 2
+    assert "diff_ci95" in data["paired"]
+    names = [(r.name, r.extra.get("model")) for r in read_records(tmp_path / "records.jsonl")]
+    assert names.count(("accuracy", "pruned")) == names.count(("accuracy_difference", None)) == 1
+    assert json.loads((tmp_path / "evaluation-arithmetic.json").read_text()) == data
+    assert len(json.loads((tmp_path / "answers-arithmetic.json").read_text())["dense"]) == 2
+
+    table = run("evaluate", "--model-path", trained[0], *flags)
+    assert table.exit_code == 0
+    assert "accuracy (95 % interval)" in table.stdout
+    assert "pruned minus dense" in table.stdout
+
+
+def test_generate_answers_arguments_or_stdin(trained):
+    flags = ["--model-path", trained[0], "--max-new-tokens", 3, "--keep-ratio", 0.8]
+    two = only_json(run("generate", "1 + 1 =", "2 + 2 =", *flags, "--json"))
+    assert [row["prompt"] for row in two["answers"]] == ["1 + 1 =", "2 + 2 ="]
+    assert 0 <= two["sparsity"] < 1
+    assert two["answers"][0].keys() == {"prompt", "text", "sparsity"}
+    piped = run("generate", *flags, input="3 + 3 =")
+    assert piped.exit_code == 0
+    assert "of the heads pruned" in piped.stdout
+
+
+def test_inspect_shows_a_model_and_a_checkpoint(model, trained):
+    data = only_json(run("inspect", model, "--json"))
+    assert data["model_class"] == "LlamaForCausalLM"
+    assert [site["heads"] for site in data["sites"]] == [8, 8]
+    saved = only_json(run("inspect", trained[0], "--json"))
+    assert saved["agent_parameters"] == trained[1]["agent_parameters"]
+    assert saved["base_model"] == str(model)
+    table = run("inspect", trained[0]).stdout
+    assert "0 to 1" in table
+    assert "LlamaForCausalLM" in table
+
+
+def test_a_script_of_the_original_project_puts_json_alone_on_stdout(trained):
+    flags = "--dataset arithmetic --limit 1 --max-new-tokens 2 --no-dense --json".split()
+    command = [sys.executable, "scripts/evaluate.py", "--model_path", str(trained[0]), *flags]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["pruned"]["prompts"] == 1
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "benchmark"])
+def test_each_script_calls_its_verb(name):
+    assert f'app(["{name}", *sys.argv[1:]])' in (ROOT / "scripts" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("evaluate", "no checkpoint was given; say --model-path FOLDER"),
+        ("evaluate --model-path nowhere/", "there is no checkpoint folder nowhere/"),
+        ("generate hello --model-path TINY", "holds no microglia_config.json"),
+        ("evaluate --model-path RUN --dataset gsm9k", "there is no task 'gsm9k'; choose one of arithmetic"),
+        ("evaluate --model-path RUN --split best", "has no split 'best'"),
+        ("evaluate --model-path RUN --dataset gsm8k --data-dir TINY", "there is no file"),
+        ("evaluate --model-path RUN --output-dir RUN/README.md", "nothing can be written to"),
+        ("evaluate --model-path RUN --path fast --limit 1", "path='fast' is unknown"),
+        ("evaluate --model-path RUN --device quantum", "device='quantum' cannot be used here"),
+        ("evaluate --model-path RUN --dtype int3", "dtype='int3' is unknown; choose one of float32"),
+        ("generate --model-path RUN", "prompt 0 of 1 is empty"),
+        ("generate hello --model-path RUN --keep-ratio 7", "keep_ratio=7.0 was given; it must be above 0"),
+        ("inspect nowhere/model/at/all", "neither a checkpoint folder nor a causal language model"),
+        ("train --model TINY --output-dir RUN --limit 4 --max-steps 2", "already holds checkpoints of a run"),
+        ("train --model TINY --output-dir NEW --resume", "holds no run to resume"),
+        ("train --model TINY --output-dir NEW --schedule zigzag", "schedule='zigzag' is unknown; choose one of linear"),
+        ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
+    ],
+)
+def test_a_wrong_request_ends_in_one_sentence(arguments, sentence, model, trained, tmp_path):
+    places = {"TINY": str(model), "RUN": str(trained[0]), "NEW": str(tmp_path / "new")}
+    for name, place in places.items():
+        arguments = arguments.replace(name, place)
+    result = run(*arguments.split(), "--json")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("microglia: ")]
+    assert len(lines) == 1
+    assert sentence in lines[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_verbose_shows_where_an_error_came_from():
+    result = run("evaluate", "--verbose")
+    assert isinstance(result.exception, MicrogliaError)
+
+
+def test_ctrl_c_says_what_was_kept_and_how_to_go_on(model, tmp_path, monkeypatch):
+    def stopped(self, *_, output_dir, **__):
+        (output_dir / "agents" / "checkpoint-40").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(MicrogliaPruningSystem, "train", stopped)
+    result = run("train", "--model", model, "--output-dir", tmp_path, "--json")
+    assert result.exit_code == 130
+    assert result.stdout == ""
+    assert f"{tmp_path} keeps the agents up to step 40: go on with the same command and --resume" in result.stderr
+    assert "keeps no step; start again" in kept(tmp_path / "empty")
+
+    monkeypatch.setattr(
+        MicrogliaPruningSystem, "from_pretrained", lambda *_, **__: stopped(None, output_dir=tmp_path / "x")
+    )
+    result = run("generate", "hello", "--model-path", tmp_path)
+    assert result.exit_code == 130
+    assert result.stderr == "microglia: interrupted; nothing was written\n"
+
+
+def test_version_and_help_are_there_and_light():
+    assert run("--version").stdout == f"microglia {microglia.__version__}\n"
+    shown = run("--help").stdout
+    assert [verb.__name__ for verb in VERBS if verb.__name__ not in shown] == []
+    script = "import sys, microglia.cli.main; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"  # so help and completion answer at once
+
+
+def test_train_offers_every_training_option_and_shows_its_default():
+    config = TrainingConfig()
+    values = {
+        **vars(config),
+        "num_epochs": config.epochs,
+        "alpha_min": config.alpha[0],
+        "alpha_max": config.alpha[1],
+        "temperature": config.temperature[0],
+        "noise": config.noise[0],
+        "limit": "all",
+    }
+    parameters = inspect.signature(train).parameters
+    wanted = set().union(*(ELSEWHERE.get(f.name, {f.name}) for f in fields(TrainingConfig)))
+    assert sorted(wanted - parameters.keys()) == []
+    for name in wanted:
+        default, shown = parameters[name].default, get_args(parameters[name].annotation)[1].show_default
+        if isinstance(shown, str):
+            assert (name, shown, default) == (name, str(values[name]), None)
+        else:
+            assert (name, default) == (name, values[name])

@@ -1,0 +1,56 @@
+"""The demo in small: every part runs, the summary has its shape, and what is shown are its figures."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from microglia.cli.demo import comparison, picture, verdict
+from microglia.demo import RECIPE, Recipe, demo
+from microglia.system import MicrogliaPruningSystem
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    small = {"max_steps": 3, "batch_size": 4, "limit": 32, "eval_limit": 4}
+    recipe = Recipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
+    said = []
+    summary = demo(folder, recipe=recipe, problems=12, batch_size=12, max_new_tokens=40, tell=said.append, quiet=True)
+    return folder, summary, said
+
+
+def test_the_summary_is_what_the_interface_promises(ran):
+    folder, summary, _ = ran
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert {"dense", "pruned", "static", "random", "agent_parameters", "agent_share", "seconds"} <= set(summary)
+    pruned = summary["pruned"]
+    assert {"accuracy", "sparsity", "sparsity_by_difficulty", "accuracy_by_difficulty", "diff_ci95"} <= set(pruned)
+    assert summary["dense"]["sparsity"] == 0
+    assert summary["agent_parameters"] == sum(16 * 128 + 128 + 128 * 8 + 8 for _ in range(6))
+    assert 0 < summary["agent_share"] < 0.01
+    assert pruned["diff"] == pytest.approx(pruned["accuracy"] - summary["dense"]["accuracy"])
+
+
+def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
+    answers = json.loads((ran[0] / "answers.json").read_text())
+    assert [a["id"] for a in answers["dense"]] == [a["id"] for a in answers["pruned"]] == [a["id"] for a in answers["static"]]
+    assert {a["keep_ratio"] for a in answers["dense"]} == {1.0}
+    assert len({a["difficulty"] for a in answers["dense"]}) == 8
+
+
+def test_the_checkpoint_it_leaves_can_be_used(ran):
+    system = MicrogliaPruningSystem.from_pretrained(ran[0] / "checkpoint")
+    assert isinstance(system.generate("What is 12 plus 30?", max_new_tokens=8), str)
+    assert 0 <= system.get_sparsity() < 1
+
+
+def test_what_is_shown_are_the_figures_of_the_summary(ran):
+    _, summary, said = ran
+    assert [line.split(":")[0] for line in said if "right at" in line][:3] == ["dense", "pruned", "static"]
+    table = comparison(summary)
+    assert list(table.columns[1].cells)[1] == f"{summary['pruned']['accuracy']:.1%}"
+    shown = picture(summary).plain
+    assert len(shown.splitlines()) == 1 + len(summary["pruned"]["sparsity_by_difficulty"])
+    ends = summary["adaptivity"]["ci95"]
+    assert ("does not support" in verdict(summary).plain) == (ends[0] <= 0)

@@ -1,0 +1,107 @@
+"""Schedules, losses, batches: small pure parts against values worked by hand."""
+
+import math
+
+import pytest
+import torch
+
+from microglia.errors import ConfigError, DataError
+from microglia.tasks.base import Example
+from microglia.training import TrainingConfig
+from microglia.training.data import Batch, Collator, encode
+from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.training.schedule import scheduled
+from tests.tiny_folder import character_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "middle"), [("linear", 0.155), ("cosine", 0.155), ("exponential", math.sqrt(0.01 * 0.3))]
+)
+def test_schedules_start_and_end_where_told(kind, middle):
+    ends = (0.01, 0.3)
+    assert scheduled(kind, ends, 0) == pytest.approx(0.01)
+    assert scheduled(kind, ends, 0.5) == pytest.approx(middle)
+    assert scheduled(kind, ends, 1) == pytest.approx(0.3)
+    assert scheduled(kind, ends, 7) == pytest.approx(0.3)
+    values = [scheduled(kind, ends, i / 20) for i in range(21)]
+    assert values == sorted(values)
+
+
+def test_cosine_is_slow_at_both_ends():
+    assert scheduled("cosine", (0.0, 1.0), 0.25) == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
+
+
+def test_task_loss_counts_answer_tokens_only():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
+    labels = torch.tensor([[0, 1, -100]])
+    expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
+    assert task_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_mean_keep_weighs_heads_not_sites():
+    keep = [torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0]])]
+    assert mean_keep(keep).item() == pytest.approx(4 / 6)
+
+
+def test_gate_entropy_is_the_binary_entropy_and_falls_when_gates_decide():
+    logits = [torch.tensor([[0.0, 2.0, -60.0]])]
+    p = 1 / (1 + math.exp(-4))
+    expected = (math.log(2) - p * math.log(p) - (1 - p) * math.log(1 - p)) / 3
+    assert gate_entropy(logits, temperature=0.5).item() == pytest.approx(expected, rel=1e-5)
+    x = torch.tensor([[0.3, -0.3]], requires_grad=True)
+    gate_entropy([x], 1.0).backward()
+    assert x.grad[0, 0] < 0 < x.grad[0, 1]  # minimising it drives the gates away from 0.5
+
+
+def test_distillation_is_zero_for_equal_logits_and_the_kl_otherwise():
+    dense = torch.tensor([[[1.0, 0.0], [9.0, 9.0]]])
+    labels = torch.tensor([[1, -100]])
+    assert distillation_loss(dense.clone(), dense, labels).item() == pytest.approx(0, abs=1e-7)
+    p = torch.softmax(dense[0, 0].double(), -1)
+    expected = float((p * (p.log() - math.log(0.5))).sum())
+    assert distillation_loss(torch.zeros_like(dense), dense, labels).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_prompts_are_padded_left_and_answers_right():
+    rows = [{"prompt": [5, 6], "answer": [7]}, {"prompt": [8], "answer": [9, 10, 11]}]
+    batch = Batch(**Collator(0)(rows))
+    assert batch.prompt.tolist() == [[5, 6], [0, 8]]
+    assert batch.prompt_mask.tolist() == [[1, 1], [0, 1]]
+    assert batch.answer.tolist() == [[7, 0, 0], [9, 10, 11]]
+    assert batch.labels.tolist() == [[7, -100, -100], [9, 10, 11]]
+
+
+def test_training_text_is_what_generation_sees():
+    tokenizer = character_tokenizer()
+    example = Example("a", "What is 1 plus 2?", "result: 1 + 2 = 3\n#### 3", "3", 1)
+    row = encode(tokenizer, [example], "Question: {question}\nAnswer:", None)[0]
+    assert tokenizer.decode(row["prompt"]) == "Question: What is 1 plus 2?\nAnswer:"
+    assert tokenizer.decode(row["answer"][:-1]) == " result: 1 + 2 = 3\n#### 3"
+    assert row["answer"][-1] == tokenizer.eos_token_id
+    assert row["length"] == len(row["prompt"]) + len(row["answer"])
+
+
+def test_an_example_that_does_not_fit_is_named():
+    example = Example("long-one", "x" * 50, "#### 1", "1", 1)
+    with pytest.raises(DataError, match=r"long-one has \d+ tokens .* context is 20"):
+        encode(character_tokenizer(), [example], "{question}", 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"schedule": "zigzag"}, "choose one of linear, cosine, exponential"),
+        ({"gate": "hard"}, "choose straight-through or soft"),
+        ({"lora": "always"}, "choose one of none, first, joint"),
+        ({"scope": "prompt"}, "choose answer or all"),
+        ({"fill": "noise"}, "choose zero or mean"),
+        ({"keep_ratio": 1.2}, "above 0 and at most 1"),
+        ({"batch_size": 0}, "batch_size=0 was given; it must be above 0"),
+        ({"alpha": (0.1, -0.1)}, "not negative"),
+        ({"alpha": (0.0, 0.3), "schedule": "exponential"}, "both ends above 0"),
+        ({"fill": "mean", "scope": "all"}, "change one of them"),
+    ],
+)
+def test_wrong_options_get_a_sentence(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        TrainingConfig(**options)

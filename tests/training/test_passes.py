@@ -1,0 +1,101 @@
+"""Training sees what inference sees: identities of the passes, and gradients that come from the task."""
+
+import pytest
+import torch
+
+from microglia.gate import Gate
+from microglia.look import Look
+from microglia.policy import AgentPolicy, StaticPolicy
+from microglia.sites import find_sites
+from microglia.training.data import Batch, Collator
+from microglia.training.loss import gate_entropy, mean_keep, task_loss
+from microglia.training.passes import answer_logits, prompt_features
+from tests.tiny import random_policy, tiny_model, wild_policy
+
+ROWS = [
+    {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13], "answer": [20, 21, 22, 1]},
+    {"prompt": [30, 31, 32], "answer": [40, 41, 42, 43, 44, 1]},
+]
+BATCH = Batch(**Collator(0)(ROWS))
+HARD = Gate("hard", bucket=1)
+COUNTED = BATCH.answer_mask.bool()
+
+
+def test_two_passes_and_one_pass_give_the_same_numbers(family):
+    model = tiny_model(family)
+    policy = random_policy(model)
+    two, trace = answer_logits(model, BATCH, policy, gate=HARD, look=Look())
+    whole, _ = answer_logits(model, BATCH, policy, gate=HARD, look=Look(), whole=True)
+    assert 0 < trace.keep_ratio.mean() < 1
+    torch.testing.assert_close(two[COUNTED], whole[COUNTED], atol=2e-5, rtol=0)
+
+
+def test_dense_is_the_model_itself(family):
+    model = tiny_model(family)
+    dense, trace = answer_logits(model, BATCH, None, gate=HARD, look=Look())
+    kept, _ = answer_logits(
+        model, BATCH, StaticPolicy.all_kept([s.geometry for s in find_sites(model)]), gate=HARD, look=Look()
+    )
+    alone = model(input_ids=torch.tensor([ROWS[1]["prompt"] + ROWS[1]["answer"][:-1]])).logits[0, 2:]
+    torch.testing.assert_close(dense[1], alone, atol=2e-5, rtol=0)
+    torch.testing.assert_close(dense[COUNTED], kept[COUNTED], atol=2e-5, rtol=0)
+    assert not trace.keep
+
+
+def test_the_answer_never_reaches_the_decision():
+    model = tiny_model("qwen2")
+    policy = wild_policy(model)
+    other = Batch(BATCH.prompt, BATCH.prompt_mask, BATCH.answer.roll(1, 1) + 3, BATCH.answer_mask)
+    for scope in ("answer", "all"):
+        a = answer_logits(model, BATCH, policy, gate=HARD, look=Look(), scope=scope)[1]
+        b = answer_logits(model, other, policy, gate=HARD, look=Look(), scope=scope)[1]
+        for x, y in zip(a.features, b.features, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-5, rtol=0)
+        assert all(x.equal(y) for x, y in zip(a.keep, b.keep, strict=True))
+
+
+def test_features_are_those_of_generation():
+    model = tiny_model("llama")
+    policy = wild_policy(model)
+    features = prompt_features(model, BATCH, policy, Look())
+    trained = answer_logits(model, BATCH, policy, gate=HARD, look=Look())[1].features
+    assert all(x.equal(y) for x, y in zip(features, trained, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["straight-through", "soft"])
+def test_every_parameter_of_the_agents_gets_a_gradient(family, mode):
+    model = tiny_model(family)
+    model.requires_grad_(False)
+    policy = AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16)
+    gate = Gate(mode, temperature=1.0, bucket=1, noise=0.5)
+    logits, trace = answer_logits(model, BATCH, policy, gate=gate, look=Look())
+    loss = task_loss(logits, BATCH.labels) + 0.1 * mean_keep(trace.keep) + 0.01 * gate_entropy(trace.logits, 1.0)
+    loss.backward()
+    for name, parameter in policy.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta():
+    """Against a finite difference of the task loss in one soft gate."""
+    model = tiny_model("llama").double()
+    model.requires_grad_(False)
+    policy = StaticPolicy([torch.full((s.geometry.heads,), 0.3) for s in find_sites(model)]).double()
+    gate = Gate("soft", temperature=1.0)
+
+    def loss():
+        logits, _ = answer_logits(model, BATCH, policy, gate=gate, look=Look())
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), BATCH.labels.flatten())
+
+    value = loss()
+    value.backward()
+    parameter = policy.logits[1]
+    for head in (0, 5):
+        step = 1e-5
+        with torch.no_grad():
+            parameter[head] += step
+            up = loss()
+            parameter[head] -= 2 * step
+            down = loss()
+            parameter[head] += step
+        assert parameter.grad[head].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-2)

@@ -1,0 +1,143 @@
+"""Whole runs on a tiny model: they learn, resume exactly, stop with a sentence, and lose nothing."""
+
+import json
+
+import pytest
+import torch
+
+from microglia.errors import CheckpointError, ConfigError, MicrogliaError
+from microglia.policy import AgentPolicy, StaticPolicy
+from microglia.sites import find_sites
+from microglia.tasks import get_task
+from microglia.training import TrainingConfig, train
+from tests.tiny import tiny_model
+from tests.tiny_folder import character_tokenizer
+
+SHORT = TrainingConfig(max_steps=6, batch_size=4, limit=24, eval_limit=8, save_steps=3, warmup_steps=0)
+
+
+def tiny_run(folder, config, *, policy=None, model=None, **options):
+    tokenizer = character_tokenizer()
+    model = model or tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    geometries = [s.geometry for s in find_sites(model)]
+    torch.manual_seed(5)
+    policy = policy or AgentPolicy(geometries, hidden_dim=8)
+    result = train(model, tokenizer, get_task("arithmetic"), policy, config, output_dir=folder, quiet=True, **options)
+    return model, result
+
+
+def same(a, b):
+    return all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_only_the_policy_changes_and_the_history_tells(tmp_path):
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    geometries = [s.geometry for s in find_sites(model)]
+    fresh = AgentPolicy(geometries, hidden_dim=8)
+    start = {name: x.clone() for name, x in fresh.state_dict().items()}
+    lines = []
+    config = TrainingConfig(**{**vars(SHORT), "max_steps": 10})
+    _, result = tiny_run(tmp_path, config, policy=fresh, model=model, on_log=lines.append)
+    assert all(x.equal(before[name]) for name, x in model.state_dict().items())
+    assert all(not x.equal(start[name]) for name, x in result.policy.state_dict().items() if "network" in name)
+    logged = [row for row in result.history if "task" in row]
+    assert logged and {"keep_ratio", "alpha", "temperature", "noise", "gate_entropy"} <= set(logged[0])
+    assert [row for row in lines if "task" in row]
+
+
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
+    whole = tiny_run(tmp_path / "whole", SHORT)[1].policy
+
+    seen = []
+
+    def interrupt_after_a_checkpoint(model, args, output):
+        seen.append(1)
+        if len(seen) == 26:  # in the middle of a later step
+            raise KeyboardInterrupt
+
+    tokenizer = character_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
+    handle = model.model.layers[0].register_forward_hook(interrupt_after_a_checkpoint)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_run(tmp_path / "cut", SHORT, model=model)
+    handle.remove()
+    assert list((tmp_path / "cut" / "agents").glob("checkpoint-*"))
+    resumed = tiny_run(tmp_path / "cut", SHORT, resume=True)[1].policy
+    assert same(whole, resumed)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
+    first = tiny_run(tmp_path / "a", SHORT)[1].policy
+    again = tiny_run(tmp_path / "b", SHORT)[1].policy
+    other = tiny_run(tmp_path / "c", TrainingConfig(**{**vars(SHORT), "seed": 1}))[1].policy
+    assert same(first, again)
+    assert not same(first, other)
+
+
+def test_alpha_prunes_and_a_target_is_reached(tmp_path):
+    def twin():
+        return StaticPolicy.all_kept([s.geometry for s in find_sites(tiny_model("llama"))])
+
+    base = {**vars(SHORT), "max_steps": 60, "learning_rate": 0.15, "noise": (0.5, 0.0), "save_steps": 1000}
+    free = tiny_run(tmp_path / "free", TrainingConfig(**{**base, "alpha": (0.0, 0.0)}), policy=twin())[1].history
+    pressed = tiny_run(tmp_path / "pressed", TrainingConfig(**{**base, "alpha": (5.0, 5.0)}), policy=twin())[1].history
+    steered = tiny_run(tmp_path / "steered", TrainingConfig(**{**base, "keep_ratio": 0.5}), policy=twin())[1].history
+    last = [[row["keep_ratio"] for row in h if "keep_ratio" in row][-1] for h in (free, pressed, steered)]
+    assert last[1] < 0.3 < last[0]
+    assert last[2] == pytest.approx(0.5, abs=0.12)
+
+
+@pytest.mark.parametrize("lora", ["first", "joint"])
+def test_lora_trains_adapters_and_leaves_the_base(tmp_path, lora):
+    config = TrainingConfig(**{**vars(SHORT), "lora": lora, "lora_steps": 3, "lora_rank": 2})
+    model, result = tiny_run(tmp_path, config)
+    adapters = {n: p for n, p in result.model.named_parameters() if "lora_B" in n}
+    assert adapters and all(p.abs().sum() > 0 for p in adapters.values())
+    reference = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
+    base = result.model.unload().state_dict()
+    assert all(x.equal(base[name]) for name, x in reference.state_dict().items())
+
+
+def test_distillation_and_whole_passes_run(tmp_path):
+    for name, change in {"distilled": {"distill": 1.0}, "checkpointed": {"gradient_checkpointing": True}}.items():
+        result = tiny_run(tmp_path / name, TrainingConfig(**{**vars(SHORT), "max_steps": 2, **change}))[1]
+        assert result.history
+
+
+def test_early_stopping_keeps_the_best(tmp_path):
+    config = TrainingConfig(
+        **{**vars(SHORT), "max_steps": 40, "eval_steps": 2, "patience": 1, "alpha": (0.0, 0.0), "learning_rate": 1e-9}
+    )
+    result = tiny_run(tmp_path, config)[1]
+    evaluations = [row for row in result.history if "eval_loss" in row]
+    assert 2 <= len(evaluations) < 20
+
+
+def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path):
+    model = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    with pytest.raises(MicrogliaError, match=r"loss became nan at step 0; lower the learning rate"):
+        tiny_run(tmp_path, SHORT, model=model)
+
+
+def test_runs_are_not_mixed_up(tmp_path):
+    with pytest.raises(ConfigError, match="no run to resume"):
+        tiny_run(tmp_path / "none", SHORT, resume=True)
+    tiny_run(tmp_path / "done", SHORT)
+    with pytest.raises(ConfigError, match="already holds checkpoints"):
+        tiny_run(tmp_path / "done", SHORT)
+    with pytest.raises(ConfigError, match="seed was 0 and is now 3"):
+        tiny_run(tmp_path / "done", TrainingConfig(**{**vars(SHORT), "seed": 3}), resume=True)
+    assert json.loads((tmp_path / "done" / "training_config.json").read_text())["batch_size"] == 4
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    tiny_run(tmp_path, SHORT)
+    last = max((tmp_path / "agents").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    path = last / "trained.safetensors"
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        tiny_run(tmp_path, SHORT, resume=True)
