@@ -55,8 +55,8 @@ def gated(
 ) -> Iterator[None]:
     """Multiply every head's output by its keep, at the input of the output projection.
 
-    `keep` (B, H) or (1, H) per site. `where` (B, T) limits the gates to these positions. `fill` (B, H, D) per site stands
-    in for what a pruned head would have written; zero when None. `cache` is not needed and not touched.
+    `keep` (B, H) or (1, H) per site. `where` (B, T) limits the gates to these positions. `fill` (B, H, D) per site
+    stands in for what a pruned head would have written; zero when None. `cache` is not needed and not touched.
     """
     with ExitStack() as stack:
         for site, k in zip(sites, keep, strict=True):
@@ -70,8 +70,8 @@ def _gate_hook(site: Site, keep: Tensor, where: Tensor | None, fill: Tensor | No
         heads = site.geometry.split(inputs[0])  # (B, T, H, D)
         if len(keep) not in (1, len(heads)):
             raise MicrogliaError(
-                f"{site.name} got a batch of {len(heads)} rows but decisions for {len(keep)}; continue the batch that was read, "
-                "or read the new prompts first"
+                f"{site.name} got a batch of {len(heads)} rows but decisions for {len(keep)}; continue the batch "
+                "that was read, or read the new prompts first"
             )
         gate = keep[:, None, :, None].to(heads)
         if where is not None:
@@ -152,7 +152,9 @@ class _Reader:
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             if not self.trace.keep:
-                raise MicrogliaError("the cache holds tokens that were read before attaching; start from the whole prompt")
+                raise MicrogliaError(
+                    "the cache holds tokens that were read before attaching; start from the whole prompt"
+                )
             return
         self.forget()
         tokens = _tokens(args, kwargs) if self.tokens is None else self.tokens
@@ -221,8 +223,8 @@ def _exclusive(lm: nn.Module) -> Iterator[None]:
         lock = _LOCKS.setdefault(lm, threading.Lock())
     if not lock.acquire(blocking=False):
         raise MicrogliaError(
-            f"this {type(lm).__name__} is already attached, here or in another thread; leave that context first or use a second "
-            "copy of the model"
+            f"this {type(lm).__name__} is already attached, here or in another thread; leave that context first or "
+            "use a second copy of the model"
         )
     try:
         yield

@@ -19,10 +19,11 @@ def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
 
     `index` (k,) for the same heads in every row; (B, k) for each row's own, in which case later updates are cut too.
     """
-    entry = kv.layers[layer]
+    entry: Any = kv.layers[layer]
     if not hasattr(entry, "keys"):
         raise MicrogliaError(
-            f"the cache's layer {layer} is a {type(entry).__name__}, which holds no keys and values; use a dynamic or static cache"
+            f"the cache's layer {layer} is a {type(entry).__name__}, which holds no keys and values; "
+            "use a dynamic or static cache"
         )
     if index.dim() == 1:
         if entry.keys is not None and entry.keys.numel():
@@ -30,7 +31,7 @@ def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
         return
     if entry.keys is not None and entry.keys.numel():
         entry.keys, entry.values = take_rows(entry.keys, index), take_rows(entry.values, index)
-    kind = _with_row_heads(type(entry))
+    kind: Any = _with_row_heads(type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
     own = kind.__new__(kind)
     own.__dict__.update(entry.__dict__, index=index)
     kv.layers[layer] = own
@@ -59,5 +60,6 @@ def _with_row_heads(layer: type) -> type:
 
 def kv_bytes(kv: Cache) -> int:
     """Bytes of keys and values that a cache holds now."""
-    tensors = [t for layer in kv.layers for t in (layer.keys, layer.values) if t is not None]
+    layers: list[Any] = kv.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

@@ -127,12 +127,15 @@ def sliced(projection: nn.Module, cut: Cut, name: str = "the projection", block:
 
 
 def _take(x: Tensor, dim: int, index: Tensor, block: int) -> Tensor:
-    """`x.index_select(dim, index)`, a run at a time: columns of a bfloat16 matrix in a sixth of the time, rows in half."""
+    """`x.index_select(dim, index)`, a run at a time.
+
+    Columns of a bfloat16 matrix in a sixth of the time, rows in half.
+    """
     return x.unflatten(dim, (-1, block)).index_select(dim, index[::block] // block).flatten(dim, dim + 1)
 
 
 def _check_plain_weight(inner: nn.Module, name: str) -> None:
-    weight = getattr(inner, "weight", None)
+    weight: Any = getattr(inner, "weight", None)
     # torchao's are tensors of their own class, bitsandbytes' packed integers: rows and columns cannot be gathered.
     if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
         kind = type(inner).__name__ if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
@@ -170,14 +173,16 @@ def _lora_delta(projection: Any, cut: Cut, name: str) -> Tensor:
     return total if isinstance(total, Tensor) else torch.zeros(())
 
 
-# --- every row its own decision: dense projections, a cache of own heads ------------------------------------------------
+# --- every row its own decision: dense projections, a cache of own heads ----------------------------------------------
 
 
 def _per_row(stack: ExitStack, site: Site, keep: Tensor, cache: Cache | None) -> None:
     groups, heads, asked = row_rectangle(keep, site.geometry)
     stack.enter_context(replaced_attention(site, _row_attention(site, groups, heads, asked)))
     if cache is None:
-        raise MicrogliaError("rows that decide for themselves live in the key/value cache; generate with use_cache=True")
+        raise MicrogliaError(
+            "rows that decide for themselves live in the key/value cache; generate with use_cache=True"
+        )
     keep_kv_heads(cache, site.layer, groups)
 
 
@@ -207,7 +212,8 @@ def _row_attention(site: Site, groups: Tensor, heads: Tensor, asked: Tensor) -> 
         """q (B, H, T, D) of all heads, k and v (B, g, Tk, D) of the rows' own → (B, T, H, D), zero where pruned."""
         if len(query) != len(heads):
             raise MicrogliaError(
-                f"{site.name} got a batch of {len(query)} rows but decisions for {len(heads)}; continue the batch that was read"
+                f"{site.name} got a batch of {len(query)} rows but decisions for {len(heads)}; "
+                "continue the batch that was read"
             )
         output, _ = stock(kept, take_rows(query, heads), key, value, mask, **kwargs)  # (B, T, k, D)
         output = output * asked[:, None, :, None].to(output.dtype)

@@ -4,12 +4,13 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.evaluation.run import Evaluation, evaluate, paired
 from microglia.evaluation.significance import spearman_ci
@@ -109,19 +110,33 @@ def demo(
             progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
         )
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
+    tell("measuring time and memory")
+    plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
+    subject = text_subject(agents, lambda _: gate, tokenizer, [prompt + "\n" for prompt in prompts], look=look)
+    measured = benchmark(model, subject, plan, {"model": REASONER, "seed": seed})
     parameters = sum(p.numel() for p in agents.parameters())
     summary = summarise(runs) | {
+        "latency": [asdict(row) for row in measured.rows],
         "agent_parameters": parameters,
         "agent_share": parameters / sum(p.numel() for p in model.parameters()),
         "seconds": time.monotonic() - started,
         "problems": problems,
         "seed": seed,
+        "circumstances": measured.circumstances,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n")
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
     config = MicrogliaConfig.describing(
-        model, agents, base_model=REASONER, gate=gate, look=look, fill="zero", scope="answer", template=task.template, training={}
+        model,
+        agents,
+        base_model=REASONER,
+        gate=gate,
+        look=look,
+        fill="zero",
+        scope="answer",
+        template=task.template,
+        training={},
     )
     Checkpoint(agents, config, logits(agents)).save_pretrained(folder / "checkpoint")
     return summary
@@ -132,7 +147,6 @@ def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
     dense, pruned, static = runs["dense"], runs["pruned"], runs["static"]
     random = [run for name, run in runs.items() if name.startswith("random")]
     adaptivity = paired(static, pruned)
-    follows = spearman_ci([a.difficulty for a in pruned.answers], [1 - a.keep_ratio for a in pruned.answers])
     return {
         "dense": dense.summary(),
         "pruned": pruned.summary() | paired(dense, pruned),
@@ -143,5 +157,14 @@ def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
             "masks": [run.summary() for run in random],
         },
         "adaptivity": {"gain": adaptivity["diff"], "ci95": adaptivity["diff_ci95"], "p_value": adaptivity["p_value"]},
-        "sparsity_follows_difficulty": {"rank_correlation": follows.rho, "ci95": list(follows.ci95)},
+        "sparsity_follows_difficulty": follows_difficulty(pruned),
     }
+
+
+def follows_difficulty(pruned: Evaluation) -> dict[str, Any]:
+    """Rank correlation of a problem's steps and its sparsity; None where every problem lost the same heads."""
+    sparsity = [1 - answer.keep_ratio for answer in pruned.answers]
+    if len(set(sparsity)) < 2:
+        return {"rank_correlation": None, "ci95": None}
+    found = spearman_ci([answer.difficulty for answer in pruned.answers], sparsity)
+    return {"rank_correlation": found.rho, "ci95": list(found.ci95)}

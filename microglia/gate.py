@@ -18,8 +18,8 @@ class Gate:
     """How logits (B, H) of one site become keep (B, H).
 
     mode: `hard` is {0, 1}. `straight-through` is hard in the forward pass and has the sigmoid's gradient (Bengio et al.
-        2013; with logistic noise, the binary Concrete of Maddison et al. 2017). `soft` is the sigmoid, as in the original
-        recipe.
+        2013; with logistic noise, the binary Concrete of Maddison et al. 2017). `soft` is the sigmoid, as in the
+        original recipe.
     temperature: of the sigmoid, `keep = sigmoid(logits / temperature)`; hard decisions do not depend on it.
     threshold: a head is asked for when its logit exceeds it. 0 is keep > 0.5; the dial for a keep ratio moves it.
     bucket: counts per site are rounded up to multiples of it; None means an eighth of the heads.
@@ -123,4 +123,6 @@ def threshold_for(
             low = middle
         else:
             high = middle
-    return low
+    below = values[values < low - 1e-6]
+    # Halfway to the next lower logit: on the edge, rounding in another batch could cost the last head.
+    return (low + float(below.max())) / 2 if len(below) else low - 1

@@ -16,6 +16,7 @@ from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.sites import causal_lm
+from microglia.tasks.prompts import uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
 
@@ -45,6 +46,7 @@ def generate(
     gate: Gate | None = None,
     look: Look | None = None,
     fill: str = "zero",
+    scope: str = "answer",
     path: str = "compact",
     max_new_tokens: int = 256,
     **options: Any,
@@ -59,14 +61,20 @@ def generate(
         raise ConfigError(f"path={path!r} is unknown; choose {' or '.join(PATHS)}")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if policy is not None and options.get(name):
-            raise ConfigError(f"{name} reads the prompt in parts or with guesses, so nothing could be decided on it; leave it out")
+            raise ConfigError(
+                f"{name} reads the prompt in parts or with guesses, so nothing could be decided on it; leave it out"
+            )
     if policy is not None and options.get("use_cache") is False:
-        raise ConfigError("use_cache=False reads the prompt again for every token, so nothing is ever pruned; leave it out")
+        raise ConfigError(
+            "use_cache=False reads the prompt again for every token, so nothing is ever pruned; leave it out"
+        )
     lm: Any = causal_lm(model)
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
     context = (
-        attached(lm, policy, gate=gate, look=look, fill=fill, pruning=PATHS[path]) if policy is not None else nullcontext()
+        attached(lm, policy, gate=gate, look=look, fill=fill, scope=scope, pruning=PATHS[path])
+        if policy is not None
+        else nullcontext()
     )
     with context as trace:
         output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
@@ -83,14 +91,16 @@ def encode_prompts(
     if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
         raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
     tokenizer.padding_side = "left"
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    special = not uses_chat_template(tokenizer)  # a chat template writes its own
+    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special)
     longest, room = batch["input_ids"].shape[1], getattr(lm.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise DataError(
-            f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's context is {room}; "
-            "shorten the prompt or lower max_new_tokens"
+            f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's "
+            f"context is {room}; shorten the prompt or lower max_new_tokens"
         )
-    device = lm.device if lm.device.type != "meta" else "cpu"  # weights that accelerate holds elsewhere; it moves the ids
+    # Weights that accelerate holds elsewhere are on meta; it moves the ids itself.
+    device = lm.device if lm.device.type != "meta" else "cpu"
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 

@@ -20,8 +20,8 @@ class HeadGeometry:
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
             raise ValueError(
-                f"{self.heads} heads in {self.kv_heads} groups of head size {self.head_dim} make no geometry; all three "
-                "must be at least 1 and the heads a multiple of the groups"
+                f"{self.heads} heads in {self.kv_heads} groups of head size {self.head_dim} make no geometry; all "
+                "three must be at least 1 and the heads a multiple of the groups"
             )
 
     @property

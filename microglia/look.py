@@ -19,8 +19,8 @@ NORMS = ("head", "hidden")
 class Look:
     """What to look at.
 
-    norm: `head` is the norm of the head's own output. `hidden` is the original project's: norms of H equal slices of the
-        attention layer's output in the residual stream, which are not heads; for comparison only.
+    norm: `head` is the norm of the head's own output. `hidden` is the original project's: norms of H equal slices of
+        the attention layer's output in the residual stream, which are not heads; for comparison only.
     window: entropy over the last so many prompt queries, None for all.
     """
 
@@ -71,7 +71,9 @@ def watched(
 def _with_entropy(site: Site, entry: Seen, tokens: Tensor, look: Look) -> Callable[..., Any]:
     stock = stock_attention(site.attention)
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         scale = kwargs.get("scaling")
         with torch.no_grad():
             entry.signals["entropy"] = attention_entropy(
@@ -117,8 +119,8 @@ def _hidden_norm_hook(site: Site, entry: Seen, tokens: Tensor) -> Callable[..., 
     def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
         if output.shape[-1] % site.geometry.heads:
             raise ConfigError(
-                f"norm='hidden' slices the {output.shape[-1]} hidden values into {site.geometry.heads} equal pieces, which is not "
-                "possible here; use norm='head'"
+                f"norm='hidden' slices the {output.shape[-1]} hidden values into {site.geometry.heads} equal "
+                "pieces, which is not possible here; use norm='head'"
             )
         with torch.no_grad():
             entry.signals["norm"] = mean_norm(output.unflatten(-1, (site.geometry.heads, -1)), tokens)

@@ -49,15 +49,20 @@ def load_model(
 def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
-        raise MicrogliaError(f"{source} holds no config.json; give a folder written by save_pretrained, a hub id or {REASONER!r}")
+        raise MicrogliaError(
+            f"{source} holds no config.json; give a folder written by save_pretrained, a hub id or {REASONER!r}"
+        )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise MicrogliaError(
-            f"no model could be found at {source!r} ({_first_line(error)}); give a hub id, a local folder or {REASONER!r}"
+            f"no model could be found at {source!r} ({_first_line(error)}); "
+            f"give a hub id, a local folder or {REASONER!r}"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{source} is an encoder-decoder model ({config.model_type}); microglia prunes decoder-only models")
+        raise UnsupportedModelError(
+            f"{source} is an encoder-decoder model ({config.model_type}); microglia prunes decoder-only models"
+        )
     try:
         # use_safetensors: no pickle is ever loaded
         return AutoModelForCausalLM.from_pretrained(
@@ -65,7 +70,8 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # truncated and corrupt files raise safetensors', hub's and torch's own kinds
         raise MicrogliaError(
-            f"the weights at {source!r} could not be loaded ({_first_line(error)}); download or save them again as safetensors"
+            f"the weights at {source!r} could not be loaded ({_first_line(error)}); "
+            "download or save them again as safetensors"
         ) from error
 
 
@@ -75,7 +81,9 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise MicrogliaError(f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer=") from error
+        raise MicrogliaError(
+            f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer="
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

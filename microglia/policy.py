@@ -1,4 +1,7 @@
-"""A policy turns the features of a prompt into one logit per head; above 0 means keep. Agents and static masks alike."""
+"""A policy turns the features of a prompt into one logit per head; above 0 means keep.
+
+Agents and static masks alike.
+"""
 
 from collections.abc import Sequence
 
@@ -50,7 +53,7 @@ class AgentPolicy(Policy):
     def start_from(self, logits: Sequence[Tensor]) -> None:
         """Start every agent at these logits (H,) per site: the MLP then learns only what the input adds."""
         for agent, values in zip(self.agents, logits, strict=True):
-            agent.network[-1].bias.copy_(values)  # type: ignore[union-attr, index, operator]
+            agent.network[-1].bias.copy_(values)  # type: ignore[union-attr, index]
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
         mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")

@@ -31,14 +31,16 @@ def demo() -> str:
     made = record["circumstances"]
     return "\n".join(
         [
-            f"`make demo`, {record['problems']} held-out problems of 1 to 8 steps, the embedded reasoner, {made['device']}:",
+            f"`make demo`, {record['problems']} held-out problems of 1 to 8 steps, the embedded reasoner, "
+            f"{made['device']}:",
             "",
             *rows,
             "",
-            f"Agents against their static twin (same loss, same steps, no input) at the same sparsity: {100 * gain:+.1f} points, paired 95 % "
-            f"interval {100 * low:+.1f} to {100 * high:+.1f}. Heads pruned by number of steps: {by_steps} (rank correlation "
-            f"{follows['rank_correlation']:+.2f}, interval {follows['ci95'][0]:+.2f} to {follows['ci95'][1]:+.2f}). The agents have "
-            f"{record['agent_parameters']:,} parameters, {record['agent_share']:.2%} of the model.",
+            f"Agents against their static twin (same loss, same steps, no input) at the same sparsity: "
+            f"{100 * gain:+.1f} points, paired 95 % interval {100 * low:+.1f} to {100 * high:+.1f}. "
+            f"Heads pruned by number of steps: {by_steps} (rank correlation {follows['rank_correlation']:+.2f}, "
+            f"interval {follows['ci95'][0]:+.2f} to {follows['ci95'][1]:+.2f}). "
+            f"The agents have {record['agent_parameters']:,} parameters, {record['agent_share']:.2%} of the model.",
         ]
     )
 

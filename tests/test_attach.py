@@ -12,7 +12,7 @@ from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import StaticPolicy
 from microglia.sites import find_sites
-from tests.tiny import BACKENDS, positions, random_policy, step_logits, tiny_model, tiny_prompts, wild_policy
+from tests.tiny import BACKENDS, positions, step_logits, tiny_model, tiny_prompts, uneven_policy, wild_policy
 
 IDS, MASK = tiny_prompts(14, 9, 3)
 ANSWER = tiny_prompts(5, 5, 5, seed=2)[0]
@@ -34,7 +34,7 @@ def test_the_prompt_is_dense_and_the_answer_is_gated_at_the_output_projection(fa
     """The truth by hand: zeros written into the output projection's input in every pass but the first."""
     model, keeps = tiny_model(family), []
     sites = find_sites(model)
-    with attached(model, random_policy(model), gate=ONE) as trace:
+    with attached(model, uneven_policy(model), gate=ONE) as trace:
         ours = step_logits(model, IDS, MASK, ANSWER)
         keeps = trace.keep
     dense = step_logits(model, IDS, MASK, ANSWER)
@@ -70,7 +70,7 @@ def test_mean_fill_stands_in_for_pruned_heads():
     model = tiny_model("llama")
     site, prompt, answer = find_sites(model)[0], [], []
     handle = site.output.register_forward_pre_hook(lambda _, inputs: prompt.append(site.geometry.split(inputs[0])))
-    with torch.no_grad(), attached(model, random_policy(model), gate=ONE, fill="mean") as trace:
+    with torch.no_grad(), attached(model, uneven_policy(model), gate=ONE, fill="mean") as trace:
         cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         handle.remove()
         site.output.register_forward_pre_hook(lambda _, inputs: answer.append(site.geometry.split(inputs[0])))
@@ -164,7 +164,7 @@ def test_gradients_of_the_gates_reach_every_agent():
 
 def test_a_second_attachment_is_refused_here_and_in_another_thread():
     model, other = tiny_model("llama"), tiny_model("llama")
-    policy, caught = random_policy(model), []
+    policy, caught = uneven_policy(model), []
 
     def attach():
         try:
@@ -194,14 +194,14 @@ def test_a_second_attachment_is_refused_here_and_in_another_thread():
 )
 def test_impossible_options_are_refused(options, sentence):
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=sentence), attached(model, random_policy(model), **options):
+    with pytest.raises(ConfigError, match=sentence), attached(model, uneven_policy(model), **options):
         pass
 
 
 def test_a_cache_from_elsewhere_a_wrong_batch_and_an_empty_prompt_are_refused():
     model = tiny_model("llama")
     cache = model(input_ids=IDS, use_cache=True).past_key_values
-    with attached(model, random_policy(model, 3)) as trace:
+    with attached(model, uneven_policy(model, 3)) as trace:
         with pytest.raises(MicrogliaError, match="no prompt was read yet"):
             _ = trace.keep_ratio
         with pytest.raises(MicrogliaError, match="read before attaching; start from the whole prompt"):

@@ -1,27 +1,23 @@
 """Checkpoints: what was saved is what is loaded, damage is named, and no crash loses the previous one."""
 
-import json
 import os
-import pickle
 import re
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save
 
-from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint, MicrogliaConfig, check_writable
-from microglia.checkpoint.files import checksum
+from microglia.checkpoint import CONFIG, Checkpoint, MicrogliaConfig, check_writable
 from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.look import Look
-from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.policy import Policy, StaticPolicy
 from microglia.sites import find_sites
 from microglia.training.lora import with_lora
 from tests.tiny import tiny_model
-from tests.tiny_folder import character_tokenizer, opinionated
+from tests.tiny_folder import character_tokenizer, checkpoint_for
 
 PROMPTS = ["Tom has 3 apples.", "Ann buys 12 pens and gives 5 of them away. How many are left?", "1 + 1 ="]
 AGENTS = "agents.safetensors"
@@ -30,11 +26,6 @@ AGENTS = "agents.safetensors"
 @pytest.fixture
 def model():
     return tiny_model("llama", vocab_size=99, max_position_embeddings=512)
-
-
-def checkpoint_for(model, *, seed=0, **options):
-    policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16), seed=seed)
-    return Checkpoint(policy, MicrogliaConfig.describing(model, policy, base_model="tiny", **options))
 
 
 @pytest.fixture
@@ -118,104 +109,6 @@ def test_the_adapter_travels_with_the_agents(model, tmp_path):
     assert not list((tmp_path / "a" / "adapter").iterdir())
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def edit(folder, **changes):
-    path = folder / CONFIG
-    row = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({name: value for name, value in row.items() if value != "gone"}))
-
-
-def swap_agents(folder, change):
-    """Other tensors with the right checksum: what a hand-made checkpoint looks like."""
-    tensors = load_file(folder / AGENTS)
-    change(tensors)
-    data = save(tensors)
-    (folder / AGENTS).write_bytes(data)
-    edit(folder, sha256={AGENTS: checksum(data)})
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def not_safetensors(folder):
-    (folder / AGENTS).write_bytes(b"no tensors")
-    edit(folder, sha256={AGENTS: checksum(b"no tensors")})
-
-
-def with_nan(tensors):
-    tensors["mean_0"][0] = torch.nan
-
-
-DAMAGES = {
-    "bit flipped": (lambda f: flip_a_bit(f / AGENTS), r"agents\.safetensors is damaged or belongs to another"),
-    "truncated": (lambda f: (f / AGENTS).write_bytes((f / AGENTS).read_bytes()[:99]), r"its 99 bytes have not the SHA"),
-    "no agents": (lambda f: (f / AGENTS).unlink(), r"lacks agents\.safetensors; copy the whole folder again"),
-    "agents a folder": (lambda f: ((f / AGENTS).unlink(), (f / AGENTS).mkdir()), r"cannot be read \(Is a directory\)"),
-    "no safetensors": (not_safetensors, r"agents\.safetensors is not safetensors"),
-    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("mean_1")), r"does not fit .*: mean_1 is missing"),
-    "key unknown": (lambda f: swap_agents(f, lambda t: t.update(x=torch.ones(1))), r"x is unknown"),
-    "wrong shape": (
-        lambda f: swap_agents(f, lambda t: t.update(std_0=torch.ones(3))),
-        r"std_0 has shape \(3,\), not \(16",
-    ),
-    "not a number": (lambda f: swap_agents(f, with_nan), r"mean_0 holds NaN"),
-    "half calibrated": (
-        lambda f: swap_agents(f, lambda t: t.update({"calibration.0": torch.ones(2, 8)})),
-        r"no calibra",
-    ),
-    "no config": (lambda f: (f / CONFIG).unlink(), r"holds no microglia_config\.json; give a folder"),
-    "config cut": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:100]), r"damaged or cut short"),
-    "config binary": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"damaged or cut short"),
-    "config a list": (lambda f: (f / CONFIG).write_text("[]"), r"has no format_version"),
-    "config NaN": (lambda f: edit(f, threshold=float("nan")), r"NaN is not JSON"),
-    "newer": (lambda f: edit(f, format_version=FORMAT_VERSION + 1), r"format version 2, .* up to 1; upgrade microglia"),
-    "no version": (lambda f: edit(f, format_version="gone"), r"has no format_version"),
-    "no checksum": (lambda f: edit(f, sha256="gone"), r"has no SHA-256"),
-    "checksum elsewhere": (lambda f: edit(f, sha256={"../x": "0"}), r"must have that of agents\.safetensors"),
-    "fields wrong": (
-        lambda f: edit(f, window="gone", bucket="x", fill=True, more=1),
-        r"lacks window and has the unknown more and has the wrong bucket='x', fill=True",
-    ),
-    "site wrong": (lambda f: edit(f, sites=[{}]), r"site 0 lacks head_dim, heads, kv_heads, layer, name"),
-    "geometry wrong": (
-        lambda f: edit(f, sites=[{"name": "a", "layer": 0, "heads": 3, "kv_heads": 2, "head_dim": 1}]),
-        r"3 heads in 2 groups of head size 1 make no geometry",
-    ),
-    "value wrong": (lambda f: edit(f, policy="oracle"), r"policy='oracle' is unknown; choose agents or static"),
-    "look wrong": (lambda f: edit(f, norm="x"), r"norm='x' is unknown; choose head or hidden"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_damage_ends_in_one_sentence(folder, kind):
-    damage, sentence = DAMAGES[kind]
-    damage(folder)
-    with pytest.raises(CheckpointError, match=sentence) as caught:
-        Checkpoint.from_pretrained(folder)
-    assert "\n" not in str(caught.value)
-
-
-class Bomb:
-    def __reduce__(self):
-        return (os.mkdir, ("exploded",))
-
-
-def test_a_pickle_is_never_loaded(folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("agents.bin", "agents.pt"):
-        (folder / name).write_bytes(pickle.dumps(Bomb()))
-    Checkpoint.from_pretrained(folder)  # beside good files they are ignored
-    (folder / AGENTS).unlink()
-    with pytest.raises(CheckpointError, match=r"agents\.bin, agents\.pt may hold pickles, .* never reads them"):
-        Checkpoint.from_pretrained(folder)
-    assert not (tmp_path / "exploded").exists()
-
-
 def test_a_model_that_does_not_fit_hears_every_difference_at_once(folder):
     other = tiny_model("qwen2", num_hidden_layers=3, num_attention_heads=12, hidden_size=96)
     with pytest.raises(CheckpointError) as caught:
@@ -274,7 +167,7 @@ def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
 
 def test_a_policy_of_nan_is_not_saved_over_a_good_one(model, folder):
     bad = checkpoint_for(model, seed=4)
-    with_nan(bad.policy.state_dict())
+    bad.policy.state_dict()["mean_0"][0] = torch.nan
     with pytest.raises(CheckpointError, match=r"mean_0 holds NaN .* train at a lower learning rate"):
         bad.save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"cannot be written as JSON"):

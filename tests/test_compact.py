@@ -10,7 +10,7 @@ from microglia.errors import MicrogliaError
 from microglia.gate import Gate
 from microglia.geometry import HeadGeometry
 from microglia.sites import find_sites
-from tests.tiny import BACKENDS, FAMILIES, Fixed, random_policy, step_logits, tiny_model, tiny_prompts
+from tests.tiny import BACKENDS, FAMILIES, Fixed, step_logits, tiny_model, tiny_prompts, uneven_policy
 
 IDS, MASK = tiny_prompts(14, 9, 3)
 ANSWER = tiny_prompts(7, 7, 7, seed=2)[0]
@@ -27,7 +27,7 @@ def pruned(model, policy, pruning, *, gate=ONE, fill="zero"):
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_masked_is_compacted_in_prefill_and_every_step(family, backend, rows, fill):
     model = tiny_model(family, backend=backend)
-    policy = random_policy(model, rows)
+    policy = uneven_policy(model, rows)
     dense = step_logits(model, IDS, MASK, ANSWER)
     masked, compact = pruned(model, policy, gated, fill=fill), pruned(model, policy, compacted, fill=fill)
     torch.testing.assert_close(compact, masked, atol=1e-5, rtol=0)
@@ -38,7 +38,7 @@ def test_masked_is_compacted_in_prefill_and_every_step(family, backend, rows, fi
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 def test_in_bfloat16_the_error_is_at_most_twice_the_frameworks_own(family, rows):
     exact, rough = tiny_model(family), tiny_model(family, dtype=torch.bfloat16)
-    policy = random_policy(exact, rows)
+    policy = uneven_policy(exact, rows)
 
     def error(ours, truth):
         return (ours.float() - truth).pow(2).mean().sqrt()
@@ -51,7 +51,7 @@ def test_in_bfloat16_the_error_is_at_most_twice_the_frameworks_own(family, rows)
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 def test_the_heads_are_gone(family, rows):
     model = tiny_model(family)
-    policy, shapes = random_policy(model, rows), {}
+    policy, shapes = uneven_policy(model, rows), {}
     with torch.no_grad():
         whole = kv_bytes(model(IDS, attention_mask=MASK, use_cache=True).past_key_values)
         with attached(model, policy, gate=ONE, pruning=compacted) as trace:
@@ -74,7 +74,7 @@ def test_the_attention_implementation_may_change_while_compacted(family, rows):
     logits = []
     for first, second in [("sdpa", "sdpa"), ("sdpa", "eager"), ("eager", "sdpa")]:
         model = tiny_model(family, backend=first)
-        with torch.no_grad(), attached(model, random_policy(model, rows), gate=ONE, pruning=compacted):
+        with torch.no_grad(), attached(model, uneven_policy(model, rows), gate=ONE, pruning=compacted):
             cache = model(IDS, attention_mask=MASK, use_cache=True).past_key_values
             model.set_attn_implementation(second)
             mask = torch.cat([MASK, MASK[:, -1:].expand(-1, 2)], dim=1)
@@ -101,7 +101,7 @@ def test_a_first_layer_with_a_single_head_is_enough(family):
 def test_padding_is_not_attended_after_compaction(family, backend, rows):
     """What stands at padded places changes nothing."""
     model = tiny_model(family, backend=backend)
-    policy, mask = random_policy(model, rows), MASK[:2]
+    policy, mask = uneven_policy(model, rows), MASK[:2]
     other = torch.where(mask.bool(), IDS[:2], 50)
     with attached(model, policy, gate=ONE, pruning=compacted):
         one = step_logits(model, IDS[:2], mask, ANSWER[:2])
@@ -112,7 +112,7 @@ def test_padding_is_not_attended_after_compaction(family, backend, rows):
 def test_a_batch_never_changes_the_answer_of_a_row(family):
     """A row that asks for fewer heads than its neighbours is filled up with heads that stay gated off."""
     model = tiny_model(family)
-    policy = random_policy(model, 3)
+    policy = uneven_policy(model, 3)
     policy.logits[0][0, 2:] = 1  # a neighbour that asks for much
     together = pruned(model, policy, compacted)
     for row in range(3):
@@ -138,7 +138,7 @@ def test_soft_keeps_are_refused():
     with pytest.raises(
         MicrogliaError, match=r"got soft keeps; compaction needs keeps of 0 or 1, use Gate\(mode='hard'\)"
     ):
-        pruned(model, random_policy(model), compacted, gate=Gate(mode="soft"))
+        pruned(model, uneven_policy(model), compacted, gate=Gate(mode="soft"))
 
 
 def test_uneven_groups_are_refused():
@@ -151,7 +151,7 @@ def test_uneven_groups_are_refused():
 def test_rows_of_their_own_need_a_cache():
     model = tiny_model("llama")
     with (
-        attached(model, random_policy(model, 3), gate=ONE, pruning=compacted),
+        attached(model, uneven_policy(model, 3), gate=ONE, pruning=compacted),
         pytest.raises(MicrogliaError, match="rows that decide for themselves live in the key/value cache"),
     ):
         model(IDS, use_cache=False)

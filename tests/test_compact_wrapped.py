@@ -11,7 +11,7 @@ from microglia.compact import compacted
 from microglia.errors import MicrogliaError
 from microglia.gate import Gate
 from microglia.sites import FAMILIES, Fused, find_sites
-from tests.tiny import random_policy, step_logits, tiny_model, tiny_prompts
+from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven_policy
 
 IDS, MASK = tiny_prompts(9, 4, 6)
 ANSWER = tiny_prompts(4, 4, 4, seed=2)[0]
@@ -20,7 +20,7 @@ KINDS = pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 
 
 def pruned(model, pruning, rows, **options):
-    with attached(model, random_policy(model, rows), gate=ONE, pruning=pruning, **options):
+    with attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning, **options):
         return step_logits(model, IDS, MASK, ANSWER)
 
 

@@ -34,7 +34,11 @@ def test_the_summary_is_what_the_interface_promises(ran):
 
 def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
     answers = json.loads((ran[0] / "answers.json").read_text())
-    assert [a["id"] for a in answers["dense"]] == [a["id"] for a in answers["pruned"]] == [a["id"] for a in answers["static"]]
+    assert (
+        [a["id"] for a in answers["dense"]]
+        == [a["id"] for a in answers["pruned"]]
+        == [a["id"] for a in answers["static"]]
+    )
     assert {a["keep_ratio"] for a in answers["dense"]} == {1.0}
     assert len({a["difficulty"] for a in answers["dense"]}) == 8
 

@@ -9,7 +9,7 @@ from microglia.compact import compacted
 from microglia.errors import ConfigError, DataError
 from microglia.gate import Gate
 from microglia.generation import encode_prompts, generate
-from tests.tiny import BACKENDS, random_policy, tiny_model, tiny_tokenizer, wild_policy
+from tests.tiny import BACKENDS, tiny_model, tiny_tokenizer, uneven_policy, wild_policy
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
 ONE = Gate(bucket=1)
@@ -38,15 +38,16 @@ def test_greedy_compact_is_greedy_masked(family, backend):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_both_fills_and_both_kinds_of_decision(family, fill, rows):
     model = tiny_model(family)
-    masked, compact = both(model, random_policy(model, rows), fill=fill)
+    masked, compact = both(model, uneven_policy(model, rows), fill=fill)
     assert compact.equal(masked)
     assert not masked.equal(generate(model, tiny_tokenizer(), PROMPTS, **LENGTH).tokens)
 
 
+@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "gpt2"])
-def test_sampling_with_the_same_seed(family):
+def test_sampling_with_the_same_seed(family, make):
     model = tiny_model(family)
-    policy, tokens = wild_policy(model), []
+    policy, tokens = make(model), []
     for path in ("masked", "compact"):
         torch.manual_seed(0)
         tokens.append(
@@ -56,10 +57,11 @@ def test_sampling_with_the_same_seed(family):
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
+@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
-def test_beams_share_the_decision_of_their_prompt(family, fill):
+def test_beams_share_the_decision_of_their_prompt(family, make, fill):
     model = tiny_model(family)
-    policy = wild_policy(model)
+    policy = make(model)
     masked, compact = both(model, policy, num_beams=3, fill=fill)
     assert compact.equal(masked)
     keep = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, num_beams=3, **LENGTH).keep
@@ -130,7 +132,7 @@ def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_says():
 def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
     model = tiny_model("llama")
     with pytest.raises(DataError, match=sentence):
-        generate(model, tiny_tokenizer(), prompts, random_policy(model), max_new_tokens=10)
+        generate(model, tiny_tokenizer(), prompts, uneven_policy(model), max_new_tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +148,7 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
 def test_options_that_leave_nothing_to_decide_on_are_refused(options, sentence):
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match=sentence):
-        generate(model, tiny_tokenizer(), PROMPTS, random_policy(model), **options)
+        generate(model, tiny_tokenizer(), PROMPTS, uneven_policy(model), **options)
 
 
 @pytest.mark.parametrize("where", ["streamer", "logits_processor"])
@@ -166,9 +168,10 @@ def test_an_interrupted_generation_restores_the_model(where, error, rows, snapsh
         put = staticmethod(interrupt)
 
     options = {"streamer": Streamer()} if where == "streamer" else {"logits_processor": [interrupt]}
-    with pytest.raises(error, match="enough"):
-        generate(model, tiny_tokenizer(), PROMPTS, random_policy(model, rows), gate=ONE, **LENGTH, **options)
+    with pytest.raises(error, match="enough") as caught:
+        generate(model, tiny_tokenizer(), PROMPTS, uneven_policy(model, rows), gate=ONE, **LENGTH, **options)
+    assert caught.tb is not None  # held on purpose: what restores the model must not be the garbage collector
     assert len(calls) == 3
     assert snapshot(model) == before
-    with attached(model, random_policy(model, rows), pruning=compacted):
+    with attached(model, uneven_policy(model, rows), pruning=compacted):
         pass  # the lock is free again

@@ -7,7 +7,7 @@ from microglia.attach import attached, gated
 from microglia.compact import compacted
 from microglia.gate import Gate
 from microglia.look import Look
-from tests.tiny import random_policy, step_logits, tiny_model, tiny_prompts
+from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven_policy
 
 IDS, MASK = tiny_prompts(9, 4, 6)
 ONE = Gate(bucket=1)
@@ -19,7 +19,7 @@ ONE = Gate(bucket=1)
 def test_leaving_restores_everything(family, pruning, rows, fill, snapshot):
     model = tiny_model(family)
     before = snapshot(model)
-    with attached(model, random_policy(model, rows), gate=ONE, pruning=pruning, fill=fill):
+    with attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning, fill=fill):
         step_logits(model, IDS, MASK, IDS[:, -2:])
         inside = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
         assert sum(inside) > 0
@@ -38,7 +38,7 @@ def test_errors_restore_everything(error, where, rows, snapshot):
         raise error
 
     def use():
-        with attached(model, random_policy(model, rows), gate=ONE, pruning=compacted):
+        with attached(model, uneven_policy(model, rows), gate=ONE, pruning=compacted):
             if where == "before":
                 fail()
             model(IDS, attention_mask=MASK, use_cache=True)
@@ -48,8 +48,9 @@ def test_errors_restore_everything(error, where, rows, snapshot):
             fail()
 
     handle = model.model.layers[0].mlp.register_forward_hook(fail) if where == "mlp" else None
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         use()
+    assert caught.tb is not None  # held on purpose: what restores the model must not be the garbage collector
     if handle is not None:
         handle.remove()
     assert snapshot(model) == before
@@ -61,7 +62,7 @@ def test_a_pruning_that_fails_half_way_is_undone(snapshot):
     before = snapshot(model)
     with (
         pytest.raises(Exception, match="use_cache=True"),
-        attached(model, random_policy(model, 3), gate=ONE, pruning=compacted),
+        attached(model, uneven_policy(model, 3), gate=ONE, pruning=compacted),
     ):
         model(IDS, use_cache=False)
     assert snapshot(model) == before
@@ -71,7 +72,7 @@ def test_a_model_in_training_mode_with_gradients_keeps_both(snapshot):
     model = tiny_model("qwen2").train()
     model.model.embed_tokens.requires_grad_(False)
     before = snapshot(model)
-    with attached(model, random_policy(model), gate=ONE, pruning=compacted, look=Look(norm="hidden")):
+    with attached(model, uneven_policy(model), gate=ONE, pruning=compacted, look=Look(norm="hidden")):
         step_logits(model, IDS, MASK, IDS[:, -2:])
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()].count(False) == 1

@@ -110,13 +110,17 @@ class Fixed(Policy):
         return self.logits[index].expand(len(features), -1)
 
 
-def random_policy(model, rows=1, *, seed=3):
-    """Fixed random logits that prune at every site: one row for all prompts, or as many rows as prompts."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = [torch.randn(rows, site.geometry.heads, generator=generator) - 0.6 for site in find_sites(model)]
-    for x in logits:
-        x[:, :2] = -1  # the first group, or two of them
-    return Fixed(logits)
+def uneven_policy(model, rows=1):
+    """Fixed logits: one row for all prompts, or as many rows as prompts, each with other heads.
+
+    In groups of two, the first row keeps one head of three groups in the first site, both of two groups in the second.
+    """
+    asked = torch.full((2, rows, 8), -1.0)
+    for row in range(rows):
+        for site, heads in enumerate(([3, 4, 7], [2, 3, 6, 7])):
+            asked[site, row, [(head + row) % 8 for head in heads]] = 1
+    magnitude = torch.rand(asked.shape, generator=torch.Generator().manual_seed(3)) + 0.1
+    return Fixed(list(asked * magnitude))
 
 
 def wild_policy(model, *, seed=0, features="both"):

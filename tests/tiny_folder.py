@@ -1,4 +1,4 @@
-"""A tiny random Llama with a tokenizer of characters, saved as a folder, for what needs texts and files."""
+"""A tiny random Llama with a tokenizer of characters, and checkpoints for it, for what needs texts and files."""
 
 import string
 from pathlib import Path
@@ -8,7 +8,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from microglia.checkpoint import Checkpoint, MicrogliaConfig
 from microglia.policy import AgentPolicy
+from microglia.sites import find_sites
 from tests.tiny import tiny_model
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
@@ -42,3 +44,9 @@ def opinionated(policy: AgentPolicy, *, seed: int = 0) -> AgentPolicy:
         last.weight.copy_(torch.randn(last.weight.shape, generator=generator))
         last.bias.copy_(torch.randn(last.bias.shape, generator=generator) / 2)
     return policy
+
+
+def checkpoint_for(model: nn.Module, *, seed: int = 0, **options) -> Checkpoint:
+    """An unsaved checkpoint of opinionated agents; `options` describe it."""
+    policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16), seed=seed)
+    return Checkpoint(policy, MicrogliaConfig.describing(model, policy, base_model="tiny", **options))

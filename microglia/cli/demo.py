@@ -10,6 +10,13 @@ from rich.text import Text
 from microglia.cli import options as o
 from microglia.cli.verb import Interrupted, Outcome, progress, tell, verb
 
+ROWS = {
+    "dense": "dense",
+    "masked": "masked only",
+    "compact": "compact",
+    "compact_total": "compact, with deciding and slicing",
+}
+
 
 @verb
 def demo(
@@ -33,7 +40,7 @@ def demo(
         raise Interrupted(
             f"interrupted; what was trained so far is in {output_dir}, run the demo again to start anew"
         ) from None
-    return Outcome(summary, (comparison(summary), picture(summary), verdict(summary)))
+    return Outcome(summary, (comparison(summary), picture(summary), cost(summary), verdict(summary)))
 
 
 def comparison(summary: dict[str, Any]) -> Table:
@@ -58,6 +65,26 @@ def comparison(summary: dict[str, Any]) -> Table:
     return table
 
 
+def cost(summary: dict[str, Any]) -> Table:
+    """What a decode step of one prompt costs, with the best that its kept heads allow."""
+    dense, *_ = rows = summary["latency"]
+    title = f"One prompt of {dense['context']} tokens, {dense['new_tokens']} new ones"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "ms per token", "speed-up", "95 % interval", "ceiling", "heads", "KV cache"):
+        table.add_column(name, justify="left" if not name else "right")
+    for row in rows:
+        low, high = row["ratio_ci95"]
+        ratio = () if row is dense else (f"{row['ratio_to_dense']:.2f}×", f"{low:.2f} to {high:.2f}", f"{row['ceiling']:.2f}×")
+        table.add_row(
+            ROWS[row["variant"]],
+            f"{row['ms_per_token']:.2f}",
+            *(ratio or ("", "", "")),
+            f"{row['keep_ratio']:.0%}",
+            f"{row['kv_bytes'] / 1024:,.0f} KiB",
+        )
+    return table
+
+
 def picture(summary: dict[str, Any]) -> Text:
     """A bar per difficulty: the share of heads that problems with so many steps lose."""
     pruned = summary["pruned"]
@@ -71,14 +98,18 @@ def picture(summary: dict[str, Any]) -> Text:
 def verdict(summary: dict[str, Any]) -> Text:
     """What was found, in sentences."""
     gain, (low, high) = summary["adaptivity"]["gain"], summary["adaptivity"]["ci95"]
-    rho, ends = (
-        summary["sparsity_follows_difficulty"]["rank_correlation"],
-        summary["sparsity_follows_difficulty"]["ci95"],
+    follows = summary["sparsity_follows_difficulty"]
+    rho, ends = follows["rank_correlation"], follows["ci95"]
+    difficulty = (
+        "Every problem lost the same number of heads."
+        if rho is None
+        else f"Rank correlation of steps and sparsity: {rho:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]."
     )
     found = "supports" if low > 0 else "does not support"
     return Text(
-        f"Agents against the static twin at the same sparsity: {100 * gain:+.1f} points, 95 % interval [{100 * low:+.1f}, {100 * high:+.1f}]: "
-        f"this run {found} a gain from adapting to the prompt.\n"
-        f"Rank correlation of steps and sparsity: {rho:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}].\n"
-        f"The agents have {summary['agent_parameters']:,} parameters ({summary['agent_share']:.2%} of the model); {summary['seconds']:.0f} s in all."
+        f"Agents against the static twin at the same sparsity: {100 * gain:+.1f} points, "
+        f"95 % interval [{100 * low:+.1f}, {100 * high:+.1f}]: this run {found} a gain from adapting to the prompt.\n"
+        f"{difficulty}\n"
+        f"The agents have {summary['agent_parameters']:,} parameters ({summary['agent_share']:.2%} of the model); "
+        f"{summary['seconds']:.0f} s in all."
     )

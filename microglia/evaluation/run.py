@@ -96,6 +96,7 @@ def evaluate(
     gate: Gate | None = None,
     look: Look | None = None,
     fill: str = "zero",
+    scope: str = "answer",
     path: str = "compact",
     batch_size: int = 32,
     max_new_tokens: int = 256,
@@ -122,6 +123,7 @@ def evaluate(
             gate=gate,
             look=look,
             fill=fill,
+            scope=scope,
             path=path,
             max_new_tokens=max_new_tokens,
         )
@@ -139,7 +141,10 @@ def evaluate(
 
 
 def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
-    """Accuracy of `pruned` minus `dense` on the same prompts: difference, paired 95 % interval, exact McNemar p-value."""
+    """Accuracy of `pruned` minus `dense` on the same prompts.
+
+    Difference, paired 95 % interval, exact McNemar p-value.
+    """
     if [a.id for a in dense.answers] != [a.id for a in pruned.answers]:
         raise DataError("the two evaluations answered different examples; evaluate both on the same ones")
     ours, theirs = [a.correct for a in pruned.answers], [a.correct for a in dense.answers]

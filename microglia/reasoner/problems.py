@@ -122,7 +122,9 @@ def _change(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     told = [f"{name} has {chain.value} {thing}."]
     for index in range(steps):
         subject = rng.choice((name, pronoun.capitalize())) if index else pronoun.capitalize()
-        told.append(f"{rng.choice(('Then ', '')) + subject if subject == name else subject} {_event(chain, thing, other)}.")
+        told.append(
+            f"{rng.choice(('Then ', '')) + subject if subject == name else subject} {_event(chain, thing, other)}."
+        )
     return told, f"How many {thing} does {name} have now?", chain
 
 
@@ -208,7 +210,9 @@ def _share(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     told += [f"{pronoun.capitalize()} {_event(chain, thing, other)}." for _ in range(before)]
     friends = _divisor(rng, chain.value)
     chain.compute("/", friends, label="each")
-    told.append(f"{pronoun.capitalize()} shares the {thing} equally among {friends} friends, and {friend} is one of them.")
+    told.append(
+        f"{pronoun.capitalize()} shares the {thing} equally among {friends} friends, and {friend} is one of them."
+    )
     told += [f"Then {friend} {_event(chain, thing, other)}." for _ in range(steps - before - 1)]
     return told, f"How many {thing} does {friend} have now?", chain
 
@@ -272,7 +276,9 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
             grows = rng.random() < 0.4
             chain.compute("+" if grows else "-", part, label="now", left=whole)
             told.append(
-                f"{pronoun.capitalize()} buys {p}% more {thing}." if grows else f"{pronoun.capitalize()} sells {p}% of the {thing}."
+                f"{pronoun.capitalize()} buys {p}% more {thing}."
+                if grows
+                else f"{pronoun.capitalize()} sells {p}% of the {thing}."
             )
             left -= 2
         else:
@@ -367,7 +373,9 @@ def draw(rng: random.Random, steps: int, family: str | None = None) -> Problem:
         return Problem(" ".join([*told, asked]), answer, chain.value, steps, name, distracted)
 
 
-def problems(split: str, count: int, *, seed: int = 0, steps: tuple[int, ...] = tuple(range(1, MAX_STEPS + 1))) -> Iterator[Problem]:
+def problems(
+    split: str, count: int, *, seed: int = 0, steps: tuple[int, ...] = tuple(range(1, MAX_STEPS + 1))
+) -> Iterator[Problem]:
     """`count` different problems of a split, steps drawn evenly. The same arguments give the same problems.
 
     Raises ValueError for an unknown split or a number of steps outside 1 to 8.

@@ -11,7 +11,7 @@ def causal_lm(model: nn.Module) -> nn.Module:
     """The Hugging Face model itself, without the wrappers of peft or of distributed training."""
     while True:
         if hasattr(model, "get_base_model"):
-            model = model.get_base_model()  # type: ignore[operator, assignment]
+            model = model.get_base_model()  # type: ignore[operator]
         elif hasattr(model, "module") and not hasattr(model, "generate"):
             model = model.module  # type: ignore[assignment]
         else:
@@ -39,18 +39,22 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             missing = [p for p in (*layout.projections, "head_dim") if not hasattr(module, p)]
             if missing:
                 raise UnsupportedModelError(
-                    f"{name} is a {kind} without {', '.join(missing)}; this version of transformers stores its heads elsewhere, "
-                    "use a version in the range that microglia supports"
+                    f"{name} is a {kind} without {', '.join(missing)}; this version of transformers stores its heads "
+                    "elsewhere, use a version in the range that microglia supports"
                 )
             layer = int(getattr(module, "layer_idx", None) or len(sites))
             sites.append(Site(len(sites), layer, name, module, layout, layout.geometry(module)))
         elif "Attention" in kind and hasattr(module, "layer_idx"):
             unknown.add(kind)
     if unknown or not sites:
-        found = f"attention layers of class {', '.join(sorted(unknown))}" if unknown else "no attention layer that microglia knows"
+        found = (
+            f"attention layers of class {', '.join(sorted(unknown))}"
+            if unknown
+            else "no attention layer that microglia knows"
+        )
         raise UnsupportedModelError(
-            f"{type(causal_lm(model)).__name__} has {found}, of which it is not known where q, k, v and o live; supported are "
-            f"{', '.join(sorted(FAMILIES))}; to add a family, describe it in microglia/sites/families.py"
+            f"{type(causal_lm(model)).__name__} has {found}, of which it is not known where q, k, v and o live; "
+            f"supported are {', '.join(sorted(FAMILIES))}; to add a family, describe it in microglia/sites/families.py"
         )
     return tuple(sites)
 
@@ -60,6 +64,6 @@ def check_head_count(sites: tuple[Site, ...], num_heads: int | None) -> None:
     actual = sorted({site.geometry.heads for site in sites})
     if num_heads is not None and actual != [num_heads]:
         raise ConfigError(
-            f"num_heads={num_heads} was given, but the model has {' or '.join(map(str, actual))} heads in its {len(sites)} sites; "
-            f"give that number or leave num_heads out"
+            f"num_heads={num_heads} was given, but the model has {' or '.join(map(str, actual))} heads "
+            f"in its {len(sites)} sites; give that number or leave num_heads out"
         )

@@ -44,7 +44,12 @@ class Separate:
     def cuts(self, geometry: HeadGeometry, heads: Tensor, groups: Tensor) -> list[Cut]:
         """What of each projection belongs to the kept `heads` (k,) and `groups` (g,)."""
         queries, keys = geometry.columns(heads), geometry.columns(groups)
-        return [Cut(self.q, queries, False), Cut(self.k, keys, False), Cut(self.v, keys, False), Cut(self.o, queries, True)]
+        return [
+            Cut(self.q, queries, False),
+            Cut(self.k, keys, False),
+            Cut(self.v, keys, False),
+            Cut(self.o, queries, True),
+        ]
 
     def rewritten(self, kept: HeadGeometry) -> tuple[Mapping[str, int], Mapping[str, int]]:
         """Attributes of the attention module, and values of its config, that say the kept geometry."""

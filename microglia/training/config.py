@@ -66,13 +66,17 @@ class TrainingConfig:
         if self.fill not in ("zero", "mean"):
             raise ConfigError(f"fill={self.fill!r} is unknown; choose zero or mean")
         if self.fill == "mean" and (self.scope == "all" or self.gradient_checkpointing):
-            raise ConfigError("fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them")
+            raise ConfigError(
+                "fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them"
+            )
         for name in ("batch_size", "learning_rate", "epochs", "eval_steps", "eval_limit", "save_steps", "lora_rank"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be above 0")
         for name in ("alpha", "noise", "temperature"):
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
-                raise ConfigError(f"{name}={getattr(self, name)} was given; it must be two numbers, start and end, not negative")
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} was given; it must be two numbers, start and end, not negative"
+                )
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:

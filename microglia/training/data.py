@@ -38,12 +38,13 @@ def encode(
     prefix = generated_answer_prefix(tokenizer)
     answers = tokenizer([prefix + e.answer for e in examples], add_special_tokens=False)
     rows: dict[str, list[Any]] = {"prompt": prompts["input_ids"], "answer": []}
-    rows["answer"] = [ids + [tokenizer.eos_token_id] for ids in answers["input_ids"]]
+    rows["answer"] = [[*ids, tokenizer.eos_token_id] for ids in answers["input_ids"]]
     rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
     for example, length in zip(examples, rows["length"], strict=True):
         if max_length is not None and length > max_length:
             raise DataError(
-                f"example {example.id} has {length} tokens with its answer, but the model's context is {max_length}; leave it out"
+                f"example {example.id} has {length} tokens with its answer, but the model's context is {max_length}; "
+                "leave it out"
             )
     return Dataset.from_dict(rows)
 

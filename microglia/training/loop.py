@@ -31,7 +31,10 @@ TOLD = "training_config.json"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`model` is the one given, or peft's wrapper around it when LoRA was trained; `history` holds the logged values."""
+    """`model` is the one given, or peft's wrapper around it when LoRA was trained.
+
+    `history` holds the logged values.
+    """
 
     policy: Policy
     model: nn.Module
@@ -56,9 +59,9 @@ def train(
 ) -> TrainingResult:
     """Train `policy` (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
 
-    Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights as
-    an uninterrupted run. `on_log` sees every line of the history. Raises ConfigError when there is nothing to resume or
-    the run was told otherwise, MicrogliaError when the loss is no longer a number.
+    Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights
+    as an uninterrupted run. `on_log` sees every line of the history. Raises ConfigError when there is nothing to resume
+    or the run was told otherwise, MicrogliaError when the loss is no longer a number.
     """
     folder, look, started = Path(output_dir), look or Look(), time.monotonic()
     _remember(folder, config, resume)
@@ -69,7 +72,10 @@ def train(
         tokenizer, task.load("train", limit=config.limit, seed=config.seed, data_dir=data_dir), task.template, room
     )
     eval_data = encode(
-        tokenizer, task.load("validation", limit=config.eval_limit, seed=config.seed, data_dir=data_dir), task.template, room
+        tokenizer,
+        task.load("validation", limit=config.eval_limit, seed=config.seed, data_dir=data_dir),
+        task.template,
+        room,
     )
     pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
     model.requires_grad_(False)
@@ -107,12 +113,12 @@ def train(
     if config.lora == "joint":
         set_trainable(model, True)
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpointing(lm, "enable", {"use_reentrant": False})
     try:
         trainer = run("agents", Trained(model, policy, lm_mode=config.gradient_checkpointing))
     finally:
         if config.gradient_checkpointing:
-            lm.gradient_checkpointing_disable()  # type: ignore[operator]
+            _checkpointing(lm, "disable")
         model.requires_grad_(False)
         model.eval()
     return TrainingResult(policy.eval(), model, trainer.state.log_history, time.monotonic() - started)
@@ -152,25 +158,39 @@ def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> Training
     return TrainingArguments(**(options | changes))
 
 
+def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
+    """Gradient checkpointing, which transformers 5.20 or so renamed to activation checkpointing."""
+    name = f"activation_checkpointing_{switch}"
+    getattr(lm, name if hasattr(lm, name) else f"gradient_checkpointing_{switch}")(*arguments)
+
+
 def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
     """Write down what this run is told, or check that a resumed run is told the same."""
     told = json.loads(json.dumps(asdict(config)))
     path = folder / TOLD
     if resume:
         if not path.is_file():
-            raise ConfigError(f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run")
+            raise ConfigError(
+                f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run"
+            )
         before = json.loads(path.read_text())
         if changed := sorted(name for name in told if before.get(name) != told[name]):
             listed = ", ".join(f"{name} was {before.get(name)!r} and is now {told[name]!r}" for name in changed)
-            raise ConfigError(f"the run in {folder} was started with other options ({listed}); resume with the same ones")
+            raise ConfigError(
+                f"the run in {folder} was started with other options ({listed}); resume with the same ones"
+            )
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
-            raise ConfigError(f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder")
+            raise ConfigError(
+                f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
+            )
         path.write_text(json.dumps(told, indent=2) + "\n")
     except OSError as error:
-        raise MicrogliaError(f"{folder} cannot be written ({error.strerror}); give an output folder that can") from error
+        raise MicrogliaError(
+            f"{folder} cannot be written ({error.strerror}); give an output folder that can"
+        ) from error
 
 
 def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, collate: Collator) -> list[Tensor]:

@@ -9,7 +9,7 @@ from torch import nn
 def with_lora(model: nn.Module, *, rank: int) -> PeftModel:
     """Wrap `model` with fresh adapters on every linear layer but the output head. Nothing else is trainable."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    wrapped: Any = get_peft_model(model, config)  # type: ignore[arg-type]
+    wrapped: Any = get_peft_model(model, config)
     return wrapped
 
 

@@ -17,7 +17,9 @@ class Report(TrainerCallback):
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", disable=not self.show, leave=False)
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc="training", disable=not self.show, leave=False
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar.update(1)

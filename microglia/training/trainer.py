@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,17 @@ class Trained(nn.Module):
 
     def trained_state(self) -> dict[str, Tensor]:
         """Everything that training changes: trainable parameters, the policy with its statistics, the multiplier."""
-        state = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        state: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
         state |= {f"policy.{name}": x for name, x in (self.policy.state_dict() if self.policy else {}).items()}
         state["multiplier"] = self.multiplier
         return {name: x.detach().clone().contiguous().cpu() for name, x in state.items()}
 
 
 class Curriculum(TrainerCallback):
-    """Where α, the temperature, the noise and the target stand, from the share of steps done (so resuming needs nothing)."""
+    """Where α, the temperature, the noise and the target stand.
+
+    From the share of steps done (so resuming needs nothing).
+    """
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
@@ -78,10 +82,15 @@ class PruningTrainer(Trainer):
         self.config, self.look, self.bucket = config, look, bucket
         self.curriculum = Curriculum(config)
         self.add_callback(self.curriculum)
+        self._gates = ExitStack()  # what must hold until the backward pass is over
         self._sums: dict[str, list[float]] = defaultdict(list)
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         trained: Trained = self.accelerator.unwrap_model(model)
         loss, parts = self._loss(trained, Batch(**inputs))
@@ -92,7 +101,7 @@ class PruningTrainer(Trainer):
             )
         if trained.training:
             for name, value in parts.items():
-                self._sums[name].append(float(value))
+                self._sums[name].append(float(value.detach() if isinstance(value, Tensor) else value))
         return (loss, {}) if return_outputs else loss
 
     def _loss(self, trained: Trained, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -101,6 +110,10 @@ class PruningTrainer(Trainer):
             gate = Gate(c.gate, temperature=now.temperature, bucket=self.bucket, noise=now.noise)
         else:
             gate = Gate("hard", temperature=now.temperature, bucket=self.bucket)
+        dense = None
+        if c.distill:
+            with torch.no_grad():
+                dense, _ = answer_logits(trained.lm, batch, None, gate=gate, look=self.look)
         logits, trace = answer_logits(
             trained.lm,
             batch,
@@ -109,16 +122,14 @@ class PruningTrainer(Trainer):
             look=self.look,
             fill=c.fill,
             scope=c.scope,
-            whole=c.gradient_checkpointing,
+            whole=self._gates if c.gradient_checkpointing else None,
         )
         task = task_loss(logits, batch.labels)
         if trained.policy is None:
             return task, {"task": task}
         keep, entropy = mean_keep(trace.keep), gate_entropy(trace.logits, gate.temperature)
         loss = task + c.beta * entropy
-        if c.distill:
-            with torch.no_grad():
-                dense, _ = answer_logits(trained.lm, batch, None, gate=gate, look=self.look)
+        if dense is not None:
             loss = loss + c.distill * distillation_loss(logits, dense, batch.labels)
         if not trained.training:  # evaluations are compared with each other: the weights of the end, not of now
             loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
@@ -126,24 +137,40 @@ class PruningTrainer(Trainer):
             loss = loss + now.alpha * keep
         else:
             distance = keep - now.target
-            loss = loss + trained.multiplier.detach() * distance + DAMPING / 2 * distance**2
+            loss = loss + float(trained.multiplier) * distance + DAMPING / 2 * distance**2
             # Dual ascent: the longer too many heads are kept, the more each one costs.
             trained.multiplier.add_(c.learning_rate * 10 * distance.detach()).clamp_(min=0)
-        parts = {"task": task, "keep_ratio": keep, "gate_entropy": entropy, "temperature": gate.temperature, "noise": gate.noise}
-        weight = {"alpha": now.alpha} if now.target is None else {"target": now.target, "multiplier": trained.multiplier}
+        parts = {
+            "task": task,
+            "keep_ratio": keep,
+            "gate_entropy": entropy,
+            "temperature": gate.temperature,
+            "noise": gate.noise,
+        }
+        weight = (
+            {"alpha": now.alpha} if now.target is None else {"target": now.target, "multiplier": trained.multiplier}
+        )
         return loss, parts | weight
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._gates:
+            return super().training_step(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        with torch.no_grad():
+        with torch.no_grad(), self._gates:
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None  # type: ignore[union-attr]
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         logs |= {name: sum(values) / len(values) for name, values in self._sums.items()}
         self._sums.clear()
-        super().log({name: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for name, v in logs.items()}, *args, **kwargs)
+        super().log(
+            {name: round(v, 6) if isinstance(v, float) and math.isfinite(v) else v for name, v in logs.items()},
+            *args,
+            **kwargs,
+        )
 
     # --- checkpoints hold what is trained, not the base model ---------------------------------------------------------
 
@@ -166,8 +193,12 @@ def load_trained(trained: Trained, folder: Path) -> None:
     try:
         state = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); remove {folder} and resume from an earlier checkpoint") from error
+        raise CheckpointError(
+            f"{folder / WEIGHTS} cannot be read ({error}); remove {folder} and resume from an earlier checkpoint"
+        ) from error
     expected = trained.trained_state()
     if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in expected.items()}:
-        raise CheckpointError(f"{folder} was written by a run with other agents or adapters; resume with the options of that run")
+        raise CheckpointError(
+            f"{folder} was written by a run with other agents or adapters; resume with the options of that run"
+        )
     trained.load_state_dict(state, strict=False)

@@ -1,5 +1,7 @@
 """Training sees what inference sees: identities of the passes, and gradients that come from the task."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from microglia.sites import find_sites
 from microglia.training.data import Batch, Collator
 from microglia.training.loss import gate_entropy, mean_keep, task_loss
 from microglia.training.passes import answer_logits, prompt_features
-from tests.tiny import random_policy, tiny_model, wild_policy
+from tests.tiny import tiny_model, wild_policy
 
 ROWS = [
     {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13], "answer": [20, 21, 22, 1]},
@@ -23,9 +25,10 @@ COUNTED = BATCH.answer_mask.bool()
 
 def test_two_passes_and_one_pass_give_the_same_numbers(family):
     model = tiny_model(family)
-    policy = random_policy(model)
+    policy = wild_policy(model)
     two, trace = answer_logits(model, BATCH, policy, gate=HARD, look=Look())
-    whole, _ = answer_logits(model, BATCH, policy, gate=HARD, look=Look(), whole=True)
+    with ExitStack() as gates:
+        whole, _ = answer_logits(model, BATCH, policy, gate=HARD, look=Look(), whole=gates)
     assert 0 < trace.keep_ratio.mean() < 1
     torch.testing.assert_close(two[COUNTED], whole[COUNTED], atol=2e-5, rtol=0)
 
@@ -72,7 +75,8 @@ def test_every_parameter_of_the_agents_gets_a_gradient(family, mode):
     loss = task_loss(logits, BATCH.labels) + 0.1 * mean_keep(trace.keep) + 0.01 * gate_entropy(trace.logits, 1.0)
     loss.backward()
     for name, parameter in policy.named_parameters():
-        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -91,7 +95,7 @@ def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta():
     value.backward()
     parameter = policy.logits[1]
     for head in (0, 5):
-        step = 1e-5
+        step = 1e-2  # norms compute in float32, so a smaller one would measure their rounding
         with torch.no_grad():
             parameter[head] += step
             up = loss()

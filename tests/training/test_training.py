@@ -43,7 +43,8 @@ def test_only_the_policy_changes_and_the_history_tells(tmp_path):
     assert all(x.equal(before[name]) for name, x in model.state_dict().items())
     assert all(not x.equal(start[name]) for name, x in result.policy.state_dict().items() if "network" in name)
     logged = [row for row in result.history if "task" in row]
-    assert logged and {"keep_ratio", "alpha", "temperature", "noise", "gate_entropy"} <= set(logged[0])
+    assert logged
+    assert {"keep_ratio", "alpha", "temperature", "noise", "gate_entropy"} <= set(logged[0])
     assert [row for row in lines if "task" in row]
 
 
@@ -54,7 +55,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
 
     def interrupt_after_a_checkpoint(model, args, output):
         seen.append(1)
-        if len(seen) == 26:  # in the middle of a later step
+        if len(seen) == 10:  # one pass for statistics, two a step: in the middle of the fifth, the checkpoint is the third's
             raise KeyboardInterrupt
 
     tokenizer = character_tokenizer()
@@ -92,18 +93,21 @@ def test_alpha_prunes_and_a_target_is_reached(tmp_path):
 @pytest.mark.parametrize("lora", ["first", "joint"])
 def test_lora_trains_adapters_and_leaves_the_base(tmp_path, lora):
     config = TrainingConfig(**{**vars(SHORT), "lora": lora, "lora_steps": 3, "lora_rank": 2})
-    model, result = tiny_run(tmp_path, config)
+    _, result = tiny_run(tmp_path, config)
     adapters = {n: p for n, p in result.model.named_parameters() if "lora_B" in n}
-    assert adapters and all(p.abs().sum() > 0 for p in adapters.values())
+    assert adapters
+    assert all(p.abs().sum() > 0 for p in adapters.values())
     reference = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
     base = result.model.unload().state_dict()
     assert all(x.equal(base[name]) for name, x in reference.state_dict().items())
 
 
-def test_distillation_and_whole_passes_run(tmp_path):
-    for name, change in {"distilled": {"distill": 1.0}, "checkpointed": {"gradient_checkpointing": True}}.items():
-        result = tiny_run(tmp_path / name, TrainingConfig(**{**vars(SHORT), "max_steps": 2, **change}))[1]
-        assert result.history
+def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(tmp_path):
+    config = {**vars(SHORT), "max_steps": 3, "distill": 1.0}
+    plain = tiny_run(tmp_path / "plain", TrainingConfig(**config))[1].policy
+    again = tiny_run(tmp_path / "checkpointed", TrainingConfig(**{**config, "gradient_checkpointing": True}))[1].policy
+    for a, b in zip(plain.state_dict().values(), again.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
 
 def test_early_stopping_keeps_the_best(tmp_path):

@@ -1,0 +1,117 @@
+"""Damaged, hand-made, foreign and dangerous checkpoints: each ends in one sentence."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save
+
+from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint
+from microglia.checkpoint.files import checksum
+from microglia.errors import CheckpointError
+from tests.tiny import tiny_model
+from tests.tiny_folder import checkpoint_for
+
+AGENTS = "agents.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return checkpoint_for(tiny_model("llama")).save_pretrained(tmp_path / "saved")
+
+
+def edit(folder, **changes):
+    path = folder / CONFIG
+    row = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in row.items() if value != "gone"}))
+
+
+def swap_agents(folder, change):
+    """Other tensors with the right checksum: what a hand-made checkpoint looks like."""
+    tensors = load_file(folder / AGENTS)
+    change(tensors)
+    data = save(tensors)
+    (folder / AGENTS).write_bytes(data)
+    edit(folder, sha256={AGENTS: checksum(data)})
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def not_safetensors(folder):
+    (folder / AGENTS).write_bytes(b"no tensors")
+    edit(folder, sha256={AGENTS: checksum(b"no tensors")})
+
+
+def with_nan(tensors):
+    tensors["mean_0"][0] = torch.nan
+
+
+DAMAGES = {
+    "bit flipped": (lambda f: flip_a_bit(f / AGENTS), r"agents\.safetensors is damaged or belongs to another"),
+    "truncated": (lambda f: (f / AGENTS).write_bytes((f / AGENTS).read_bytes()[:99]), r"its 99 bytes have not the SHA"),
+    "no agents": (lambda f: (f / AGENTS).unlink(), r"lacks agents\.safetensors; copy the whole folder again"),
+    "agents a folder": (lambda f: ((f / AGENTS).unlink(), (f / AGENTS).mkdir()), r"cannot be read \(Is a directory\)"),
+    "no safetensors": (not_safetensors, r"agents\.safetensors is not safetensors"),
+    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("mean_1")), r"does not fit .*: mean_1 is missing"),
+    "key unknown": (lambda f: swap_agents(f, lambda t: t.update(x=torch.ones(1))), r"x is unknown"),
+    "wrong shape": (
+        lambda f: swap_agents(f, lambda t: t.update(std_0=torch.ones(3))),
+        r"std_0 has shape \(3,\), not \(16",
+    ),
+    "not a number": (lambda f: swap_agents(f, with_nan), r"mean_0 holds NaN"),
+    "half calibrated": (
+        lambda f: swap_agents(f, lambda t: t.update({"calibration.0": torch.ones(2, 8)})),
+        r"no calibra",
+    ),
+    "no config": (lambda f: (f / CONFIG).unlink(), r"holds no microglia_config\.json; give a folder"),
+    "config cut": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:100]), r"damaged or cut short"),
+    "config binary": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"damaged or cut short"),
+    "config a list": (lambda f: (f / CONFIG).write_text("[]"), r"has no format_version"),
+    "config NaN": (lambda f: edit(f, threshold=float("nan")), r"NaN is not JSON"),
+    "newer": (lambda f: edit(f, format_version=FORMAT_VERSION + 1), r"format version 2, .* up to 1; upgrade microglia"),
+    "no version": (lambda f: edit(f, format_version="gone"), r"has no format_version"),
+    "no checksum": (lambda f: edit(f, sha256="gone"), r"has no SHA-256"),
+    "checksum elsewhere": (lambda f: edit(f, sha256={"../x": "0"}), r"must have that of agents\.safetensors"),
+    "fields wrong": (
+        lambda f: edit(f, window="gone", bucket="x", fill=True, more=1),
+        r"lacks window and has the unknown more and has the wrong bucket='x', fill=True",
+    ),
+    "site wrong": (lambda f: edit(f, sites=[{}]), r"site 0 lacks head_dim, heads, kv_heads, layer, name"),
+    "geometry wrong": (
+        lambda f: edit(f, sites=[{"name": "a", "layer": 0, "heads": 3, "kv_heads": 2, "head_dim": 1}]),
+        r"3 heads in 2 groups of head size 1 make no geometry",
+    ),
+    "value wrong": (lambda f: edit(f, policy="oracle"), r"policy='oracle' is unknown; choose agents or static"),
+    "look wrong": (lambda f: edit(f, norm="x"), r"norm='x' is unknown; choose head or hidden"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_ends_in_one_sentence(folder, kind):
+    damage, sentence = DAMAGES[kind]
+    damage(folder)
+    with pytest.raises(CheckpointError, match=sentence) as caught:
+        Checkpoint.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_a_pickle_is_never_loaded(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("agents.bin", "agents.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    Checkpoint.from_pretrained(folder)  # beside good files they are ignored
+    (folder / AGENTS).unlink()
+    with pytest.raises(CheckpointError, match=r"agents\.bin, agents\.pt may hold pickles, .* never reads them"):
+        Checkpoint.from_pretrained(folder)
+    assert not (tmp_path / "exploded").exists()
