@@ -24,7 +24,7 @@ from microglia.tasks import get_task
 from microglia.tasks.prompts import render_prompt
 from microglia.training import TrainingConfig, train
 
-RANDOM_MASKS = 3
+RANDOM_MASKS = 2
 DIAL_PROMPTS = 200  # validation problems on which the others are set to the agents' keep ratio
 
 
@@ -38,9 +38,9 @@ class Recipe:
 
 
 FIRST = TrainingConfig(
-    max_steps=120, batch_size=48, limit=12_000, learning_rate=3e-2, alpha=(0.01, 0.2), save_steps=10_000
+    max_steps=100, batch_size=32, limit=3200, learning_rate=0.1, keep_ratio=0.75, ramp=0.7, save_steps=10_000
 )
-RECIPE = Recipe(FIRST, replace(FIRST, max_steps=160, learning_rate=3e-3, alpha=(0.2, 0.2), noise=(0.5, 0.0), seed=1))
+RECIPE = Recipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=3e-3, noise=(0.3, 0.0), seed=1))
 
 
 def demo(
@@ -49,7 +49,7 @@ def demo(
     recipe: Recipe = RECIPE,
     problems: int = 500,
     batch_size: int = 100,
-    max_new_tokens: int = 160,
+    max_new_tokens: int = 144,
     seed: int = 0,
     tell: Callable[[str], None] = print,
     progress: Callable[[str, int, int], None] | None = None,

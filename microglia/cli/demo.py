@@ -74,11 +74,11 @@ def cost(summary: dict[str, Any]) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for row in rows:
         low, high = row["ratio_ci95"]
-        ratio = () if row is dense else (f"{row['ratio_to_dense']:.2f}×", f"{low:.2f} to {high:.2f}", f"{row['ceiling']:.2f}×")
+        ratio = (f"{row['ratio_to_dense']:.2f}×", f"{low:.2f} to {high:.2f}", f"{row['ceiling']:.2f}×")
         table.add_row(
             ROWS[row["variant"]],
             f"{row['ms_per_token']:.2f}",
-            *(ratio or ("", "", "")),
+            *(("", "", "") if row is dense else ratio),
             f"{row['keep_ratio']:.0%}",
             f"{row['kv_bytes'] / 1024:,.0f} KiB",
         )

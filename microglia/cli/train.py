@@ -30,6 +30,9 @@ def train(
     schedule: Annotated[str | None, Number(help="linear, cosine, exponential.", show_default="linear")] = None,
     beta: Annotated[float | None, Number(help="Weight of the gates' entropy.", show_default="0.01")] = None,
     keep_ratio: Annotated[float | None, Number(help="Steer to this keep ratio; alpha is not used.")] = None,
+    ramp: Annotated[
+        float | None, Number(help="Share of the steps in which it comes down from 1.", show_default="0.5")
+    ] = None,
     gate: Annotated[
         str | None, Number(help="straight-through or soft.", show_default="straight-through", rich_help_panel=METHOD)
     ] = None,

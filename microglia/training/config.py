@@ -19,6 +19,7 @@ class TrainingConfig:
     gate: straight-through (hard forward) or soft (the original's recipe).
     temperature: of the gates' sigmoid, start and end. noise: scale of logistic noise on the logits, start and end.
     keep_ratio: when given, a Lagrange multiplier steers the mean keep to it and alpha is not used.
+    ramp: share of the steps in which that target comes down from 1; 0 asks for it from the start.
     distill: weight of KL(dense ‖ pruned) on answer tokens.
     scope: answer (gates on answer positions) or all (on the prompt too, as the original).
     lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
@@ -37,6 +38,7 @@ class TrainingConfig:
     temperature: tuple[float, float] = (1.0, 1.0)
     noise: tuple[float, float] = (1.0, 0.0)
     keep_ratio: float | None = None
+    ramp: float = 0.5
     distill: float = 0.0
     scope: str = "answer"
     fill: str = "zero"
@@ -79,5 +81,7 @@ class TrainingConfig:
                 )
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
+        if not 0 <= self.ramp <= 1:
+            raise ConfigError(f"ramp={self.ramp} was given; it must be between 0 and 1")
         if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
             raise ConfigError(f"keep_ratio={self.keep_ratio} was given; it must be above 0 and at most 1")

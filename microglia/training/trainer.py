@@ -22,7 +22,6 @@ from microglia.training.passes import answer_logits
 from microglia.training.schedule import scheduled
 
 WEIGHTS = "trained.safetensors"
-RAMP = 0.5  # share of the steps in which a target keep ratio is approached from 1
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
 
 
@@ -68,10 +67,14 @@ class Curriculum(TrainerCallback):
         self.alpha = scheduled(c.schedule, c.alpha, progress)
         self.temperature = scheduled("linear", c.temperature, progress)
         self.noise = scheduled("linear", c.noise, progress)
-        self.target = None if c.keep_ratio is None else scheduled("linear", (1.0, c.keep_ratio), progress / RAMP)
+        self.target = None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.set(state.global_step / max(state.max_steps - 1, 1))
+
+
+def _approached(target: float, progress: float, ramp: float) -> float:
+    return scheduled("linear", (1.0, target), progress / ramp) if ramp else target
 
 
 class PruningTrainer(Trainer):

@@ -55,7 +55,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
 
     def interrupt_after_a_checkpoint(model, args, output):
         seen.append(1)
-        if len(seen) == 10:  # one pass for statistics, two a step: in the middle of the fifth, the checkpoint is the third's
+        if len(seen) == 10:  # one pass for statistics, two a step: in the fifth, after the checkpoint of the third
             raise KeyboardInterrupt
 
     tokenizer = character_tokenizer()
