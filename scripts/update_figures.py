@@ -19,6 +19,8 @@ LABELS = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin"
 
 def demo() -> str:
     """The demo's table and what it says of adaptivity."""
+    if not (ROOT / "results" / "demo.json").is_file():
+        return "The demo's figures are not recorded yet; `make demo` finds them on your machine."
     record = json.loads((ROOT / "results" / "demo.json").read_text())
     rows = [
         "| | right | heads pruned | difference to dense | answer tokens |",
@@ -54,7 +56,38 @@ def _demo_row(label: str, row: dict[str, Any]) -> str:
     return f"| {label} | {row['accuracy']:.1%} | {row['sparsity']:.1%} | {difference} | {tokens} |"
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo}
+def latency() -> str:
+    """Decode steps of random weights in full shapes: compact against dense, with ceiling and realised share."""
+    path = ROOT / "results" / "cpu-phi3-mini.jsonl"
+    if not path.is_file():
+        return "Latency on a quiet machine is not measured yet; `microglia benchmark` measures it on yours."
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [r for r in records if r["extra"]["variant"] == "compact"]
+    lines = [
+        f"Decode steps on {records[0]['device']}, medians of interleaved pairs with 95 % intervals:",
+        "",
+        "| model | heads kept | batch, context | speed-up | ceiling | share | KV cache | paid back after |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_latency_row(row["extra"]) for row in rows),
+        "",
+        *sorted({f"`{row['command']}`" for row in rows}),
+    ]
+    return "\n".join(lines)
+
+
+def _latency_row(row: dict[str, Any]) -> str:
+    low, high = row["ratio_ci95"]
+    share = "" if row["realised_share"] is None else f"{row['realised_share']:.0%}"
+    per_row = ", per row" if row["decides"] == "per row" else ""
+    tokens = f"{row['break_even_tokens']} tokens" if row["break_even_tokens"] else "never"
+    return (
+        f"| {row['model']}, {row['layers']} layers, {row['dtype']} | {row['keep_ratio']:.0%} "
+        f"| {row['batch_size']}, {row['context']:,}{per_row} | {row['ratio_to_dense']:.2f}× [{low:.2f}, {high:.2f}] "
+        f"| {row['ceiling']:.2f}× | {share} | {row['kv_bytes'] / 2**20:.1f} MiB | {tokens} |"
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "latency": latency}
 
 
 def rendered(readme: str) -> str:

@@ -30,9 +30,9 @@ def answer_logits(
     """Logits (B, N, V) that predict the answer's tokens, and the trace of the decision (empty without a policy).
 
     By default in two passes: the prompt fills a cache, the answer continues it, gated. The prompt pass needs no
-    gradient unless the model itself is trained. With `whole`, prompt and answer go through one pass with gates on answer
-    positions instead: the same numbers at about twice the cost, for gradient checkpointing, which cannot use a cache
-    and runs the layers again in the backward pass: the gates stay until the caller closes `whole`.
+    gradient unless the model itself is trained. With `whole`, prompt and answer go through one pass with gates on
+    answer positions instead: the same numbers at about twice the cost, for gradient checkpointing, which cannot use a
+    cache and runs the layers again in the backward pass: the gates stay until the caller closes `whole`.
     """
     if policy is None:
         return _one_pass(lm, batch), Trace()
