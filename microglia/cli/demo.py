@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +15,7 @@ ROWS = {
     "dense": "dense",
     "masked": "masked only",
     "compact": "compact",
-    "compact_total": "compact, with deciding and slicing",
+    "compact_total": "with its decision",
 }
 
 
@@ -45,9 +46,11 @@ def demo(
 
 def comparison(summary: dict[str, Any]) -> Table:
     """One line per variant; differences to dense are paired on the same problems."""
-    table = Table(title=f"{summary['problems']} held-out problems", title_justify="left")
-    for name in ("", "right", "95 % interval", "heads pruned", "difference to dense", "answer tokens"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(
+        title=f"{summary['problems']} held-out problems", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+    )
+    for name in ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name in ("dense", "pruned", "static", "random"):
         row = summary[name]
         low, high = row.get("accuracy_ci95", (None, None))
@@ -55,7 +58,7 @@ def comparison(summary: dict[str, Any]) -> Table:
         table.add_row(
             {"pruned": "pruned (agents)", "static": "static twin", "random": "random masks"}.get(name, name),
             f"{row['accuracy']:.1%}",
-            "" if low is None else f"{low:.1%} to {high:.1%}",
+            "" if low is None else f"{100 * low:.1f}–{100 * high:.1f}",
             f"{row['sparsity']:.1%}",
             ""
             if diff is None
@@ -69,18 +72,18 @@ def cost(summary: dict[str, Any]) -> Table:
     """What a decode step of one prompt costs, with the best that its kept heads allow."""
     dense, *_ = rows = summary["latency"]
     title = f"One prompt of {dense['context']} tokens, {dense['new_tokens']} new ones"
-    table = Table(title=title, title_justify="left")
-    for name in ("", "ms per token", "speed-up", "95 % interval", "ceiling", "heads", "KV cache"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in ("", "ms/token", "speed-up", "95 %", "ceiling", "heads", "KV KiB"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
         low, high = row["ratio_ci95"]
-        ratio = (f"{row['ratio_to_dense']:.2f}×", f"{low:.2f} to {high:.2f}", f"{row['ceiling']:.2f}×")
+        ratio = (f"{row['ratio_to_dense']:.2f}×", f"{low:.2f}–{high:.2f}", f"{row['ceiling']:.2f}×")
         table.add_row(
             ROWS[row["variant"]],
             f"{row['ms_per_token']:.2f}",
             *(("", "", "") if row is dense else ratio),
             f"{row['keep_ratio']:.0%}",
-            f"{row['kv_bytes'] / 1024:,.0f} KiB",
+            f"{row['kv_bytes'] / 1024:,.0f}",
         )
     return table
 
@@ -91,7 +94,7 @@ def picture(summary: dict[str, Any]) -> Text:
     lines = ["Heads pruned by number of steps"]
     for steps, sparsity in pruned["sparsity_by_difficulty"].items():
         accuracy = pruned["accuracy_by_difficulty"][steps]
-        lines.append(f"  {steps} {'█' * round(100 * sparsity):<50} {sparsity:6.1%} pruned, {accuracy:6.1%} right")
+        lines.append(f"  {steps} {'█' * round(60 * sparsity):<40} {sparsity:6.1%} pruned, {accuracy:6.1%} right")
     return Text("\n".join(lines))
 
 
