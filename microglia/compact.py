@@ -6,14 +6,11 @@ whose rows decide for themselves keeps dense projections, read once for all rows
 cache of each row's own heads.
 """
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -21,7 +18,7 @@ from microglia.cache import keep_kv_heads, take_rows
 from microglia.errors import MicrogliaError
 from microglia.geometry import HeadGeometry
 from microglia.sites import Site, View, replaced_attention, stock_attention
-from microglia.sites.layouts import Cut, plain
+from microglia.slicing import sliced
 
 
 @contextmanager
@@ -91,86 +88,6 @@ def _swap(stack: ExitStack, owner: nn.Module, name: str, value: Any) -> None:
     before = getattr(owner, name)
     stack.callback(setattr, owner, name, before)
     setattr(owner, name, value)
-
-
-def sliced(projection: nn.Module, cut: Cut, name: str = "the projection", block: int = 1) -> nn.Module:
-    """A projection with the rows (outputs) or columns (inputs) of the cut only. LoRA on it is merged into the slice.
-
-    The cut's indices come in whole aligned runs of `block`.
-
-    Raises MicrogliaError, naming the projection, for weights that are stored packed or quantised.
-    """
-    inner = plain(projection)
-    stored_transposed = hasattr(inner, "nf")  # GPT-2's Conv1D: weight (in, out)
-    dim = int(cut.of_inputs) ^ int(stored_transposed)
-    with torch.no_grad(), align_module_device(inner):  # brings offloaded weights in, for the slice only
-        _check_plain_weight(inner, name)
-        weight = _take(inner.weight, dim, cut.index, block)  # type: ignore[arg-type]
-        if inner is not projection:
-            weight = weight + _lora_delta(projection, cut, name).to(weight.dtype)
-        bias: Any = inner.bias
-        if bias is not None:
-            bias = bias.clone() if cut.of_inputs else _take(bias, 0, cut.index, block)
-    compact = copy.copy(inner)
-    for hooked in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, which would fetch the whole weights again
-        compact.__dict__.pop(hooked, None)
-    compact._forward_hooks, compact._forward_pre_hooks = OrderedDict(), OrderedDict()
-    compact._parameters = {
-        "weight": nn.Parameter(weight, requires_grad=False),
-        "bias": None if bias is None else nn.Parameter(bias, requires_grad=False),
-    }
-    size = len(cut.index)
-    for name in ("in_features", "nx") if cut.of_inputs else ("out_features", "nf"):
-        if hasattr(inner, name):
-            setattr(compact, name, size)
-    return compact
-
-
-def _take(x: Tensor, dim: int, index: Tensor, block: int) -> Tensor:
-    """`x.index_select(dim, index)`, a run at a time.
-
-    Columns of a bfloat16 matrix in a sixth of the time, rows in half.
-    """
-    return x.unflatten(dim, (-1, block)).index_select(dim, index[::block] // block).flatten(dim, dim + 1)
-
-
-def _check_plain_weight(inner: nn.Module, name: str) -> None:
-    weight: Any = getattr(inner, "weight", None)
-    # torchao's are tensors of their own class, bitsandbytes' packed integers: rows and columns cannot be gathered.
-    if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
-        kind = type(inner).__name__ if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        raise MicrogliaError(
-            f"{name} stores its weight as {kind}, of which heads cannot be cut out; compaction needs plain float "
-            "weights, load the model unquantised or use path='masked'"
-        )
-
-
-def _lora_delta(projection: Any, cut: Cut, name: str) -> Tensor:
-    """What the active LoRA adapters add to the sliced weight."""
-    total: Any = 0
-    if not hasattr(projection, "lora_A"):
-        raise MicrogliaError(
-            f"{name} is adapted by {type(projection).__module__}, of which heads cannot be cut out; use LoRA or merge "
-            "the adapter first, model = model.merge_and_unload()"
-        )
-    # A merged adapter is in the base weight already.
-    active = [] if projection.disable_adapters or projection.merged else projection.active_adapters
-    for adapter in active:
-        if adapter not in projection.lora_A:
-            continue
-        if adapter in projection.lora_variant or projection.lora_B[adapter].bias is not None:
-            raise MicrogliaError(
-                f"{name} has the adapter {adapter!r}, which is more than plain LoRA (DoRA or lora_bias, say); merge it "
-                "first, model = model.merge_and_unload()"
-            )
-        down, up = projection.lora_A[adapter].weight, projection.lora_B[adapter].weight  # (r, in), (out, r)
-        if cut.of_inputs:
-            down = down.index_select(1, cut.index)
-        else:
-            up = up.index_select(0, cut.index)
-        delta = (up @ down) * projection.scaling[adapter]
-        total = total + (delta.T if projection.fan_in_fan_out else delta)
-    return total if isinstance(total, Tensor) else torch.zeros(())
 
 
 # --- every row its own decision: dense projections, a cache of own heads ----------------------------------------------

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from microglia.errors import MicrogliaError, UnsupportedModelError
+from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 
+QUANTIZATIONS = ("int8", "int4")
+INT4_GROUP = 32  # weights that share a scale; divides the head size of every usual model, so heads can be cut out
 REASONER = "reasoner"  # the model that ships with the package: the default, needs no network
 
 
@@ -24,12 +26,14 @@ def load_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    quantize: str | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode and its tokenizer, padding on the left and with a padding token.
 
     `model` is `reasoner`, a hub id, a local folder or a module in memory. `dtype` None means float32 on a CPU and the
-    stored type elsewhere. Raises MicrogliaError when nothing can be loaded from there.
+    stored type elsewhere. `quantize` is int8 or int4: weight-only, by torchao, of the layers' linear weights. Raises
+    MicrogliaError when nothing can be loaded from there.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, nn.Module):
@@ -38,6 +42,8 @@ def load_model(
         source = str(reasoner_path()) if str(model) == REASONER else str(model)
         lm = _from_pretrained(source, dtype or (torch.float32 if device.type == "cpu" else "auto"), trust_remote_code)
         lm.to(device)
+    if quantize is not None:
+        quantise(lm, quantize)
     if tokenizer is None:
         tokenizer = _tokenizer(source, trust_remote_code)
     tokenizer.padding_side = "left"
@@ -73,6 +79,29 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
             f"the weights at {source!r} could not be loaded ({_first_line(error)}); "
             "download or save them again as safetensors"
         ) from error
+
+
+def quantise(lm: Any, kind: str) -> None:
+    """Quantise the linear weights of the layers, in place; embeddings and the output head stay as they are.
+
+    kind: int8 (one scale a row) or int4 (one scale for every 32 inputs); the activations are not touched.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ConfigError(f"quantize={kind!r} is unknown; choose {' or '.join(QUANTIZATIONS)}")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
+    except ImportError as error:
+        raise MicrogliaError(
+            f"quantize={kind!r} needs torchao, which is not installed; pip install 'microglia[quant]'"
+        ) from error
+    inner = getattr(lm, lm.base_model_prefix)
+    if not any(isinstance(module, nn.Linear) for module in inner.modules()):
+        raise MicrogliaError(
+            f"{type(lm).__name__} has no nn.Linear weights, which torchao quantises; leave quantize out"
+        )
+    quantize_(
+        inner, Int8WeightOnlyConfig() if kind == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(INT4_GROUP))
+    )
 
 
 def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -34,6 +34,7 @@ class MicrogliaPruningSystem:
     model: hub id, local folder, module in memory (then pass tokenizer) or `reasoner`, which ships with the package.
     num_heads: checked against the model; None takes the model's. hidden_dim, features: of the agents.
     seed: of the agents' first weights. dtype: None is float32 on a CPU and the stored type elsewhere.
+    quantize: int8 or int4, weight-only, by torchao.
     """
 
     def __init__(
@@ -50,11 +51,17 @@ class MicrogliaPruningSystem:
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
+        quantize: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.model: nn.Module
         self.model, self.tokenizer = load_model(
-            model, tokenizer=tokenizer, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            model,
+            tokenizer=tokenizer,
+            dtype=dtype,
+            device=device,
+            quantize=quantize,
+            trust_remote_code=trust_remote_code,
         )
         self.source = None if isinstance(model, nn.Module) else str(model)
         self.sites = find_sites(self.model)
@@ -268,7 +275,7 @@ class MicrogliaPruningSystem:
     ) -> "MicrogliaPruningSystem":
         """Load a checkpoint from a folder or the hub, with the model it names or the one given.
 
-        options: tokenizer, dtype, device and trust_remote_code as for a new system.
+        options: tokenizer, dtype, device, quantize and trust_remote_code as for a new system.
         """
         saved = Checkpoint.from_pretrained(folder, revision=revision)
         config = saved.config

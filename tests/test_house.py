@@ -29,6 +29,7 @@ FLOORS = {
     "microglia.policy": 3,
     "microglia.cache": 3,
     "microglia.look": 3,
+    "microglia.slicing": 3,
     "microglia.attach": 4,
     "microglia.compact": 4,
     "microglia.criteria": 4,

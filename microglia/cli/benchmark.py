@@ -54,6 +54,7 @@ def benchmark(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help=", ".join(o.DTYPES) + ".", show_default="bfloat16 for random weights")
     ] = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> Outcome:
     """Measure latency and memory, each beside its ceiling.
@@ -79,12 +80,14 @@ def benchmark(
         new_tokens=new_tokens,
         num_runs=num_runs,
     )
-    how = o.loading(device, dtype, trust_remote_code)
+    how = o.loading(device, dtype, trust_remote_code, quantize)
     if model_path is None:
         lm, subject, about = of_shape(random_weights, layers, how, per_row, seed)
     else:
         lm, subject, about = of_checkpoint(model_path, model, how, per_row, seed)
     about |= {"dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
+    if quantize is not None:
+        about["dtype"] += f", weights {quantize}"
     with progress("measuring") as update:
         report = measure(lm, subject, plan, about, update)
     if output is not None:
@@ -97,11 +100,14 @@ def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row
     import torch
 
     from microglia.benchmark import random_model, random_subject
+    from microglia.models import quantise
 
     if shape is None:
         shape, layers = DEFAULT_SHAPE, layers or DEFAULT_LAYERS
     device = how["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
     lm = random_model(shape, layers=layers, dtype=getattr(torch, how["dtype"] or "bfloat16"), device=device, seed=seed)
+    if how["quantize"] is not None:
+        quantise(lm, how["quantize"])
     subject = random_subject(lm, per_row=per_row, seed=seed)
     name = Path(shape).name  # a folder's place says something about a machine, not about a model
     return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": "random"}

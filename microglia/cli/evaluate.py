@@ -29,6 +29,7 @@ def evaluate(
     seed: o.Seed = 0,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> Outcome:
     """Compare the pruned with the dense model on the same problems.
@@ -40,7 +41,7 @@ def evaluate(
 
     if output_dir is not None:
         check_writable(output_dir)
-    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code))
+    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
     try:
         with progress("evaluating") as update:
             result = system.evaluate(

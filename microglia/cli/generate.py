@@ -23,6 +23,7 @@ def generate(
     model: o.Model = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> Outcome:
     """Answer one question or several.
@@ -30,7 +31,7 @@ def generate(
     microglia generate "What is 15% of 240?" --model-path checkpoints
     """
     questions = prompts or [sys.stdin.read()]
-    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code))
+    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
     texts = system.generate(questions, max_new_tokens, path=path, keep_ratio=keep_ratio, raw=raw)
     rows = [
         {"prompt": question, "text": text, "sparsity": sparsity}

@@ -35,11 +35,17 @@ Device = Annotated[
 Dtype = Annotated[
     str | None, typer.Option("--dtype", help=", ".join(DTYPES) + ".", show_default="float32 on a CPU, else as stored")
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", help="int8 or int4: weight-only, by torchao.", show_default="as stored"),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
 
 
-def loading(device: str | None, dtype: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """Keyword arguments of the system for these three; ConfigError for a device or type that does not exist."""
+def loading(
+    device: str | None, dtype: str | None, trust_remote_code: bool, quantize: str | None = None
+) -> dict[str, Any]:
+    """Keyword arguments of the system for these; ConfigError for a device or type that does not exist."""
     import torch
 
     if dtype is not None and dtype not in DTYPES:
@@ -52,7 +58,7 @@ def loading(device: str | None, dtype: str | None, trust_remote_code: bool) -> d
         raise ConfigError(
             f"device={device!r} cannot be used here; leave it out, or choose cpu or a device that torch sees"
         )
-    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
 
 
 def load(model_path: str | None, model: str | None, **how: Any) -> Any:

@@ -1,7 +1,9 @@
 """A seeded generator of multi-step arithmetic word problems in GSM8K's form.
 
-Each problem has a question, worked steps (one calculation a line) and `#### answer`. The number of worked steps,
-1 to 8, is its difficulty. The text is ours; the form (question, steps, `####`) is that of Cobbe et al. 2021, GSM8K.
+Each problem has a question, worked steps and `#### answer`. A worked step is a line, `word: a+b=c`; its word comes from
+the sentence that it works on (who, what happened, which day), so that a reader, and a small model, can see which is
+done and which is next. The number of worked steps, 1 to 8, is the difficulty. The text is ours; the form (question,
+steps, `####`) is that of Cobbe et al. 2021, GSM8K.
 
 Splits are disjoint by numbers, not only by wording: the sequence of numbers in the worked steps decides the split, so
 no test problem, nor any rewording of one with other names, objects or distractors, occurs in training.
@@ -55,14 +57,14 @@ class _Chain:
     lines: list[str]
 
     def compute(self, operator: str, other: int, *, label: str, left: int | None = None) -> int:
-        """Append `label: a op b = c` and make c the running value; DeadEnd when c is out of range."""
+        """Append `label: a+b=c`, or -, *, /, and make c the running value; DeadEnd when c is out of range."""
         a = self.value if left is None else left
         if operator == "/" and a % other:
             raise DeadEnd
         c = {"+": a + other, "-": a - other, "*": a * other, "/": a // other}[operator]
         if not 1 <= c <= (MAX_PRODUCT if operator == "*" else max(MAX_SUM, a)):
             raise DeadEnd
-        self.lines.append(f"{label}: {a} {operator} {other} = {c}")
+        self.lines.append(f"{label}: {a}{operator}{other}={c}")
         self.value = c
         return c
 
@@ -92,27 +94,29 @@ def _percent(rng: random.Random, value: int) -> int:
     return rng.choice(choices)
 
 
-def _event(chain: _Chain, thing: str, other: str) -> str:
-    """Change the running quantity by one calculation and return the clause that tells of it (no subject)."""
+def _event(chain: _Chain, thing: str, other: str, label: str | None = None) -> str:
+    """Change the running quantity by one calculation and return the clause that tells of it (no subject).
+
+    The line is labelled with the clause's verb unless a label is given.
+    """
     rng = chain.rng
     kind = rng.choice("gain gain lose lose double triple half".split())
-    label = "now"
     if kind == "gain":
-        n = _number(rng)
-        chain.compute("+", n, label=label)
-        return rng.choice((f"buys {n} more {thing}", f"finds {n} {thing}", f"gets {n} {thing} from {other}"))
-    if kind == "lose":
-        n = _number(rng, high=min(99, max(2, chain.value - 1)))
-        chain.compute("-", n, label=label)
-        return rng.choice((f"loses {n} {thing}", f"gives {n} {thing} to {other}", f"sells {n} {thing}"))
-    if kind == "half":
-        chain.compute("/", 2, label=label)
-        return rng.choice((f"gives half of the {thing} to {other}", f"sells half of the {thing}"))
-    factor = 2 if kind == "double" else 3
-    if chain.value * factor > 400:
-        raise DeadEnd
-    chain.compute("*", factor, label=label)
-    return f"{'doubles' if factor == 2 else 'triples'} the number of {thing}"
+        operator, n = "+", _number(rng)
+        clause = rng.choice((f"buys {n} more {thing}", f"finds {n} {thing}", f"gets {n} {thing} from {other}"))
+    elif kind == "lose":
+        operator, n = "-", _number(rng, high=min(99, max(2, chain.value - 1)))
+        clause = rng.choice((f"loses {n} {thing}", f"gives {n} {thing} to {other}", f"sells {n} {thing}"))
+    elif kind == "half":
+        operator, n = "/", 2
+        clause = rng.choice((f"gives half of the {thing} to {other}", f"sells half of the {thing}"))
+    else:
+        operator, n = "*", 2 if kind == "double" else 3
+        if chain.value * n > 400:
+            raise DeadEnd
+        clause = f"{'doubles' if n == 2 else 'triples'} the number of {thing}"
+    chain.compute(operator, n, label=label or clause.split()[0])
+    return clause
 
 
 def _change(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -137,7 +141,7 @@ def _intermediate(rng: random.Random, steps: int) -> tuple[list[str], str, _Chai
         raise DeadEnd
     chain = _Chain(rng, _number(rng, 5), [])
     told = [f"{name} has {chain.value} {thing}."]
-    told += [f"On {DAYS[i]} {pronoun} {_event(chain, thing, other)}." for i in range(steps)]
+    told += [f"On {DAYS[i]} {pronoun} {_event(chain, thing, other, DAYS[i])}." for i in range(steps)]
     beyond = _Chain(rng, chain.value, [])
     told += [f"On {DAYS[steps + i]} {pronoun} {_event(beyond, thing, other)}." for i in range(extra)]
     return told, f"How many {thing} does {name} have at the end of {DAYS[steps - 1]}?", chain
@@ -239,17 +243,17 @@ def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
         kind = rng.choice(("broken", "more", "boxes")) if chain.value < 800 else "boxes"
         if kind == "broken":
             n = _number(rng, high=min(99, max(2, chain.value - 1)))
-            chain.compute("-", n, label="left")
+            chain.compute("-", n, label="break")
             told.append(f"Then {n} {thing} break.")
             question = f"How many {thing} are left?"
         elif kind == "more":
             n = _number(rng)
-            chain.compute("+", n, label="left")
+            chain.compute("+", n, label="added")
             told.append(f"Then {n} {thing} are added.")
             question = f"How many {thing} are left?"
         else:
             parts = _divisor(rng, chain.value)
-            chain.compute("/", parts, label="left")
+            chain.compute("/", parts, label="kept")
             told.append(f"The {thing} are split into {parts} equal parts, and one part is kept.")
             question = f"How many {thing} are left?"
     return told, question, chain
@@ -274,7 +278,7 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
             whole = chain.value
             part = _part(chain, p)
             grows = rng.random() < 0.4
-            chain.compute("+" if grows else "-", part, label="now", left=whole)
+            chain.compute("+" if grows else "-", part, label="buys" if grows else "sells", left=whole)
             told.append(
                 f"{pronoun.capitalize()} buys {p}% more {thing}."
                 if grows
@@ -288,9 +292,9 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
 
 
 def _part(chain: _Chain, percent: int) -> int:
-    """Append `p% of a = c` and make c the running value."""
+    """Append `part: p% of a=c` and make c the running value."""
     part = chain.value * percent // 100
-    chain.lines.append(f"{percent}% of {chain.value} = {part}")
+    chain.lines.append(f"part: {percent}% of {chain.value}={part}")
     chain.value = part
     return part
 
@@ -330,9 +334,15 @@ MOST_STEPS = {"intermediate": len(DAYS) - 1, "bare": 1}  # the others reach MAX_
 
 
 def _distractor(rng: random.Random, told: list[str]) -> str:
-    """A sentence with a number that the answer does not need."""
-    thing = rng.choice([t for t in THINGS if t not in " ".join(told)])
-    name = rng.choice([n for names in NAMES.values() for n in names if n not in " ".join(told)])
+    """A sentence with a number that the answer does not need.
+
+    Who it is about is of the other pronoun than the story's first person, so that a "he" or "she" after it still
+    means that person.
+    """
+    story = " ".join(told)
+    first = story.split()[0]
+    thing = rng.choice([t for t in THINGS if t not in story])
+    name = rng.choice([n for names in NAMES.values() if first not in names for n in names if n not in story])
     return rng.choice(
         (
             f"{name} is {rng.randint(6, 40)} years old.",

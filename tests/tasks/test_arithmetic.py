@@ -8,13 +8,13 @@ from functools import cache
 import pytest
 
 from microglia.errors import ConfigError
-from microglia.reasoner.problems import FAMILIES, MAX_STEPS, MOST_STEPS, SPLITS, draw, problems
+from microglia.reasoner.problems import FAMILIES, MAX_STEPS, MOST_STEPS, NAMES, SPLITS, draw, problems
 from microglia.tasks import Example, get_task
 
 TASK = get_task("arithmetic")
 COUNT = 3000
-OPERATION = re.compile(r"[A-Za-z ]+: (\d+) ([-+*/]) (\d+) = (\d+)")
-PERCENTAGE = re.compile(r"(\d+)% of (\d+) = (\d+)")
+OPERATION = re.compile(r"[A-Za-z ]+: (\d+)([-+*/])(\d+)=(\d+)")
+PERCENTAGE = re.compile(r"part: (\d+)% of (\d+)=(\d+)")
 
 
 @cache
@@ -40,7 +40,7 @@ def numbers(example: Example) -> tuple[str, ...]:
     return tuple(re.findall(r"\d+", example.answer))
 
 
-@pytest.mark.parametrize("line", ["now: 3 + 4 = 8", "now: 7 / 2 = 3", "5% of 30 = 1", "now: 3 + 4", "3 + 4 = 7"])
+@pytest.mark.parametrize("line", ["buys: 3+4=8", "sells: 7/2=3", "part: 5% of 30=1", "buys: 3+4", "3+4=7"])
 def test_a_false_line_is_seen(line: str) -> None:
     with pytest.raises(AssertionError):
         value_of(line)
@@ -71,6 +71,26 @@ def test_the_operands_of_the_answer_come_from_the_question_or_earlier_lines() ->
             *operands, result = re.findall(r"\d+", line)
             assert {*operands} <= known, example
             known.add(result)
+
+
+def test_the_word_before_a_calculation_stands_in_the_question_or_names_a_total_or_a_part() -> None:
+    ours = {"total", "part", "result", "each", "kept", "in all", "a day"}
+    for example in drawn("test"):
+        labels = {line.split(":")[0] for line in example.answer.split("\n")[:-1]}
+        assert all(re.search(rf"\b{label}\b", example.question) for label in labels - ours), example
+
+
+def test_he_and_she_can_only_mean_the_person_of_the_story() -> None:
+    """A sentence about somebody whom the answer does not need is about one of the other pronoun."""
+    pronouns = {name: pronoun for pronoun, names in NAMES.items() for name in names}
+    intruders = 0
+    for problem in problems("test", COUNT):
+        person, *_ = problem.question.split()
+        for name in re.findall(r"(?<=\. )(\w+) (?:is|has) \d+", problem.question):
+            if name in pronouns and problem.family != "compare" and name != person:
+                assert pronouns[name] != pronouns.get(person), problem.question
+                intruders += 1
+    assert intruders > 50
 
 
 @pytest.mark.parametrize(("held_out", "other"), [("test", "train"), ("validation", "train"), ("test", "validation")])
