@@ -287,9 +287,9 @@ Prompt: `Question: {{question}}\\nAnswer:`
 `python scripts/train_reasoner.py`: from scratch, seed {facts["seed"]}, {phases} of \
 {facts["batch_size"]} problems a step (each seen once), Muon for the matrices inside the layers and AdamW for the rest,
 warm-up and linear decay, bfloat16 autocast on two CPU cores, {facts["minutes"]:.0f} minutes on a machine that was also
-busy with other work. Loss at the end {facts["final_loss"]:.4f} (cross entropy per answer token). No GPU was at hand, so \
-the model is as
-large as two cores train in that time. Weights are stored in bfloat16 and evaluated in float32.
+busy with other work. Loss at the end {facts["final_loss"]:.4f} (cross entropy per answer token).
+No GPU was at hand, so the model is as large as two cores train in that time. Weights are stored in bfloat16 and
+evaluated in float32.
 
 ## Scores
 

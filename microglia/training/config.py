@@ -23,6 +23,7 @@ class TrainingConfig:
     distill: weight of KL(dense ‖ pruned) on answer tokens.
     scope: answer (gates on answer positions) or all (on the prompt too, as the original).
     lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
+        Adapters learn at `lora_learning_rate`, agents at `learning_rate`.
     patience: evaluations without improvement until training stops, 0 to train to the end.
     """
 

@@ -155,6 +155,19 @@ class PruningTrainer(Trainer):
         )
         return loss, parts | weight
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with a learning rate of their own for LoRA's parameters."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh:
+            adapters = {id(p) for name, p in (model or self.model).named_parameters() if "lora_" in name}
+            for group in list(optimizer.param_groups):
+                lora = [p for p in group["params"] if id(p) in adapters]
+                if lora:
+                    group["params"] = [p for p in group["params"] if id(p) not in adapters]
+                    optimizer.add_param_group({**group, "params": lora, "lr": self.config.lora_learning_rate})
+        return optimizer
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self._gates:
             return super().training_step(*args, **kwargs)

@@ -102,6 +102,20 @@ def test_lora_trains_adapters_and_leaves_the_base(tmp_path, lora):
     assert all(x.equal(base[name]) for name, x in reference.state_dict().items())
 
 
+def test_joint_adapters_and_agents_learn_at_their_own_rates(tmp_path):
+    """With a rate of zero for the adapters they stay where they started, while the agents move; and the reverse."""
+    moved = {}
+    for frozen, rates in {"adapters": (1e-2, 1e-30), "agents": (1e-30, 1e-2)}.items():
+        changes = {"lora": "joint", "lora_rank": 2, "learning_rate": rates[0], "lora_learning_rate": rates[1]}
+        _, result = tiny_run(tmp_path / frozen, TrainingConfig(**{**vars(SHORT), **changes}))
+        adapters = [p.abs().max() for n, p in result.model.named_parameters() if "lora_B" in n]  # start at zero
+        start = AgentPolicy([site.geometry for site in find_sites(result.model)]).agents[0].network[-1].bias
+        agents = (result.policy.agents[0].network[-1].bias - start).abs().max()
+        moved[frozen] = (max(adapters).item(), agents.item())
+    assert moved["adapters"][0] < 1e-20 < 1e-4 < moved["adapters"][1]
+    assert moved["agents"][1] < 1e-20 < 1e-4 < moved["agents"][0]
+
+
 def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(tmp_path):
     config = {**vars(SHORT), "max_steps": 3, "distill": 1.0}
     plain = tiny_run(tmp_path / "plain", TrainingConfig(**config))[1].policy
