@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a microglia checkpoint: its tasks, prompts and scorers, with the pruned model's answers.
 
-    python -m microglia.harness run --model microglia --model_args checkpoint=checkpoints,path=compact,keep_ratio=0.75 \\
-        --tasks gsm8k,arc_challenge --batch_size 16
+    python -m microglia.harness run --model microglia --tasks gsm8k,arc_challenge --batch_size 16 \\
+        --model_args checkpoint=checkpoints,path=compact,keep_ratio=0.75
 
 is `lm_eval` with one more model; importing this module does the same for `lm_eval.simple_evaluate`. Needs the extra
 `eval`. The context of a request is the prompt and is read with every head; continuations and generated texts are gated.
@@ -101,8 +101,8 @@ class MicrogliaLM(HFLM):
         """Only dense: a text without a prompt gives nothing to decide on."""
         if self.path != "dense":
             raise ConfigError(
-                "a perplexity task scores texts without a prompt, so there is nothing to decide on which heads to keep; "
-                "leave such tasks out or give path=dense"
+                "a perplexity task scores texts without a prompt, so there is nothing to decide on which heads to "
+                "keep; leave such tasks out or give path=dense"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 

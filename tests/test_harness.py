@@ -2,6 +2,7 @@
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -94,7 +95,7 @@ def system(folder) -> MicrogliaPruningSystem:
 def judged(folder, monkeypatch):
     """A function (model, arguments, tasks) → what lm_eval found, with every sample."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-    import microglia.harness  # registers the model
+    import_module("microglia.harness")  # which registers the model
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -181,6 +182,7 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(judged, folder, system):
         MicrogliaLM("nowhere/at/all")
 
 
+@pytest.mark.slow
 def test_the_module_is_lm_eval_with_one_more_model(judged, folder, monkeypatch, tmp_path):
     from microglia.harness import main
 

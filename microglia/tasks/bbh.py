@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
-from microglia.tasks.answers import ANOTHER_QUESTION, NUMBER, normalise_answer
+from microglia.tasks.answers import ANOTHER_QUESTION, NUMBER, UNICODE, extract_answer, normalise_answer
 from microglia.tasks.base import Example, Task
 from microglia.tasks.rows import hub_rows, read_json
 
@@ -36,7 +36,7 @@ TASKS_27 = tuple(
     )
 )
 ASKED = 'Think step by step and end with "So the answer is" and the answer.'
-ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is\b|[:=])[ \t:]*(.*)", re.I)
+ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is\b|[:=])[ \t:]*", re.I)
 OPTION = re.compile(r"\(([A-Z])\)|^\W*([A-Z])(?:[.):,]|\W*$)")
 
 
@@ -84,9 +84,8 @@ class BbhTask(Task):
         """What follows the last "the answer is", or else the last line."""
         if (another := ANOTHER_QUESTION.search(text)) and text[: another.start()].strip():
             text = text[: another.start()]
-        said = [answer for answer in ANSWER_IS.findall(text) if answer.strip()]
         lines = [line for line in text.splitlines() if line.strip()]
-        return _stripped((said or lines)[-1]) if lines else None
+        return _stripped((_said(text) or lines)[-1]) if lines else None
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the answers agree as options, numbers, brackets or words, whichever the gold answer is."""
@@ -97,8 +96,7 @@ class BbhTask(Task):
             given = OPTION.search(found)
             return given is not None and option[1] in (given[1], given[2])
         if NUMBER.fullmatch(gold):
-            numbers = [normalise_answer(match[0]) for match in NUMBER.finditer(found)]
-            return numbers[-1:] == [normalise_answer(gold)]
+            return extract_answer(f"The answer is {found}") == normalise_answer(gold)
         if not re.search(r"\w", gold):
             return re.sub(r"[^\[\](){}<>]", "", found) == gold.replace(" ", "")
         given_words, words = (re.findall(r"[\w'-]+", side.casefold()) for side in (found, gold))
@@ -112,8 +110,15 @@ class BbhLogicTask(BbhTask):
     tasks: ClassVar[tuple[str, ...]] = LOGIC
 
 
+def _said(text: str) -> list[str]:
+    """Each rest of a line after "the answer is"."""
+    rests = [text[marker.end() :].partition("\n")[0] for marker in ANSWER_IS.finditer(text)]
+    return [rest for rest in rests if rest.strip()]
+
+
 def _stripped(answer: str) -> str:
     """The answer without quotes, emphasis and a full stop around it."""
+    answer = answer.translate(UNICODE)
     boxed = re.search(r"\\boxed\{(?:\\text\{)?([^{}]*)\}", answer)
     text = (boxed[1] if boxed else answer).strip().strip("*_`\"'$").strip()
     return text.removesuffix(".").strip().strip("*_`\"'$").strip()
@@ -147,8 +152,7 @@ def _worked(task: str, folder: Path) -> tuple[Example, ...]:
     examples = []
     for number, (question, _, answer) in enumerate(parts):
         asked = f"{description.strip()}\n\n{question.strip()}" if number == 0 else question.strip()
-        final = ANSWER_IS.findall(answer)
-        examples.append(_example(task, f"shot-{number}", asked, final[-1] if final else "", answer.strip()))
+        examples.append(_example(task, f"shot-{number}", asked, (_said(answer) or [""])[-1], answer.strip()))
     return tuple(examples)
 
 

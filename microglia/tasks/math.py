@@ -25,7 +25,7 @@ SUBJECTS = (
     "precalculus",
 )
 ASKED = "Put the final answer in \\boxed{}."
-BOX = re.compile(r"\\f?boxed\b\s*")
+BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 # "The final answer is $x$.": up to a full stop that ends a sentence.
 ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is|are|[:=])[\s:]*(.+?)(?:\.(?=\s|$)|$)", re.I | re.M)
 LONGEST_BOX = 2000  # characters looked at for the closing brace
