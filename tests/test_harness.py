@@ -99,6 +99,8 @@ def judged(folder, monkeypatch):
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    # It asks pip for everything that is installed, which takes longer than all the rest.
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "")
     manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
 
     def judge(model, arguments, *tasks):

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
 from microglia.tasks.answers import ANOTHER_QUESTION, extract_answer, normalise_answer
@@ -32,20 +32,16 @@ class JsonlTask(Task):
         if data_dir is None:
             raise ConfigError("the jsonl task needs a file; give it, or a folder with test.jsonl, as --data-dir")
         place = Path(data_dir)
-        single = place.is_file()
-        path = place if single else place / f"{split}.jsonl"
-        carved = split == "validation" and not path.is_file()
-        if carved:
-            path = place / "train.jsonl"
+        own_validation = (place / "validation.jsonl").is_file()
+        source = "train" if split == "validation" and not own_validation else split
+        path = place if place.is_file() else place / f"{source}.jsonl"
         if not path.is_file():
             raise DataError(
-                f"there is no file {path}; data_dir must be a JSON-lines file or a folder with {split}.jsonl"
+                f"there is no file {path}; data_dir must be a JSON-lines file or a folder with {source}.jsonl"
             )
-        examples = [
-            self._example(row, f"{self.name}/{path.stem}/{i}") for i, row in enumerate(read_rows(path, self.fields))
-        ]
-        own = (place / "validation.jsonl").is_file()
-        if split != "test" and (single or not own):
+        rows = read_rows(path, self.fields, texts=False)
+        examples = [self._example(row, f"{self.name}/{path.stem}/{index}") for index, row in enumerate(rows)]
+        if split != "test" and not own_validation:
             examples = without_validation(examples, split)
         if not examples:
             raise DataError(f"{path} leaves no example for {split}; give a file with more lines")
@@ -61,11 +57,14 @@ class JsonlTask(Task):
             return extract_answer(text) == example.gold
         return example.gold in _words(text)
 
-    def _example(self, row: dict[str, str], identity: str) -> Example:
-        question, answer = (row[field].strip() for field in self.fields)
+    def _example(self, row: dict[str, Any], identity: str) -> Example:
+        texts = [str(row[field]).strip() if isinstance(row[field], str | int | float) else "" for field in self.fields]
+        question, answer = texts
         gold = self.extract(answer)
         if not question or gold is None:
-            raise DataError(f"example {identity} has an empty question or answer; fill in or delete that line")
+            raise DataError(
+                f"example {identity} has no text or number as {' or '.join(self.fields)}; fill in or delete that line"
+            )
         steps = max(1, sum(1 for line in answer.splitlines() if line.strip() and not line.startswith("####")))
         return Example(identity, question, answer, gold, difficulty=steps)
 

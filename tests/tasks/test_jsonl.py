@@ -69,8 +69,13 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         TASK.load("test")
     with pytest.raises(DataError, match=r"there is no file .*test\.jsonl"):
         TASK.load("test", data_dir=tmp_path)
-    with pytest.raises(DataError, match=r"example jsonl/e/0 has an empty question or answer"):
+    with pytest.raises(DataError, match=r"example jsonl/e/0 has no text or number as question or answer"):
         TASK.load("test", data_dir=write(tmp_path / "e.jsonl", [(" ", "7")]))
+    (tmp_path / "n.jsonl").write_text('{"question": "Why?", "answer": 7}\n{"question": "Why?", "answer": [7]}\n')
+    with pytest.raises(DataError, match=r"example jsonl/n/1 has no text or number"):
+        TASK.load("test", data_dir=tmp_path / "n.jsonl")
+    (tmp_path / "n.jsonl").write_text('{"question": "Why?", "answer": 7.50}\n')
+    assert TASK.load("test", data_dir=tmp_path / "n.jsonl")[0].gold == "7.5"
     with pytest.raises(DataError, match=r"leaves no example for train"):
         TASK.load("train", data_dir=write(tmp_path / "one.jsonl", [("Why?", "7")]))
     with pytest.raises(ConfigError, match="task gsm8k has no option answer_field; it has shots"):
