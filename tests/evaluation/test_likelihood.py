@@ -99,15 +99,13 @@ def test_the_likeliest_choice_is_chosen(scoring, divided):
     )
     for e, answer in zip(examples, found.answers, strict=True):
         prompt = f"Question: question9?\nAnswer: yes\n\nQuestion: {e.question}\nAnswer:"
-        scores = []
-        for text in e.choices.texts:
-            total, _, _ = slowly(model, policy, *encode_pair(tokenizer, prompt, f" {text}"))
-            scores.append(total / len(text) if divided else total)
+        totals = [slowly(model, policy, *encode_pair(tokenizer, prompt, f" {text}"))[0] for text in e.choices.texts]
+        assert answer.choices == pytest.approx(totals, abs=5e-3)
+        scores = [total / len(text) if divided else total for total, text in zip(totals, e.choices.texts, strict=True)]
         chosen = scores.index(max(scores))
         assert answer.text == e.choices.texts[chosen]
         assert answer.correct == (chosen == e.choices.gold)
         assert answer.new_tokens == len(answer.text) + 1
-        assert len(answer.choices) == 4
     assert done[-1] == (24, 24)
     assert found.rows()[0]["choices"] == found.answers[0].choices
     assert found.summary()["sparsity"] > 0
