@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
+from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
 from microglia.gate import Gate, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
@@ -21,7 +22,7 @@ from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
 from microglia.sites import check_head_count, find_sites
 from microglia.tasks import Task, get_task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.training import TrainingConfig, TrainingResult, train
 
 CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits; the dial's keep ratio is a mean over them
@@ -78,7 +79,7 @@ class MicrogliaPruningSystem:
 
     def train(
         self,
-        dataset_name: str = "arithmetic",
+        dataset_name: str | Task = "arithmetic",
         num_epochs: float | None = None,
         alpha_schedule: tuple[float, float] | None = None,
         *,
@@ -91,6 +92,7 @@ class MicrogliaPruningSystem:
     ) -> TrainingResult:
         """Train the agents on a task. `options` are the fields of TrainingConfig; what is not given has its default.
 
+        dataset_name: a task's name, or a task with options: get_task("gsm8k", shots=4).
         output_dir: where the run's state and at the end the checkpoint go; None keeps the result in memory only.
         """
         task = get_task(dataset_name)
@@ -118,9 +120,9 @@ class MicrogliaPruningSystem:
         self.fill, self.scope, self.template = config.fill, config.scope, task.template
         self.gate = replace(self.gate, threshold=0.0)
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
-        self.calibration = self._logits([example.question for example in held_out])
+        self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
-        self.training = {"dataset": dataset_name, "seconds": result.seconds, "last": last, "config": asdict(config)}
+        self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
         if output_dir is not None:
             self.save_pretrained(output_dir)
         return result
@@ -155,7 +157,7 @@ class MicrogliaPruningSystem:
                 self.tokenizer,
                 self._rendered(prompts[start : start + AT_ONCE], raw),
                 None if path == "dense" else self.policy,
-                gate=self._gate(keep_ratio),
+                gate=self.gate_for(keep_ratio),
                 look=self.look,
                 fill=self.fill,
                 scope=self.scope,
@@ -180,7 +182,7 @@ class MicrogliaPruningSystem:
 
     def evaluate(
         self,
-        dataset_name: str = "arithmetic",
+        dataset_name: str | Task = "arithmetic",
         *,
         split: str = "test",
         limit: int | None = None,
@@ -191,38 +193,44 @@ class MicrogliaPruningSystem:
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         dense: bool = True,
+        scoring: str = "generation",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, Any]:
         """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
 
+        scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
         Returns accuracy and sparsity of the pruned model, `pruned` and `dense` in full, `paired` (their difference with
         its 95 % interval and p-value) and `answers`, one row per example. With LoRA, dense has the adapter too, so the
         difference is the pruning's alone. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
+        judge = evaluate if scoring == "generation" else score_choices
+        how = {"max_new_tokens": max_new_tokens} if scoring == "generation" else {"scoring": scoring}
         runs = {}
         for name, policy in {"pruned": self.policy, **({"dense": None} if dense else {})}.items():
-            runs[name] = evaluate(
+            runs[name] = judge(
                 self.model,
                 self.tokenizer,
                 task,
                 examples,
                 policy,
-                gate=self._gate(keep_ratio),
+                gate=self.gate_for(keep_ratio),
                 look=self.look,
                 fill=self.fill,
                 scope=self.scope,
                 path=path,
                 batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
+                **how,
                 progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
             )
         pruned = runs["pruned"]
         self._keep_ratios = [answer.keep_ratio for answer in pruned.answers]
         return {
-            "dataset": dataset_name,
+            "dataset": task.name,
             "split": split,
+            "shots": task.shots,
+            "scoring": scoring,
             "accuracy": pruned.accuracy,
             "sparsity": pruned.sparsity,
             **{name: run.summary() for name, run in runs.items()},
@@ -238,8 +246,20 @@ class MicrogliaPruningSystem:
         """
         if prompts is not None:
             self.calibration = self._logits(list(prompts))
-        self.gate = replace(self.gate, threshold=0.0) if ratio is None else self._gate(ratio)
+        self.gate = replace(self.gate, threshold=0.0) if ratio is None else self.gate_for(ratio)
         return self.gate.threshold
+
+    def gate_for(self, ratio: float | None) -> Gate:
+        """The gate, with the threshold for a keep ratio if one is given; see `set_keep_ratio`."""
+        if ratio is None:
+            return self.gate
+        if not len(self.calibration):
+            raise ConfigError(
+                f"keep_ratio={ratio} was given, but there are no prompts to calibrate it on; train first or give "
+                "set_keep_ratio some"
+            )
+        geometries = [site.geometry for site in self.sites]
+        return replace(self.gate, threshold=threshold_for(self.calibration, geometries, ratio, self.gate.bucket))
 
     def checkpoint(self) -> Checkpoint:
         """What `save_pretrained` writes, as a value (for `push_to_hub`, say)."""
@@ -293,18 +313,6 @@ class MicrogliaPruningSystem:
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def _gate(self, ratio: float | None) -> Gate:
-        """The gate, with the threshold for a keep ratio if one is given."""
-        if ratio is None:
-            return self.gate
-        if not len(self.calibration):
-            raise ConfigError(
-                f"keep_ratio={ratio} was given, but there are no prompts to calibrate it on; train first or give "
-                "set_keep_ratio some"
-            )
-        geometries = [site.geometry for site in self.sites]
-        return replace(self.gate, threshold=threshold_for(self.calibration, geometries, ratio, self.gate.bucket))
-
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
             raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
@@ -312,7 +320,10 @@ class MicrogliaPruningSystem:
 
     def _logits(self, questions: Sequence[str]) -> list[Tensor]:
         """The policy's logits (N, H) per site for N questions."""
-        return prompt_logits(self.model, self.tokenizer, self._rendered(questions), self.policy, look=self.look)
+        return self._prompt_logits(self._rendered(questions))
+
+    def _prompt_logits(self, prompts: Sequence[str]) -> list[Tensor]:
+        return prompt_logits(self.model, self.tokenizer, prompts, self.policy, look=self.look)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

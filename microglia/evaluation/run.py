@@ -16,12 +16,15 @@ from microglia.generation import generate
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense."""
+    """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense.
+
+    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood.
+    """
 
     id: str
     text: str
@@ -30,6 +33,7 @@ class Answer:
     new_tokens: int
     difficulty: int
     family: str
+    choices: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Evaluation:
             "sparsity": self.sparsity,
             "accuracy_by_difficulty": {str(k): v for k, v in self.accuracy_by_difficulty.items()},
             "sparsity_by_difficulty": {str(k): v for k, v in self.sparsity_by_difficulty.items()},
+            "accuracy_by_family": self.by("family", lambda a: a.correct),
             "sparsity_by_family": self.by("family", lambda a: 1 - a.keep_ratio),
             "mean_tokens": self.mean_tokens,
             "seconds": self.seconds,
@@ -83,7 +88,8 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per answer."""
-        return [asdict(answer) for answer in self.answers]
+        rows = [asdict(answer) for answer in self.answers]
+        return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
 
 
 def evaluate(
@@ -108,7 +114,7 @@ def evaluate(
     """
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
-    prompts = [render_prompt(tokenizer, example.question, task.template) for example in examples]
+    prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     seconds = 0.0
