@@ -31,17 +31,17 @@ FLOORS = {
     "microglia.look": 3,
     "microglia.attach": 4,
     "microglia.compact": 4,
-    "microglia.criteria": 4,
     "microglia.checkpoint": 4,
     "microglia.generation": 5,
     "microglia.training": 6,
     "microglia.evaluation": 6,
     "microglia.benchmark": 6,
-    "microglia.report": 7,
-    "microglia.serving": 7,
-    "microglia.system": 7,
-    "microglia.demo": 7,
-    "microglia.cli": 8,
+    "microglia.criteria": 7,
+    "microglia.report": 8,
+    "microglia.serving": 8,
+    "microglia.system": 8,
+    "microglia.demo": 8,
+    "microglia.cli": 9,
 }
 ROOF = "microglia"
 LONGEST_FILE = 400
