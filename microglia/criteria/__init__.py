@@ -8,11 +8,16 @@ The policy goes through the same gate, dial, rectangles and compaction as the ag
 from dataclasses import fields
 from typing import Any
 
+from microglia.criteria.activation_variance import ActivationVariance
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.entropy import Entropy
+from microglia.criteria.fluctuation import Fluctuation
+from microglia.criteria.gate import LearnedGate
 from microglia.criteria.norm import Norm
+from microglia.criteria.predictor import Predictor
 from microglia.criteria.random import Random
+from microglia.criteria.shapley import Shapley
 from microglia.criteria.taylor import Taylor
 from microglia.criteria.weight import Weight
 from microglia.errors import ConfigError
@@ -23,6 +28,11 @@ CRITERIA: dict[str, type[Criterion]] = {
     "norm": Norm,
     "entropy": Entropy,
     "taylor": Taylor,
+    "fluctuation": Fluctuation,
+    "activation_variance": ActivationVariance,
+    "gate": LearnedGate,
+    "shapley": Shapley,
+    "predictor": Predictor,
 }
 
 __all__ = ["CRITERIA", "Calibration", "Criterion", "get_criterion"]

@@ -43,7 +43,8 @@ class Criterion(ABC):
         if per_input and not self.per_input:
             raise ConfigError(f"{self.name} scores heads the same for every prompt; leave per_input out")
         with untouched(calibration):
-            return self.look_at(calibration) if per_input else self.static(calibration)
+            policy = self.look_at(calibration) if per_input else self.static(calibration)
+        return policy.to(calibration.device).requires_grad_(False).eval()
 
     def static(self, calibration: Calibration) -> Policy:
         """The policy that is the same for every prompt."""

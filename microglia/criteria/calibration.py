@@ -57,6 +57,11 @@ class Calibration:
         return find_sites(self.model)
 
     @property
+    def device(self) -> torch.device:
+        """Where the model's inputs belong; accelerate, which holds weights elsewhere (on meta), moves them itself."""
+        return torch.device("cpu") if self.lm.device.type == "meta" else self.lm.device
+
+    @property
     def geometries(self) -> list[HeadGeometry]:
         return [site.geometry for site in self.sites]
 
@@ -68,13 +73,12 @@ class Calibration:
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
         collate = Collator(self.tokenizer.pad_token_id or 0)
-        device = self.lm.device if self.lm.device.type != "meta" else "cpu"
         parts = [list(rows)[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return [Batch(**{name: x.to(device) for name, x in collate(part).items()}) for part in parts]
+        return [Batch(**{name: x.to(self.device) for name, x in collate(part).items()}) for part in parts]
 
     def keeps(self, value: float = 1.0, rows: int = 1) -> list[Tensor]:
         """The same keep for every head: (rows, H) per site."""
-        return [torch.full((rows, g.heads), value, device=self.batches[0].prompt.device) for g in self.geometries]
+        return [torch.full((rows, g.heads), value, device=self.device) for g in self.geometries]
 
     def losses(self, batch: Batch, keep: Sequence[Tensor] | None = None, *, prompt: Any = None) -> Tensor:
         """Loss per answer token of each row, (B,), when its answer is written with `keep` (B, H) or (1, H) per site.

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.signal import SignalPolicy
-from microglia.policy import Policy
+from microglia.policy import Policy, SignalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,9 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion, relative
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.signal import SignalPolicy
 from microglia.criteria.weights import head_weights
 from microglia.errors import ConfigError
-from microglia.policy import Policy
+from microglia.policy import Policy, SignalPolicy
 from microglia.sites import Site
 
 

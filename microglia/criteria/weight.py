@@ -7,8 +7,7 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion, relative
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.weights import head_weights
-from microglia.sites import Site
+from microglia.criteria.weights import by_head, matrices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +20,7 @@ class Weight(Criterion):
     departs: ClassVar[str] = "L2 over whole heads; biases left out; a group's k and v divided among its query heads"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        return [relative(squared_norms(site).sqrt()) for site in calibration.sites]
-
-
-def squared_norms(site: Site) -> Tensor:
-    """Squared L2 norm of each head's slices, (H,)."""
-    w, g = head_weights(site), site.geometry
-    shared = (w.k.pow(2).sum((1, 2)) + w.v.pow(2).sum((1, 2))) / g.queries_per_group  # (G,)
-    return w.q.pow(2).sum((1, 2)) + w.o.pow(2).sum((1, 2)) + shared.repeat_interleave(g.queries_per_group)
+        return [
+            relative(by_head(site, {name: w.square() for name, w in matrices(site).items()}).sums().sqrt())
+            for site in calibration.sites
+        ]

@@ -1,5 +1,6 @@
 """Each head's own part of the projections, the same for every family."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,29 +12,48 @@ from microglia.sites import Site
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """q (H, D, in), k and v (G, D, in), o (H, D, out) of one site; copies, with LoRA added."""
+    """q (H, D, in), k and v (G, D, in), o (H, D, out) of one site."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
 
+    def sums(self) -> Tensor:
+        """The sum of everything that is the head's own, (H,). A group's k and v count for its query heads equally."""
+        per_group = len(self.q) // len(self.k)
+        shared = (self.k.sum((1, 2)) + self.v.sum((1, 2))) / per_group  # (G,)
+        return self.q.sum((1, 2)) + self.o.sum((1, 2)) + shared.repeat_interleave(per_group)
 
-@torch.no_grad()
-def head_weights(site: Site) -> HeadWeights:
-    """The site's weights by head. Raises MicrogliaError for weights that are stored packed or quantised."""
-    g = site.geometry
-    inputs, output, device = [], torch.empty(0), next(site.output.parameters()).device
+
+def matrices(site: Site) -> dict[str, Tensor]:
+    """Every projection's weight (out, in) by name; copies, with LoRA added.
+
+    Raises MicrogliaError for weights that are stored packed or quantised.
+    """
+    device = next(site.output.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device  # accelerate brings offloaded weights to it
-    heads, groups = torch.arange(g.heads, device=device), torch.arange(g.kv_heads, device=device)
-    for cut in site.layout.cuts(g, heads, groups):
+    g, found = site.geometry, {}
+    for cut in site.layout.cuts(g, torch.arange(g.heads, device=device), torch.arange(g.kv_heads, device=device)):
         projection = sliced(getattr(site.attention, cut.projection), cut, f"{site.name}.{cut.projection}", g.head_dim)
-        weight: Tensor = projection.weight.float()  # type: ignore[operator, assignment]
-        weight = weight.T if hasattr(projection, "nf") else weight  # GPT-2's Conv1D: (in, out)
-        if cut.of_inputs:
-            output = weight.T
-        else:
-            inputs.append(weight)
-    q, k, v = torch.cat(inputs).split([g.width, g.kv_width, g.kv_width])  # one layout fuses them, in this order
-    by_head, by_group = (-1, g.head_dim, q.shape[-1]), (g.kv_heads, g.head_dim, q.shape[-1])
-    return HeadWeights(q.reshape(by_head), k.reshape(by_group), v.reshape(by_group), output.unflatten(0, (g.heads, -1)))
+        weight: Tensor = projection.weight.detach().float()  # type: ignore[operator, assignment]
+        found[cut.projection] = weight.T if hasattr(projection, "nf") else weight  # GPT-2's Conv1D: (in, out)
+    return found
+
+
+def by_head(site: Site, values: Mapping[str, Tensor]) -> HeadWeights:
+    """Matrices (out, in) by the projection's name, weights or anything of their shape, taken apart by head."""
+    g = site.geometry
+    inputs = torch.cat([values[name] for name in site.layout.projections if name != site.layout.o])
+    q, k, v = inputs.split([g.width, g.kv_width, g.kv_width])  # fused or not, they come in this order
+    return HeadWeights(
+        q.unflatten(0, (g.heads, g.head_dim)),
+        k.unflatten(0, (g.kv_heads, g.head_dim)),
+        v.unflatten(0, (g.kv_heads, g.head_dim)),
+        values[site.layout.o].T.unflatten(0, (g.heads, g.head_dim)),
+    )
+
+
+def head_weights(site: Site) -> HeadWeights:
+    """The site's weights by head."""
+    return by_head(site, matrices(site))

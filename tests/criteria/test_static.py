@@ -7,11 +7,11 @@ from microglia.attach import attached
 from microglia.criteria.entropy import Entropy
 from microglia.criteria.norm import Norm
 from microglia.criteria.random import Random
-from microglia.criteria.signal import SignalPolicy
 from microglia.criteria.taylor import Taylor
 from microglia.criteria.weight import Weight
 from microglia.criteria.weights import head_weights
 from microglia.errors import ConfigError
+from microglia.policy import SignalPolicy
 from microglia.signals import attention_entropy
 from microglia.training.lora import with_lora
 from tests.criteria.calibrated import EXAMPLES, LAYOUTS, calibration, one_pass_losses, raw_outputs
