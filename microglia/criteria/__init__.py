@@ -11,14 +11,21 @@ from typing import Any
 from microglia.criteria.activation_variance import ActivationVariance
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
+from microglia.criteria.cascade import Cascade
 from microglia.criteria.entropy import Entropy
+from microglia.criteria.expert import Expert
 from microglia.criteria.fluctuation import Fluctuation
 from microglia.criteria.gate import LearnedGate
+from microglia.criteria.hessian import Hessian
+from microglia.criteria.lora_gradient import LoraGradient
+from microglia.criteria.movement import Movement
 from microglia.criteria.norm import Norm
 from microglia.criteria.predictor import Predictor
 from microglia.criteria.random import Random
 from microglia.criteria.shapley import Shapley
 from microglia.criteria.taylor import Taylor
+from microglia.criteria.upper_layers import UpperLayers
+from microglia.criteria.variational import Variational
 from microglia.criteria.weight import Weight
 from microglia.errors import ConfigError
 
@@ -33,6 +40,13 @@ CRITERIA: dict[str, type[Criterion]] = {
     "gate": LearnedGate,
     "shapley": Shapley,
     "predictor": Predictor,
+    "variational": Variational,
+    "lora_gradient": LoraGradient,
+    "hessian": Hessian,
+    "upper_layers": UpperLayers,
+    "movement": Movement,
+    "cascade": Cascade,
+    "expert": Expert,
 }
 
 __all__ = ["CRITERIA", "Calibration", "Criterion", "get_criterion"]

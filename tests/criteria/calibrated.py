@@ -39,10 +39,10 @@ def one_pass_losses(cal, keep, batch=None):
 
     def hook(geometry, k):
         def gate(_, inputs):
-            heads = inputs[0].unflatten(-1, (geometry.heads, -1)).clone()
+            heads = inputs[0].unflatten(-1, (geometry.heads, -1))
             k_rows = (k if k.dim() == 2 else k[None]).to(heads)
-            heads[:, start:] = heads[:, start:] * k_rows[:, None, :, None]
-            return (heads.flatten(-2),)
+            gated = heads[:, start:] * k_rows[:, None, :, None]
+            return (torch.cat([heads[:, :start], gated], 1).flatten(-2),)
 
         return gate
 

@@ -1,0 +1,39 @@
+"""Gradient descent over calibration batches, for criteria whose parameters are no policy."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from microglia.criteria.calibration import Calibration
+from microglia.errors import ConfigError
+from microglia.training.data import Batch
+
+
+def turns(calibration: Calibration, steps: int) -> Iterator[tuple[float, Batch]]:
+    """`steps` times (share of the steps done, the next batch), again from the first when all had their turn."""
+    for step in range(steps):
+        yield step / steps, calibration.batches[step % len(calibration.batches)]
+
+
+def descend(
+    calibration: Calibration,
+    parameters: Sequence[Tensor],
+    loss: Callable[[Batch], Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+) -> None:
+    """Minimise `loss(batch)` over the parameters with Adam, in place."""
+    optimiser = torch.optim.Adam(parameters, learning_rate)
+    for _, batch in turns(calibration, steps):
+        optimiser.zero_grad()
+        loss(batch).backward()
+        optimiser.step()
+
+
+def check_positive(**options: float) -> None:
+    """Raise ConfigError for the first option that is not above 0."""
+    for name, value in options.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value} was given; it must be above 0")
