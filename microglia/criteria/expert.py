@@ -13,7 +13,6 @@ from microglia.gate import Gate
 from microglia.policy import AgentPolicy
 from microglia.training import TrainingConfig
 
-
 ROUTER = replace(RECIPE, learning_rate=3e-3)
 
 

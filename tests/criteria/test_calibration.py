@@ -1,8 +1,11 @@
 """What criteria share: passes as inference makes them, a model that stays as it was, and the interface."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import microglia.criteria
 from microglia.criteria import CRITERIA, Calibration, Criterion, get_criterion
 from microglia.criteria.base import ranked
 from microglia.criteria.random import Random
@@ -120,3 +123,17 @@ def test_an_answer_without_words_is_named():
     cal = Calibration(calibration().model, tokenizer, Sums(), [*EXAMPLES, bare])
     with pytest.raises(DataError, match="example bare-one has no answer to calibrate on"):
         _ = cal.batches
+
+
+def test_the_page_of_criteria_is_the_registry():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "criteria.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    for (name, criterion), row in zip(CRITERIA.items(), rows, strict=True):
+        texts = (f"`{name}`{' ●' if criterion.per_input else ''}", criterion.score, criterion.paper, criterion.departs)
+        assert row == "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def test_folder_and_registry_agree():
+    folder = Path(microglia.criteria.__file__).parent
+    shared = {"__init__", "base", "calibration", "descent", "moments", "trained", "weights"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == set(CRITERIA)
