@@ -79,3 +79,10 @@ def unit_length(x: Tensor) -> Tensor:
 def standardised(x: Tensor) -> Tensor:
     """(H,) of one site with mean 0 and standard deviation 1, as FLAP compares layers."""
     return (x - x.mean()) / x.std(correction=0).clamp(min=1e-20)
+
+
+def check_positive(**options: float) -> None:
+    """Raise ConfigError for the first option that is not above 0."""
+    for name, value in options.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value} was given; it must be above 0")

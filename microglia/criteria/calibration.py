@@ -25,7 +25,7 @@ from microglia.training.loss import task_loss
 from microglia.training.passes import read_prompt, write_answer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Calibration:
     """Examples on a model, and the passes over them that criteria share.
 
@@ -136,7 +136,8 @@ def untouched(calibration: Calibration) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        with torch.random.fork_rng(devices=[]):
+        device = calibration.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(calibration.seed)
             model.eval().requires_grad_(False)
             yield

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from microglia.criteria.calibration import Calibration
-from microglia.errors import ConfigError
 from microglia.training.data import Batch
 
 
@@ -30,10 +29,3 @@ def descend(
         optimiser.zero_grad()
         loss(batch).backward()
         optimiser.step()
-
-
-def check_positive(**options: float) -> None:
-    """Raise ConfigError for the first option that is not above 0."""
-    for name, value in options.items():
-        if value <= 0:
-            raise ConfigError(f"{name}={value} was given; it must be above 0")

@@ -16,9 +16,7 @@ class Entropy(Criterion):
 
     name: ClassVar[str] = "entropy"
     score: ClassVar[str] = "1 − mean normalised entropy of the head's attention"
-    paper: ClassVar[str] = (
-        "Voita et al. 2019 keep confident heads; entropy is the second statistic of microglia-pruning"
-    )
+    paper: ClassVar[str] = "Voita et al. 2019, confident heads; the second statistic of microglia-pruning"
     departs: ClassVar[str] = "entropy, divided by the log of the visible keys, in place of the largest weight"
     per_input: ClassVar[bool] = True
 

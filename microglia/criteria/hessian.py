@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.descent import check_positive
 from microglia.criteria.weights import head_weights
 from microglia.sites.layouts import plain
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.descent import check_positive, turns
+from microglia.criteria.descent import turns
 from microglia.criteria.weights import by_head, matrices
 from microglia.errors import ConfigError
 from microglia.sites import Site

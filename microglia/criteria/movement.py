@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.descent import check_positive, turns
+from microglia.criteria.descent import turns
 from microglia.errors import ConfigError
 
 

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from microglia.criteria.base import Criterion, unit_length
+from microglia.criteria.base import Criterion, check_positive, unit_length
 from microglia.criteria.calibration import Calibration
-from microglia.errors import ConfigError
 from microglia.policy import Policy, PredictorPolicy
 from microglia.training.passes import prompt_features
 
@@ -32,9 +31,7 @@ class Predictor(Criterion):
     per_input: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for option in ("hidden_dim", "steps", "learning_rate"):
-            if getattr(self, option) <= 0:
-                raise ConfigError(f"{option}={getattr(self, option)} was given; it must be above 0")
+        check_positive(hidden_dim=self.hidden_dim, steps=self.steps, learning_rate=self.learning_rate)
 
     def look_at(self, calibration: Calibration) -> Policy:
         policy = PredictorPolicy(calibration.geometries, hidden_dim=self.hidden_dim, features=self.features)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
 
@@ -29,8 +29,7 @@ class Shapley(Criterion):
     departs: ClassVar[str] = "answer loss in place of accuracy; a fixed number of orders in place of a bandit's bounds"
 
     def __post_init__(self) -> None:
-        if self.permutations < 1:
-            raise ConfigError(f"permutations={self.permutations} was given; it must be at least 1")
+        check_positive(permutations=self.permutations)
         if not 0 <= self.tolerance < 1:
             raise ConfigError(f"tolerance={self.tolerance} was given; it must be 0 or more and below 1")
 

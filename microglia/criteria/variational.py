@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.descent import check_positive, descend
+from microglia.criteria.descent import descend
 from microglia.training.data import Batch
 
 

@@ -83,7 +83,7 @@ def test_an_order_ends_when_little_is_left_to_lose():
 
 
 def test_wrong_options_get_a_sentence():
-    with pytest.raises(ConfigError, match="permutations=0 was given; it must be at least 1"):
+    with pytest.raises(ConfigError, match="permutations=0 was given; it must be above 0"):
         Shapley(permutations=0)
     with pytest.raises(ConfigError, match="tolerance=1 was given; it must be 0 or more and below 1"):
         Shapley(tolerance=1)
