@@ -69,11 +69,11 @@ class Calibration:
     def batches(self) -> list[Batch]:
         """The examples in order, `batch_size` at a time, on the model's device."""
         room = getattr(self.lm.config, "max_position_embeddings", None)
-        rows = encode(self.tokenizer, self.examples, self.task.template, room)
+        rows = list(encode(self.tokenizer, self.examples, self.task.template, room))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
         collate = Collator(self.tokenizer.pad_token_id or 0)
-        parts = [list(rows)[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
         return [Batch(**{name: x.to(self.device) for name, x in collate(part).items()}) for part in parts]
 
     def keeps(self, value: float = 1.0, rows: int = 1) -> list[Tensor]:
