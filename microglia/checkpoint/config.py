@@ -12,12 +12,17 @@ from microglia.gate import Gate
 from microglia.geometry import HeadGeometry
 from microglia.look import Look
 from microglia.models import REASONER, reasoner_path
-from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.policy import AgentPolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
 from microglia.signals import feature_size
 from microglia.sites import causal_lm, find_sites
 
 FORMAT_VERSION = 1  # raised when an older microglia could not read what a newer one writes
-POLICIES: dict[str, type[Policy]] = {"agents": AgentPolicy, "static": StaticPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "agents": AgentPolicy,
+    "static": StaticPolicy,
+    "signal": SignalPolicy,
+    "predictor": PredictorPolicy,
+}
 CHOICES = {"policy": tuple(POLICIES), "fill": ("zero", "mean"), "scope": ("answer", "all")}
 
 
@@ -72,6 +77,8 @@ class MicrogliaConfig:
                 f"{len(self.sites)} sites and hidden_dim={self.hidden_dim} make no policy; both must be 1 or more"
             )
         _ = self.gate, self.look, [feature_size(g.heads, self.features) for g in self.geometries]  # each checks itself
+        if self.policy == "signal":
+            SignalPolicy(self.features)
 
     @classmethod
     def describing(
@@ -127,7 +134,10 @@ class MicrogliaConfig:
         """An untrained policy of this kind and these sizes."""
         if self.policy == "static":
             return StaticPolicy.all_kept(self.geometries)
-        return AgentPolicy(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
+        if self.policy == "signal":
+            return SignalPolicy(self.features)
+        kind = AgentPolicy if self.policy == "agents" else PredictorPolicy
+        return kind(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
@@ -182,7 +192,10 @@ def kind_of(policy: Policy) -> str:
     for name, kind in POLICIES.items():
         if type(policy) is kind:
             return name
-    raise ConfigError(f"a {type(policy).__name__} cannot be saved; only an AgentPolicy and a StaticPolicy can")
+    raise ConfigError(
+        f"a {type(policy).__name__} cannot be saved; only an AgentPolicy, a StaticPolicy, a SignalPolicy and a "
+        "PredictorPolicy can"
+    )
 
 
 def is_lora(model: nn.Module) -> bool:
