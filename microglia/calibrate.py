@@ -1,27 +1,28 @@
 """Turn the dial as far as a promise allows: at most so much accuracy lost, with a stated confidence.
 
-Learn then Test (Angelopoulos et al. 2021): the settings of the dial are tested in a fixed order, from the gentlest to the
-most aggressive, each at the full error of 1 - confidence, and the first that fails ends it. Whatever the truth, a
+Learn then Test (Angelopoulos et al. 2021): the settings of the dial are tested in a fixed order, from the gentlest to
+the most aggressive, each at the full error of 1 - confidence, and the first that fails ends it. Whatever the truth, a
 setting that loses more than promised is chosen with a probability of at most that error, since the first of them in
 the order would have to pass its test. Each test is the exact one of `evaluation.drop`, on the same prompts.
 
 The promise holds for prompts drawn like the calibration prompts, which must not have shaped policy or thresholds.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scipy import stats
 
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.benchmark import typical_speed
+from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.evaluation.bench import Bench, as_json, from_json
 from microglia.evaluation.drop import drop_limit, drop_p_value, prompts_needed
 from microglia.evaluation.run import Evaluation
 from microglia.gate import Gate
 from microglia.ledger import Ledger
 from microglia.policy import Policy
+from microglia.tasks.base import Example, Task
 
 KEEP_RATIOS = tuple(round(0.95 - 0.05 * step, 2) for step in range(14))  # 0.95, 0.9, …, 0.3
 EVERY_HEAD = -1e6  # a threshold that no logit falls below: the dense model
@@ -86,7 +87,7 @@ class Calibrated:
                 f"{self.keep_ratio:.1%} of the heads are kept; {sure} at most {_points(self.drop_bound)} are lost "
                 f"(measured: {_points(self.drop)} on {self.prompts} prompts)"
             )
-        if self.keep_ratio == 1:
+        if self.threshold == EVERY_HEAD:
             first = self.tried[0]
             more = more_prompts(first, self.prompts, self.max_drop, self.confidence)
             hint = f"about {more} prompts might do" if more else "train longer or with less pressure"
@@ -114,30 +115,43 @@ def fixed_sequence(counts: Iterable[tuple[int, int]], prompts: int, max_drop: fl
     return passed
 
 
-def calibrate(
+def turn(
     bench: Bench,
     policy: Policy,
-    gate_at: Callable[[float], Gate],
+    gate_at: Callable[[float | None], Gate],
     *,
     max_drop: float = 0.02,
     confidence: float = 0.95,
+    keep_ratio: float | None = None,
+    latency_ratio: float | None = None,
     keep_ratios: Sequence[float] = KEEP_RATIOS,
     ledger: Ledger | None = None,
     progress: Progress | None = None,
 ) -> Calibrated:
     """The most aggressive of the settings that can be promised to lose at most `max_drop`.
 
+    keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
+    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt of the bench.
     `gate_at` turns a target keep ratio into a gate and must not have seen the bench's prompts. One dense run and one
-    run per setting, on the same prompts, until one fails. Raises ConfigError for a drop, confidence or ratio out of range.
+    run per setting, on the same prompts, until one fails. Raises ConfigError for what is out of range.
     """
-    needed, prompts = prompts_needed(max_drop, confidence), len(bench.examples)
-    ratios = _checked(keep_ratios)
+    if keep_ratio is not None and latency_ratio is not None:
+        raise ConfigError(f"keep_ratio={keep_ratio} and latency_ratio={latency_ratio} were given; choose one of them")
+    needed, prompts, ratios = prompts_needed(max_drop, confidence), len(bench.examples), _checked(keep_ratios)
+    answered = _answering(bench, policy, ledger or Ledger(), progress)
+    if latency_ratio is not None:
+        speed = typical_speed(bench.model, bench.tokenizer, bench.prompts, policy, gate_at, look=bench.look)
+        keep_ratio = gentlest_reaching(latency_ratio, speed, ratios)
+    if keep_ratio is not None:
+        gate = gate_at(keep_ratio)
+        dense = answered(None, 1.0)
+        asked = _tried(dense, answered(gate, keep_ratio), keep_ratio, gate, confidence)
+        return _result(asked, dense, [asked], confidence, None, asked.drop_bound)
     if prompts < needed:
         return Calibrated(1.0, EVERY_HEAD, 0.0, 0.0, confidence, prompts, max_drop, None, None, needed=needed)
-    answered = _answering(bench, policy, ledger or Ledger(), progress)
     dense, tried = answered(None, 1.0), list[Tried]()
 
-    def counts() -> Iterable[tuple[int, int]]:
+    def counts() -> Iterator[tuple[int, int]]:
         for ratio in ratios:
             gate = gate_at(ratio)
             if tried and gate.threshold <= tried[-1].threshold:
@@ -147,28 +161,32 @@ def calibrate(
 
     passed = fixed_sequence(counts(), prompts, max_drop, confidence)
     if not passed:
-        return Calibrated(
-            1.0, EVERY_HEAD, 0.0, 0.0, confidence, prompts, max_drop, dense.accuracy, dense.accuracy, tuple(tried)
-        )
+        right = dense.accuracy
+        return Calibrated(1.0, EVERY_HEAD, 0.0, 0.0, confidence, prompts, max_drop, right, right, tuple(tried))
     chosen = tried[passed - 1]
     return _result(chosen, dense, tried, confidence, max_drop, min(chosen.drop_bound, max_drop))
 
 
-def judge(
-    bench: Bench,
-    policy: Policy,
-    gate: Gate,
-    target: float,
-    *,
-    confidence: float = 0.95,
-    ledger: Ledger | None = None,
-    progress: Progress | None = None,
-) -> Calibrated:
-    """One setting that was asked for, whatever it costs, with the limit of what it loses."""
-    answered = _answering(bench, policy, ledger or Ledger(), progress)
-    dense = answered(None, 1.0)
-    tried = _tried(dense, answered(gate, target), target, gate, confidence)
-    return _result(tried, dense, [tried], confidence, None, tried.drop_bound)
+def unseen(
+    task: Task, split: str, trained: Mapping[str, Any] | None, at_least: int, *, limit: int | None, **load: Any
+) -> list[Example]:
+    """Examples of a split without those that a training on this task looked at; `load` goes to the task.
+
+    trained: the training's options, None when there was none on this task. Of the validation split it saw as many as it
+    evaluated on, and `at_least` so many for the dial. Raises ConfigError for the split that was trained on, DataError
+    when nothing is left.
+    """
+    if trained is None or split not in ("train", "validation"):
+        return task.load(split, limit=limit, **load)
+    if split == "train":
+        raise ConfigError("split='train' was given, but the policy was trained on it; give validation or test")
+    most, seed = max(at_least, trained.get("eval_limit", 0)), trained.get("seed", 0)
+    seen = {example.id for example in task.load(split, limit=most, **{**load, "seed": seed})}
+    wanted = None if limit is None else limit + len(seen)
+    left = [example for example in task.load(split, limit=wanted, **load) if example.id not in seen][:limit]
+    if not left:
+        raise DataError(f"training looked at all examples of the split {split}; give another --split or more data")
+    return left
 
 
 def gentlest_reaching(
@@ -199,11 +217,15 @@ def gentlest_reaching(
 
 def more_prompts(tried: Tried, prompts: int, max_drop: float, confidence: float) -> int | None:
     """Roughly how many prompts would do if lost and won answers went on in the same proportions; None if none would."""
-    room = max_drop - tried.drop
+    lost, won, room = tried.lost / prompts, tried.won / prompts, max_drop - tried.drop
     if room <= 0:
         return None
-    spread = (tried.lost + tried.won + 1) / prompts - tried.drop**2
-    return math.ceil(float(stats.norm.ppf(confidence)) ** 2 * spread / room**2)
+    more = max(prompts, float(stats.norm.ppf(confidence)) ** 2 * (lost + won) / room**2)
+    if more > 20 * prompts:
+        return round(more)
+    while drop_limit(round(lost * more), round(won * more), round(more), confidence) > max_drop:
+        more *= 1.05
+    return round(more)
 
 
 def _answering(

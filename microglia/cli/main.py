@@ -6,6 +6,7 @@ import typer
 
 from microglia import __version__
 from microglia.cli.benchmark import benchmark
+from microglia.cli.calibrate import calibrate
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.generate import generate
@@ -16,6 +17,7 @@ VERBS = (
     demo,
     train,
     evaluate,
+    calibrate,
     generate,
     benchmark,
     inspect,

@@ -1,15 +1,15 @@
 """The most accuracy that a pruned model could have lost, exactly, from its answers beside the dense model's.
 
 On n prompts drawn independently, `lost` were right dense and wrong pruned, `won` the other way round: a trinomial with
-probabilities p and m, whose difference p - m is the drop. General bounds for a mean of bounded values are valid here but
-blunt, because they cannot know that most pairs agree. To promise at 95 % that at most 2 points are lost when no answer
-changed at all takes 10,998 prompts with Hoeffding-Bentkus, and 149 with a betting bound (Waudby-Smith and Ramdas 2024)
-that stakes everything on it and is ruined by the first lost answer. Here it takes 150, and lost answers are weighed.
+probabilities p and m, whose difference p - m is the drop. General bounds for a mean of bounded values hold here too but
+are blunt, because they cannot know that most pairs agree. To promise at 95 % that at most 2 points are lost when no
+answer changed at all takes 10,998 prompts with Hoeffding-Bentkus, and 149 with a betting bound (Waudby-Smith and Ramdas
+2024) that stakes everything on it and is ruined by the first lost answer. Here it takes 150, and losses are weighed.
 
 The limit is Buehler's (1957): outcomes are ordered by an approximate upper limit of the drop (Kabaila and Lloyd 1997),
 and the limit is the largest drop under which an outcome that looks as good as this one has a probability above
-1 - confidence, whatever the share of pairs that disagree. Outcomes say how large this nuisance can be at all, which costs
-a fiftieth of the error (Berger and Boos 1994). Nothing is asymptotic and nothing is approximated in the wrong direction.
+1 - confidence, whatever the share of pairs that disagree. How large this nuisance can be is bounded first, which costs
+a fiftieth of the error (Berger and Boos 1994). Nothing is asymptotic; what is rounded is rounded to the safe side.
 """
 
 import math
@@ -27,6 +27,7 @@ CELLS = 192  # parts of the nuisance's range; each contributes an upper bound of
 CLOSE = 1e-5  # how near the limit is searched for; it is always given from above
 
 
+@lru_cache(maxsize=4096)
 def drop_p_value(lost: int, won: int, prompts: int, drop: float, confidence: float = 0.95) -> float:
     """p-value of "the drop is `drop` or more": at most `error` with a probability of at most `error`, 1 - confidence.
 
@@ -37,7 +38,9 @@ def drop_p_value(lost: int, won: int, prompts: int, drop: float, confidence: flo
     if not -1 < drop < 1:
         raise ConfigError(f"a drop of {drop} was given; it must lie between -1 and 1, and 0.02 is two points")
     error = 1 - confidence
-    most = float(stats.beta.ppf(1 - NUISANCE * error, lost + won + 1, prompts - lost - won)) if lost + won < prompts else 1
+    most = (
+        float(stats.beta.ppf(1 - NUISANCE * error, lost + won + 1, prompts - lost - won)) if lost + won < prompts else 1
+    )
     first, last = max(0.0, -drop), (most - drop) / 2  # of m, where p = m + drop and p + m ≤ most
     if last < first:
         return NUISANCE * error
@@ -83,7 +86,7 @@ def _as_good(lost: int, won: int, prompts: int, p: Floats, m: Floats, error: flo
     """Probability of an outcome that ranks as low as (lost, won) or lower, for each pair of probabilities, `(C,)`.
 
     Rank of an outcome: lost - won + z √(lost + won + z²/4), the upper limit of a Wald interval but for a small count
-    that lets it grow with every loss and fall with every win. So as many losses as `allowed` go with each number of wins.
+    that lets it grow with every loss and fall with every win. So up to `allowed` losses go with each number of wins.
     """
     z = float(stats.norm.ppf(1 - error)) if error < 0.5 else 0.0
     rank = lost - won + z * math.sqrt(lost + won + z * z / 4)

@@ -56,7 +56,7 @@ def test_a_large_sample_agrees_with_the_normal_approximation() -> None:
 
 
 def test_how_many_prompts_the_first_promise_takes() -> None:
-    """With no answer changed only (1 - drop)^n counts: the floor of every valid method, reached within a prompt or two."""
+    """With no answer changed only (1 - drop)^n counts: the floor of every valid method, reached within a prompt."""
     for drop, confidence in ((0.02, 0.95), (0.05, 0.95), (0.01, 0.9)):
         floor = math.ceil(math.log(1 - confidence) / math.log(1 - drop))
         assert floor <= prompts_needed(drop, confidence) <= floor + 3
