@@ -44,13 +44,14 @@ def typical_subject(
 
 
 @torch.inference_mode()
-def typical_row(lm: Any, subject: Subject, ratio: float | None, *, num_runs: int = 20, new_tokens: int = 64) -> Row:
-    """The measured row of the compact variant at one keep ratio, for one prompt."""
-    context = getattr(causal_lm(lm).config, "max_position_embeddings", None) or 4096
-    plan = Plan(
-        contexts=(max(1, context - new_tokens - 8),), keep_ratios=(ratio,), new_tokens=new_tokens, num_runs=num_runs
-    )
-    return next(row for row in benchmark(lm, subject, plan, {}).rows if row.variant == "compact")
+def typical_rows(
+    lm: Any, subject: Subject, ratio: float | None, *, num_runs: int = 20, new_tokens: int = 64
+) -> dict[str, Row]:
+    """The measured row of every variant at one keep ratio, for one prompt."""
+    room = getattr(causal_lm(lm).config, "max_position_embeddings", None) or 4096
+    context = max(1, room - new_tokens - 8)
+    plan = Plan(contexts=(context,), keep_ratios=(ratio,), new_tokens=new_tokens, num_runs=num_runs)
+    return {row.variant: row for row in benchmark(lm, subject, plan, {}).rows}
 
 
 def typical_speed(
@@ -68,6 +69,6 @@ def typical_speed(
 
     @cache
     def speed(ratio: float) -> float:
-        return typical_row(model, subject, ratio, num_runs=num_runs).ratio_to_dense
+        return typical_rows(model, subject, ratio, num_runs=num_runs)["compact"].ratio_to_dense
 
     return speed

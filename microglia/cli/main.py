@@ -7,6 +7,7 @@ import typer
 from microglia import __version__
 from microglia.cli.benchmark import benchmark
 from microglia.cli.calibrate import calibrate
+from microglia.cli.compare import compare
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.generate import generate
@@ -18,6 +19,7 @@ VERBS = (
     train,
     evaluate,
     calibrate,
+    compare,
     generate,
     benchmark,
     inspect,
