@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from microglia import __version__
+from microglia.cli.ablate import ablate
 from microglia.cli.benchmark import benchmark
 from microglia.cli.calibrate import calibrate
 from microglia.cli.compare import compare
@@ -20,6 +21,7 @@ VERBS = (
     evaluate,
     calibrate,
     compare,
+    ablate,
     generate,
     benchmark,
     inspect,

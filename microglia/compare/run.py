@@ -118,7 +118,7 @@ def _made(
     arena: Arena, contender: Contender, place: int, seed: int, progress: Progress | None
 ) -> tuple[Policy, Callable[[float | None], Gate]]:
     """A contender's policy for a seed (trained ones are counted, others made from it), and its dial."""
-    label = f"making {contender.name}, seed {seed}"
+    label = f"making {contender.name}"
     if progress:
         progress(label, 0, 1)
     policy = contender.make(seed if contender.count is None else place)
@@ -149,11 +149,9 @@ def _cell(
     ledger: Ledger,
     progress: Progress | None,
 ) -> Cell:
-    label = DENSE if contender.name == DENSE else f"{contender.name} {target:g}, seed {seed}"
-
     def measure() -> dict[str, Any]:
         policy, gate = made()
-        update = (lambda done, total: progress(label, done, total)) if progress else None
+        update = (lambda done, total: progress("answers", done, total)) if progress else None
         run = arena.bench.answers(policy, gate, update)
         return {**as_json(run), "losses": arena.losses(policy, gate)}
 
