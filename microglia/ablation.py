@@ -1,8 +1,8 @@
 """What each part of the recipe is worth: train with one thing changed at a time, or all combinations, and compare.
 
-Every cell is judged twice on the same prompts: at the keep ratio that its own training led to, and at one keep ratio for
-all, since accuracies at different keep ratios say little. Differences to the base recipe are paired over prompts and
-seeds.
+Every cell is judged twice on the same prompts: at the keep ratio that its own training led to, and at one keep ratio
+for all, since accuracies at different keep ratios say little. Differences to the base recipe are paired over prompts
+and seeds.
 """
 
 import hashlib
@@ -57,14 +57,19 @@ class Recipe:
 
     def changed(self, name: str, value: Any) -> "Recipe":
         """The recipe with one thing changed. Raises ConfigError for an unknown name or a value out of range."""
-        if name in ("hidden_dim", "features", "bucket"):
-            return replace(self, **{name: value})
-        if name not in {f.name for f in fields(TrainingConfig)}:
-            known = ["hidden_dim", "features", "bucket", *(f.name for f in fields(TrainingConfig))]
+        own = ("hidden_dim", "features", "bucket")
+        known = [*own, *(f.name for f in fields(TrainingConfig))]
+        if name not in known:
             raise ConfigError(f"a recipe has no {name}; choose from {', '.join(known)}")
-        if name == "alpha" and not isinstance(value, tuple | list):
+        word = isinstance(getattr(self if name in own else self.config, name), str)
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(part is None or isinstance(part, str) == word for part in parts):
+            raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
+        if name in own:
+            return replace(self, **{name: value})
+        if name == "alpha" and not isinstance(value, tuple):
             value = (min(self.config.alpha[0], value), value)
-        elif name == "temperature" and not isinstance(value, tuple | list):
+        elif name == "temperature" and not isinstance(value, tuple):
             value = (value, value)
         return replace(self, config=replace(self.config, **{name: value}))
 
@@ -83,9 +88,9 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all cells share: a model that is loaded anew for each, prompts to answer, prompts to set the dial on.
+    """What all cells share: the model, prompts to answer (bench) and prompts to set the dial on.
 
-    bench, dial: their model and fill are each cell's own. at: the keep ratio at which all are compared.
+    load: the model once more, for cells that train LoRA into it. at: the keep ratio at which all are compared.
     """
 
     load: Load
@@ -146,7 +151,8 @@ def ablate(
 
 def _cell(ground: Ground, recipe: Recipe, seed: int, progress: Progress | None) -> dict[str, Any]:
     """Train agents with one recipe and seed and judge them; the run's folder goes when it is finished."""
-    model, tokenizer = ground.load()
+    trains_model = recipe.config.lora != "none"
+    model, tokenizer = ground.load() if trains_model else (ground.bench.model, ground.bench.tokenizer)
     geometries = [site.geometry for site in find_sites(model)]
     config = replace(recipe.config, seed=seed)
     torch.manual_seed(seed)
