@@ -29,6 +29,7 @@ from microglia.policy import AgentPolicy
 from microglia.sites import find_sites
 from microglia.training import TrainingConfig, train
 from microglia.training.held_out import answer_losses
+from microglia.training.loop import TOLD
 
 Progress = Callable[[str, int, int], None]
 Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
@@ -168,7 +169,7 @@ def _cell(ground: Ground, recipe: Recipe, seed: int, progress: Progress | None) 
         look=ground.bench.look,
         bucket=recipe.bucket,
         data_dir=ground.data_dir,
-        resume=(run / "training_config.json").is_file(),
+        resume=(run / TOLD).is_file(),
         quiet=True,
         on_log=lambda row: progress("training", row["step"], max(row["step"], config.max_steps)) if progress else None,
     )

@@ -86,15 +86,16 @@ def compare(
         raise ConfigError(f"keep_ratios={list(keep_ratios)} was given; give at least one, each between 0 and 1")
     if not seeds or len(set(seeds)) != len(seeds):
         raise ConfigError(f"seeds={list(seeds)} was given; give at least one and none twice")
-    ledger = ledger or Ledger()
-    ratios = sorted(set(keep_ratios), reverse=True)
-    cells = [_cell(arena, Contender(DENSE, None, _nobody), 1.0, seeds[0], lambda: (None, None), ledger, progress)]
     for contender in contenders:
         if contender.count not in (None, 1, len(seeds)):
             raise ConfigError(
                 f"{contender.name} has {contender.count} policies but {len(seeds)} seeds were given; give one policy, "
                 "or one per seed"
             )
+    ledger = ledger or Ledger()
+    ratios = sorted(set(keep_ratios), reverse=True)
+    cells = [_cell(arena, Contender(DENSE, None, _nobody), 1.0, seeds[0], lambda: (None, None), ledger, progress)]
+    for contender in contenders:
         for place, seed in enumerate(seeds[: contender.count]):
             policy_and_dial = _once(lambda c=contender, p=place, s=seed: _made(arena, c, p, s, progress))  # type: ignore[misc]
             for ratio in ratios:

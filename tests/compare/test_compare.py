@@ -94,7 +94,7 @@ def test_the_static_twin_may_be_a_checkpoint(folder, made) -> None:
     done = run("--model-path", folder, "--policies", f"gate={folder}", *FEW, "--keep-ratios", 0.6, "--json")
     assert done.exit_code == 0, done.stderr
     data = json.loads(done.stdout)
-    assert [row["policy"] for row in data["rows"]][::2] == [DENSE, "agents", "gate"] or data["adaptivity"]["gain"] == 0
+    assert {row["policy"] for row in data["rows"]} == {DENSE, "agents", "gate"}
     assert data["adaptivity"]["gain"] == data["adaptivity"]["loss_difference"] == 0  # it is the same policy
     assert made == []
 
