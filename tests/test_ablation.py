@@ -78,7 +78,7 @@ def judged(correct, kept: float) -> dict:
 
 def test_differences_are_paired_with_the_base_at_one_keep_ratio() -> None:
     base, better = [1] * 20 + [0] * 20, [1] * 30 + [0] * 10
-    rest = {"own": judged(base, 0.9), "seconds": 2.0, "agent_parameters": 7}
+    rest = {"own": judged(base, 0.875), "seconds": 2.0, "agent_parameters": 7}
     cells = [[{"at": judged(x, 0.75), **rest}] for x in (base, better)]
     wanted = [Variant(Recipe()), Variant(Recipe().changed("beta", 0.0), {"beta": 0.0})]
     found = summarise(wanted, cells, [0], 0.75)
@@ -87,7 +87,7 @@ def test_differences_are_paired_with_the_base_at_one_keep_ratio() -> None:
     assert (second["variant"], second["diff"], second["loss_diff"]) == ("beta 0.0", 0.25, -0.125)
     assert second["p_value"] == second["p_holm"] == mcnemar_exact(better, base)
     assert second["diff_ci95"][0] > 0
-    assert (second["keep_ratio"], second["own_keep_ratio"], second["own_accuracy"]) == (0.75, 0.9, 0.5)
+    assert (second["keep_ratio"], second["own_keep_ratio"], second["own_accuracy"]) == (0.75, 0.875, 0.5)
     assert (found["at_keep_ratio"], found["prompts"]) == (0.75, 40)
 
 

@@ -146,23 +146,21 @@ def views(data: dict[str, Any]) -> list[Any]:
     title = f"{data['dataset']}, {data['split']}, {data['prompts']} prompts, {len(data['seeds'])} seeds"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("", no_wrap=True)
-    for name in ("right", "95 %", "to base", "95 %", "p", "loss", "own kept", "own right", "s"):
+    for name in ("right", "to base", "95 %", "p", "loss", "own kept", "right"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
         difference = ["", "", ""]
         if row.get("diff") is not None:
             low, high = row["diff_ci95"]
-            ends = "" if low is None else f"{100 * low:+.1f}–{100 * high:+.1f}"
+            ends = "" if low is None else f"{100 * low:+.1f} {100 * high:+.1f}"
             difference = [f"{100 * row['diff']:+.1f}", ends, f"{row['p_holm']:.2g}"]
         table.add_row(
             row["variant"],
             f"{row['accuracy']:.1%}",
-            "{:.1f}–{:.1f}".format(*(100 * end for end in row["ci95"])),
             *difference,
             f"{row['loss']:.3f}",
             f"{row['own_keep_ratio']:.1%}",
             f"{row['own_accuracy']:.1%}",
-            f"{row['seconds']:.0f}",
         )
     return [
         table,

@@ -178,29 +178,26 @@ def views(data: dict[str, Any]) -> list[Any]:
         title=f"{data['dataset']}, {data['split']}, {first['prompts']} prompts",
         title_justify="left",
         box=SIMPLE_HEAD,
-        padding=(0, 1),
+        padding=0,
     )
     timed = first["ms_per_token"] is not None
     table.add_column("", no_wrap=True)
-    for name in ("kept", "right", "95 %", "loss", "tokens", *(("ms/token", "speed-up", "KV KiB") * timed), "p", ""):
+    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * timed), "p", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
-        time = (
-            (f"{row['ms_per_token']:.2f}", f"{row['ratio_to_dense']:.2f}×", f"{row['kv_bytes'] / 1024:,.0f}")
-            if timed
-            else ()
-        )
-        front = "*" if row.get("pareto_latency", row["pareto_sparsity"]) else ""
+        time = []
+        if timed:
+            time = [f"{row['ms_per_token']:.2f}", f"{row['ratio_to_dense']:.2f}×", f"{row['kv_bytes'] / 1024:,.0f}"]
+        low, high = row["ci95"]
         table.add_row(
             row["policy"],
             f"{row['keep_ratio']:.1%}",
-            f"{row['accuracy']:.1%}",
-            "{:.1f}–{:.1f}".format(*(100 * end for end in row["ci95"])),
+            f"{100 * row['accuracy']:.1f} ±{50 * (high - low):.1f}",
             f"{row['loss']:.3f}",
             f"{row['mean_tokens']:.0f}",
             *time,
             f"{row['agents_p_holm']:.2g}" if "agents_p_holm" in row else "",
-            front,
+            "*" if row.get("pareto_latency", row["pareto_sparsity"]) else "",
         )
     return [table, *sentences(data)]
 
@@ -213,7 +210,7 @@ def sentences(data: dict[str, Any]) -> list[str]:
     ends = "" if low is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     lines = [
         "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
-        + ("small." if data["rows"][0]["ms_per_token"] is None else "fast."),
+        + ("small." if data["rows"][0]["ms_per_token"] is None else "fast. ms: of a step; faster: dense time ÷ this."),
         f"Adapting to the input adds {100 * gain:+.1f} points{ends}, at {kept['agents']:.1%} of the heads against "
         f"{kept['gate']:.1%} of the static twin's: this run {found} a gain.",
     ]
