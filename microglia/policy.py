@@ -3,6 +3,7 @@
 Agents, static masks, plain signals and predictors alike.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +27,13 @@ class Policy(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Features of every site, (B, F) each → logits of every site, (B, H) each. Override it to look across sites."""
         return [self.site_logits(index, x) for index, x in enumerate(features)]
+
+    def fingerprint(self) -> str:
+        """The same for two policies that decide alike because their weights are the same, and for no others."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 class AgentPolicy(Policy):

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
+from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
 from microglia.gate import Gate, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
+from microglia.ledger import Ledger
 from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
@@ -70,6 +73,7 @@ class MicrogliaPruningSystem:
         self.look, self.gate = look or Look(), Gate(bucket=bucket)
         self.fill, self.scope, self.template = fill, "answer", Task.template
         self.training: dict[str, Any] = {}
+        self.promise: dict[str, Any] = {}
         self.calibration: Sequence[Tensor] = ()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -118,7 +122,7 @@ class MicrogliaPruningSystem:
             )
         self.model, self.policy = result.model, result.policy
         self.fill, self.scope, self.template = config.fill, config.scope, task.template
-        self.gate = replace(self.gate, threshold=0.0)
+        self.gate, self.promise = replace(self.gate, threshold=0.0), {}
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
         self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
@@ -247,7 +251,40 @@ class MicrogliaPruningSystem:
         if prompts is not None:
             self.calibration = self._logits(list(prompts))
         self.gate = replace(self.gate, threshold=0.0) if ratio is None else self.gate_for(ratio)
+        self.promise = {}  # was for another threshold
         return self.gate.threshold
+
+    def calibrate(
+        self,
+        dataset_name: str = "arithmetic",
+        *,
+        split: str = "validation",
+        limit: int | None = None,
+        seed: int = 0,
+        data_dir: Path | str | None = None,
+        path: str = "compact",
+        batch_size: int = AT_ONCE,
+        max_new_tokens: int = 256,
+        ledger: Path | str | None = None,
+        **aim: Any,
+    ) -> Calibrated:
+        """Turn the dial as far as a promise allows, on held-out prompts that training did not look at.
+
+        aim: options of `microglia.calibrate.turn`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        ledger: a file that remembers the answers, so that an interrupted calibration goes on.
+        """
+        task = get_task(dataset_name)
+        trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
+        examples = unseen(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
+        bench = Bench(self.model, self.tokenizer, task, examples, self.look, self.fill, self.scope, path)
+        bench = replace(bench, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        told: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}
+        about = {**told, "max_new_tokens": max_new_tokens, "base_model": self.source, "fill": self.fill}
+        about |= {"scope": self.scope, "look": asdict(self.look), "policy": self.policy.fingerprint()}
+        found = turn(bench, self.policy, self.gate_for, ledger=Ledger(ledger, about), **aim)
+        self.gate = replace(self.gate, threshold=found.threshold)
+        self.promise = {**told, **found.as_json(), "sentence": found.sentence}
+        return found
 
     def gate_for(self, ratio: float | None) -> Gate:
         """The gate, with the threshold for a keep ratio if one is given; see `set_keep_ratio`."""
@@ -273,6 +310,7 @@ class MicrogliaPruningSystem:
             scope=self.scope,
             template=self.template,
             training=self.training,
+            promise=self.promise,
         )
         return Checkpoint(self.policy, config, self.calibration)
 
@@ -307,6 +345,7 @@ class MicrogliaPruningSystem:
         system.model = saved.load_onto(system.model)
         system.policy, system.gate, system.calibration = saved.policy, config.gate, saved.calibration
         system.scope, system.template, system.training = config.scope, config.template, config.training
+        system.promise = config.promise
         return system
 
     @property

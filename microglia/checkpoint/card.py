@@ -27,6 +27,8 @@ def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
         "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill `{config.fill}`",
         "LoRA": "yes, in `adapter/`" if config.lora else "no",
     }
+    if config.promise:
+        rows["promise"] = config.promise.get("sentence", "")
     return "\n".join(
         [
             "---",

@@ -47,7 +47,8 @@ class MicrogliaConfig:
 
     base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA; threshold: the dial (a head
     is kept when its logit exceeds it); template: the prompt with `{question}` that was trained on; training: dataset,
-    options and results of the training, anything that JSON holds; lora: an adapter belongs to it.
+    options and results of the training, anything that JSON holds; promise: what `calibrate` found for this threshold,
+    empty when nothing is promised; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -66,6 +67,7 @@ class MicrogliaConfig:
     scope: str = "answer"
     template: str = "{question}"
     training: dict = field(default_factory=dict)
+    promise: dict = field(default_factory=dict)
     lora: bool = False
 
     def __post_init__(self) -> None:
@@ -93,6 +95,7 @@ class MicrogliaConfig:
         scope: str = "answer",
         template: str = "{question}",
         training: Mapping[str, Any] | None = None,
+        promise: Mapping[str, Any] | None = None,
     ) -> "MicrogliaConfig":
         """The configuration of `policy` on `model` (with LoRA when peft has wrapped it)."""
         lm, gate, look = causal_lm(model), gate or Gate(), look or Look()
@@ -114,6 +117,7 @@ class MicrogliaConfig:
             scope=scope,
             template=template,
             training=dict(training or {}),
+            promise=dict(promise or {}),
             lora=is_lora(model),
         )
 
@@ -170,7 +174,7 @@ class MicrogliaConfig:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> tuple["MicrogliaConfig", dict[str, str]]:
         """The configuration and the checksums of the other files. `where` names the file in a CheckpointError."""
-        row = _parsed(data, where)
+        row = {"promise": {}, **_parsed(data, where)}  # which the first checkpoints did not have
         checksums = row.pop("sha256", None)
         if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
             raise CheckpointError(f"{where} has no SHA-256 of the files beside it; copy or save the checkpoint again")

@@ -5,7 +5,10 @@ from typing import Annotated
 import typer
 
 from microglia import __version__
+from microglia.cli.ablate import ablate
 from microglia.cli.benchmark import benchmark
+from microglia.cli.calibrate import calibrate
+from microglia.cli.compare import compare
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.generate import generate
@@ -16,6 +19,9 @@ VERBS = (
     demo,
     train,
     evaluate,
+    calibrate,
+    compare,
+    ablate,
     generate,
     benchmark,
     inspect,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import DataError
-from microglia.evaluation.significance import mcnemar_exact, paired_difference, wilson_ci
+from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
 from microglia.look import Look
@@ -156,6 +156,16 @@ def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
     ours, theirs = [a.correct for a in pruned.answers], [a.correct for a in dense.answers]
     difference = paired_difference(ours, theirs)
     return {"diff": difference.diff, "diff_ci95": list(difference.ci95), "p_value": mcnemar_exact(ours, theirs)}
+
+
+def follows_difficulty(pruned: Evaluation) -> dict[str, Any]:
+    """Rank correlation of a problem's steps and its sparsity; None where every problem lost the same heads."""
+    sparsity = [1 - answer.keep_ratio for answer in pruned.answers]
+    steps = [answer.difficulty for answer in pruned.answers]
+    if len(steps) < 3 or len(set(sparsity)) < 2 or len(set(steps)) < 2:
+        return {"rank_correlation": None, "ci95": None}
+    found = spearman_ci(steps, sparsity)
+    return {"rank_correlation": found.rho, "ci95": list(found.ci95)}
 
 
 def _mean(values: Sequence[float]) -> float:
