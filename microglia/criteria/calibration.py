@@ -19,7 +19,7 @@ from microglia.look import Look
 from microglia.policy import Policy
 from microglia.sites import Site, causal_lm, find_sites
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt
 from microglia.training.data import Batch, Collator, encode
 from microglia.training.loss import task_loss
 from microglia.training.passes import read_prompt, write_answer
@@ -125,7 +125,7 @@ class Calibration:
 
     def logits(self, policy: Policy) -> list[Tensor]:
         """What `policy` says of each of N prompts: logits (N, H) per site, on the CPU."""
-        prompts = [render_prompt(self.tokenizer, e.question, self.task.template) for e in self.examples]
+        prompts = [example_prompt(self.tokenizer, e, self.task.template) for e in self.examples]
         return prompt_logits(self.lm, self.tokenizer, prompts, policy, look=self.look, batch_size=self.batch_size)
 
 

@@ -13,7 +13,7 @@ from microglia.generation import prompt_logits
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Bench:
     @property
     def prompts(self) -> list[str]:
         """What the model reads."""
-        return [render_prompt(self.tokenizer, example.question, self.task.template) for example in self.examples]
+        return [example_prompt(self.tokenizer, example, self.task.template) for example in self.examples]
 
     def answers(
         self, policy: Policy | None, gate: Gate | None = None, progress: Callable[[int, int], None] | None = None
