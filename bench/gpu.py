@@ -375,14 +375,17 @@ def training(run: Run, shape: str, lm: Any) -> None:
         optimizer.zero_grad()
 
     lm.requires_grad_(False)
-    lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if hasattr(lm, "activation_checkpointing_enable"):  # the newer name of the same
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
     lm.train()
     try:
         step()
         reset_peak(device)
         found = summary([Clock(device)(step) for _ in range(run.options.rounds)])
     finally:
-        lm.gradient_checkpointing_disable()
+        getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)()
         lm.eval()
     peak = peak_bytes(device)
     gib = None if peak is None else peak / GIB

@@ -22,7 +22,11 @@ CheckpointPath = Annotated[
 Dataset = Annotated[str, typer.Option("--dataset", help="Task: arithmetic (generated, needs no network) or gsm8k.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Local folder with the task's JSONL files.")]
 GenerationPath = Annotated[
-    str, typer.Option("--path", help="compact (heads are gone), masked (same answers, no time saved) or dense.")
+    str,
+    typer.Option(
+        "--path",
+        help="compact (heads are gone), graph (the same, captured, for GPUs), masked (no time saved) or dense.",
+    ),
 ]
 KeepRatio = Annotated[
     float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")

@@ -27,7 +27,7 @@ class GraphDecoder:
     stretch: neighbouring layers that share a level. 1 follows every site's own count with one launch per layer, the
         number of layers makes one launch of the whole step and rounds all sites up to the greediest.
     lowest: the smallest level as a share of the heads; sites that ask for less are filled up to it.
-    compiled: fuse the small operations of a layer with torch.compile before capturing.
+    compiled: fuse the small operations of a layer before capturing, with torch.compile or the compiler given.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     rooms: how many pairs of batch size and length are kept captured; the one used longest ago goes first.
 
@@ -41,7 +41,7 @@ class GraphDecoder:
         *,
         stretch: int = 4,
         lowest: float = 0.5,
-        compiled: bool = False,
+        compiled: bool | Callable[..., Any] = False,
         capture: Capture | None = None,
         rooms: int = 2,
     ) -> None:
@@ -53,7 +53,8 @@ class GraphDecoder:
         levels = ladder(sites[0].geometry, lowest)
         with torch.inference_mode(False):
             weights = [CompactWeights(site, levels) for site in sites]
-        self.parts = Parts(lm, sites, _layers(lm, sites), levels, weights, stretch, compiled)
+        compiler = functools.partial(torch.compile, dynamic=False) if compiled is True else compiled or None
+        self.parts = Parts(lm, sites, _layers(lm, sites), levels, weights, stretch, compiler)
         self.capture = capture or capture_for(lm.device)
         self.limit, self.rooms = rooms, OrderedDict[tuple[int, int, bool], Room]()
 
@@ -64,8 +65,13 @@ class GraphDecoder:
 
     @torch.inference_mode()
     def room(self, batch: int, length: int, *, fill: bool = False) -> Room:
-        """The room for `batch` rows of at most `length` tokens, captured now if it is new."""
+        """A room for `batch` rows of at most `length` tokens, captured now if there is none.
+
+        One that is longer serves too, up to twice as long: its empty places are read in vain.
+        """
         key = batch, -(-length // ROOM) * ROOM, fill
+        fitting = [k for k in self.rooms if k[0] == batch and k[2] == fill and key[1] <= k[1] <= 2 * key[1]]
+        key = min(fitting, default=key)
         if key not in self.rooms:
             while len(self.rooms) >= self.limit:
                 self.rooms.popitem(last=False)

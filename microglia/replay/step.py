@@ -49,7 +49,7 @@ class Parts:
     levels: Sequence[Level]
     weights: Sequence[CompactWeights]
     stretch: int
-    compiled: bool
+    compiler: Callable[..., Any] | None
 
     @property
     def stretches(self) -> list[range]:
@@ -69,7 +69,7 @@ class Room:
             self.cache = StaticHeads([s.geometry for s in sites], batch, length, dtype=lm.dtype, device=device)
             self.token, self.positions = zeros(batch, 1), zeros(batch, 1)
             self.tokens = torch.ones(batch, length, dtype=torch.bool, device=device)  # false at the prompt's padding
-            self.logits = torch.zeros(batch, lm.config.vocab_size, device=device)
+            self.logits = torch.zeros(batch, len(lm.get_output_embeddings().weight), device=device)
             self.answer, self.count = zeros(batch, length), zeros(1)
             self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
             self.stop, self.pad = zeros(8) - 1, zeros(1)
@@ -194,8 +194,9 @@ class Room:
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
         with self.capture.recording(), self._as(self.dense):
-            self.logits.copy_(self._forward())  # warm up
-            self.choose()
+            for _ in range(2):  # warm up; a compiler looks at the first run and settles with the second
+                self.logits.copy_(self._cut_forward(self.dense, None, first=True))
+                self.choose()
             self._head = self.capture.graph()
             self._head.begin()
             self.logits.copy_(self._cut_forward(self.dense, self.capture, first=True))
@@ -221,13 +222,16 @@ class Room:
     def _cut_forward(self, form: Form, capture: Capture | None, *, first: bool = False) -> Tensor:
         """`_forward`, cut into pieces; without a capture it only warms up."""
         stretches = self.parts.stretches
+        if first:
+            self.edges, self.inputs = [], []
         starts, ends = {s.start: i for i, s in enumerate(stretches)}, {s.stop - 1: i for i, s in enumerate(stretches)}
         open_: list[Graph] = []
 
         def layer(index: int, own: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
             if index in starts:
                 if first and index == 0:
-                    self._head.end()
+                    if capture is not None:
+                        self._head.end()
                     self.edges.append(hidden)
                 hidden = self.edges[starts[index]]
                 if capture is not None:
@@ -245,8 +249,7 @@ class Room:
                 if capture is not None:
                     open_[-1].end()
                     self.pieces[ends[index], form] = open_[-1]
-                if first and ends[index] == len(stretches) - 1:
-                    assert capture is not None
+                if first and capture is not None and ends[index] == len(stretches) - 1:
                     self._tail = capture.graph()
                     self._tail.begin()
                 hidden = self.edges[ends[index] + 1]
@@ -254,9 +257,7 @@ class Room:
 
         with ExitStack() as stack:
             for index, module in enumerate(self.parts.layers):
-                own = module.forward
-                if self.parts.compiled:
-                    own = torch.compile(own, dynamic=False)
+                own = module.forward if self.parts.compiler is None else self.parts.compiler(module.forward)
                 swap(stack, module, "forward", _calls(layer, index, own))
             return self._forward()
 
@@ -279,8 +280,10 @@ class Room:
     def _as(self, form: Form) -> Iterator[None]:
         """While inside, the model's forward pass is a step of this form."""
         with ExitStack() as stack:
-            if self.parts.compiled:
-                stack.enter_context(torch._dynamo.config.patch(recompile_limit=256, cache_size_limit=256))  # type: ignore[attr-defined, no-untyped-call]
+            if self.parts.compiler is not None:  # one code for all layers, but one for every form
+                import torch._dynamo.config as limits  # slow to import, and needed here only
+
+                stack.enter_context(limits.patch(recompile_limit=256))  # type: ignore[attr-defined]
             stack.callback(setattr, self.cache.place, "stepping", False)
             self.cache.place.stepping = True
             for site in self.parts.sites:
@@ -306,7 +309,7 @@ class Room:
                 swap(stack, attention, name, module)
         if self.left is not None and form.kind != "dense":
             swap(stack, attention, site.layout.o, _WithLeft(site.output, self.left[site.index]))
-        function = _uncompiled() if self.parts.compiled else step_attention
+        function = step_attention if self.parts.compiler is None else _uncompiled()
         swap(stack, attention, "config", with_attention(attention.config, function, **changes))
         swap(stack, attention, "layer_idx", kv)  # a number would make every layer another one for the compiler
 

@@ -24,7 +24,7 @@ class Queries:
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def blocks(self, sliding_window: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Queries (b,), the keys that each sees (B, b, T) and what its entropy counts (B, b), at most BLOCK at a time."""
+        """At most BLOCK queries (b,) at a time, the keys that they see (B, b, T), the weight of their entropy (B, b)."""
         if len(self.columns) > BLOCK:  # too much to keep
             for block in self.columns.split(BLOCK):
                 yield block, *self._visible(block, sliding_window)

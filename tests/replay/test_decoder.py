@@ -1,7 +1,10 @@
 """Captured decoding says what the masked path says, token for token; switching heads captures and moves nothing."""
 
+import functools
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.gate import Gate
@@ -93,6 +96,32 @@ def test_levels_are_views_of_one_buffer():
             for cuts in weights.cuts.values():
                 views = [weights.view(cut, part) for cut in cuts if cut.projection == projection]
                 assert all(view.data_ptr() == flat.data_ptr() and view.is_contiguous() for view in views)
+
+
+def test_one_compiled_code_serves_all_layers():
+    """A level costs one compilation, not one for each layer: what differs between layers is data."""
+    frames = []
+    for layers in (2, 4):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        model = tiny_model("llama", num_hidden_layers=layers)
+        compiler = functools.partial(torch.compile, backend=counter, dynamic=False)
+        decoder = GraphDecoder(model, stretch=1, compiled=compiler)
+        policy = Fixed([torch.where(torch.arange(8) < 6, 1.0, -1.0)[None]] * layers)
+        assert said(model, policy, "graph", decoder).equal(said(model, policy, "masked"))
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[1]
+    assert frames[0] > 0
+
+
+def test_a_longer_room_serves_too_but_not_one_of_another_batch():
+    decoder = GraphDecoder(tiny_model("llama"))
+    long = decoder.room(2, 100)
+    assert long.length == 128
+    assert decoder.room(2, 64) is long
+    assert decoder.room(1, 64) is not long
+    assert decoder.room(3, 64).batch == 3
+    assert [key[0] for key in decoder.rooms] == [1, 3]  # the one used longest ago has gone
 
 
 def test_an_answer_ends_with_its_end_token():
