@@ -34,6 +34,8 @@ from microglia.policy import AgentPolicy
 from microglia.record import Record, append_records, circumstances, read_records
 from microglia.replay import GraphDecoder
 from microglia.replay.step import Room
+from microglia.signals import Queries
+from microglia.signals.entropy import by_logits, by_mean_key
 from microglia.sites import find_sites
 from microglia.training.data import Batch
 from microglia.training.loss import gate_entropy, mean_keep, task_loss
@@ -344,10 +346,23 @@ def prefill(run: Run, shape: str, lm: Any) -> None:
     added, found = paired_ratio(samples["looking"], samples["dense"]), summary(samples["dense"])
     run.write("gpu_looking", added.median - 1, "ratio", key, ci95=added.ci95, dense_ms=found.median)
     low, high = (x - 1 for x in added.ci95)
+    if device_differs := entropy_difference(run.device):
+        run.say(f"entropy by the mean key differs from the entropy by logits by at most {device_differs:.4f}")
     run.say(
         f"{shape}: a prompt of {length} tokens takes {found.median:.2f} ms; looking and deciding add "
         f"{added.median - 1:+.1%} ({low:+.1%} to {high:+.1%})"
     )
+
+
+def entropy_difference(device: torch.device) -> float:
+    """How far the two ways to an entropy lie apart on this device, in the share of log(n) that agents see."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, h, 512, 64, generator=generator).to(device, torch.bfloat16) for h in (8, 4))
+    tokens = torch.arange(512, device=device) >= torch.tensor([[0], [200]], device=device)
+    ((block, visible, weight),) = Queries(tokens).blocks(None)
+    keys, q = key.float().transpose(-1, -2), query[:, :, block]
+    apart = by_mean_key(q, key, visible, 0.2) - by_logits(q, keys, visible, 0.2)
+    return float((apart * weight[:, None]).abs().max())
 
 
 def training(run: Run, shape: str, lm: Any) -> None:

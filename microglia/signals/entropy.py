@@ -24,7 +24,7 @@ class Queries:
         self._seen: dict[int | None, tuple[Tensor, Tensor]] = {}
 
     def blocks(self, sliding_window: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """At most BLOCK queries (b,) at a time, the keys that they see (B, b, T), the weight of their entropy (B, b)."""
+        """At most BLOCK queries (b,) at a time, the keys they see (B, b, T) and the weight of their entropy (B, b)."""
         if len(self.columns) > BLOCK:  # too much to keep
             for block in self.columns.split(BLOCK):
                 yield block, *self._visible(block, sliding_window)
@@ -112,4 +112,4 @@ def by_mean_key(query: Tensor, key: Tensor, visible: Tensor, scale: float) -> Te
         )
     lse = lse[..., : grouped.shape[2]].float()  # the kernel pads it
     entropy = lse - scale * (grouped.float() * mean.float()).sum(-1)
-    return torch.where(visible.any(-1)[:, None], entropy.view(batch, heads, count), 0.0)
+    return torch.where(visible.any(-1)[:, None], entropy.reshape(batch, heads, count), 0.0)

@@ -4,7 +4,6 @@ import functools
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
 
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.gate import Gate
@@ -100,6 +99,8 @@ def test_levels_are_views_of_one_buffer():
 
 def test_one_compiled_code_serves_all_layers():
     """A level costs one compilation, not one for each layer: what differs between layers is data."""
+    from torch._dynamo.testing import CompileCounter  # seconds to import
+
     frames = []
     for layers in (2, 4):
         torch.compiler.reset()
