@@ -23,7 +23,8 @@ from microglia.ledger import Ledger
 from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
-from microglia.sites import check_head_count, find_sites
+from microglia.replay import GraphDecoder
+from microglia.sites import causal_lm, check_head_count, find_sites
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.training import TrainingConfig, TrainingResult, train
@@ -80,6 +81,7 @@ class MicrogliaPruningSystem:
             agents = AgentPolicy([s.geometry for s in self.sites], hidden_dim=hidden_dim, features=features)
         self.policy: Policy = agents.to(self._device).eval()
         self._keep_ratios: list[float] = []
+        self._decoder: GraphDecoder | None = None
 
     def train(
         self,
@@ -147,7 +149,8 @@ class MicrogliaPruningSystem:
     ) -> str | list[str]:
         """The answer to a question, or the answers to several; each is written with its own heads.
 
-        path: compact (heads are gone), masked (the same answer, no time saved) or dense (no pruning).
+        path: compact (heads are gone), masked (the same answer, no time saved), graph (compact, with captured steps,
+            for GPUs) or dense (no pruning).
         keep_ratio: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
         options: of the model's own `generate` (sampling, streamer, stopping); greedy by default.
         """
@@ -166,6 +169,7 @@ class MicrogliaPruningSystem:
                 fill=self.fill,
                 scope=self.scope,
                 path="masked" if path == "dense" else path,
+                decoder=self._captured() if path == "graph" else None,
                 max_new_tokens=max_new_tokens,
                 **options,
             )
@@ -173,6 +177,12 @@ class MicrogliaPruningSystem:
             ratios += _keep_ratios(output.keep, len(output.texts))
         self._keep_ratios = ratios
         return texts[0] if isinstance(prompt, str) else texts
+
+    def _captured(self) -> GraphDecoder:
+        """The decoder of the present model; what it captured serves all later requests."""
+        if self._decoder is None or self._decoder.parts.lm is not causal_lm(self.model):
+            self._decoder = GraphDecoder(self.model)
+        return self._decoder
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""

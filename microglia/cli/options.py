@@ -37,7 +37,11 @@ QuestionField = Annotated[
 ]
 AnswerField = Annotated[str | None, typer.Option("--answer-field", help="Of --dataset jsonl.", show_default="answer")]
 GenerationPath = Annotated[
-    str, typer.Option("--path", help="compact (heads are gone), masked (same answers, no time saved) or dense.")
+    str,
+    typer.Option(
+        "--path",
+        help="compact (heads are gone), graph (the same, captured, for GPUs), masked (no time saved) or dense.",
+    ),
 ]
 KeepRatio = Annotated[
     float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")

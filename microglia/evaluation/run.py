@@ -15,6 +15,7 @@ from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
 from microglia.look import Look
 from microglia.policy import Policy
+from microglia.replay import GraphDecoder
 from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt
 
@@ -104,13 +105,15 @@ def evaluate(
     fill: str = "zero",
     scope: str = "answer",
     path: str = "compact",
+    decoder: GraphDecoder | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
 
-    `progress(done, total)` is called after every batch. Raises DataError when there is no example.
+    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Raises
+    DataError when there is no example.
     """
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
@@ -118,6 +121,8 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
     seconds = 0.0
+    if path == "graph" and decoder is None:
+        decoder = GraphDecoder(model)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         begun = time.monotonic()
@@ -131,6 +136,7 @@ def evaluate(
             fill=fill,
             scope=scope,
             path=path,
+            decoder=decoder,
             max_new_tokens=max_new_tokens,
         )
         seconds += time.monotonic() - begun
