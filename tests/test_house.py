@@ -42,6 +42,7 @@ FLOORS = {
     "microglia.serving": 7,
     "microglia.system": 7,
     "microglia.demo": 7,
+    "microglia.export": 7,
     "microglia.cli": 8,
 }
 ROOF = "microglia"

@@ -8,6 +8,7 @@ from microglia import __version__
 from microglia.cli.benchmark import benchmark
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
+from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
 from microglia.cli.train import train
@@ -19,6 +20,7 @@ VERBS = (
     generate,
     benchmark,
     inspect,
+    export,
 )
 
 
