@@ -125,9 +125,10 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None)
 
 def views(data: dict[str, Any]) -> list[Any]:
     """What was written, how it compares, and what is lost."""
+    kept = f"{data['keep_ratio']:.1%} for every prompt"
     rows = {
         "written": f"{data['folder']} ({', '.join(data['files'][:4])}{', …' if len(data['files']) > 4 else ''})",
-        "heads kept": f"{data['keep_ratio']:.1%} for every prompt, by plan {data['plan']} over {data['prompts']} prompts",
+        "heads kept": f"{kept}, by plan {data['plan']} over {data['prompts']} prompts",
         "parameters": f"{data['parameters']:,} of {data['dense_parameters']:,}",
         "weights": f"{data['bytes'] / 2**20:,.1f} of {data['dense_bytes'] / 2**20:,.1f} MiB",
         "read back": "not compared" if data["difference"] is None else f"largest difference {data['difference']:.3g}",

@@ -20,6 +20,7 @@ from microglia.sites import find_sites
 
 CAUSAL = "MicrogliaForCausalLM"
 FILE = "modeling_microglia.py"
+ROUNDING = 32  # units in the last place of the largest logit
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,13 @@ def modelling_source(family: Family) -> str:
 
 
 def _reloaded_difference(lm: Any, folder: Path) -> float:
+    """0.0; for Phi-3, whose fused and unfused products round differently, what rounding explains."""
     again, _ = load_model(folder, dtype=lm.dtype, device=lm.device, trust_remote_code=True)
     again.set_attn_implementation(lm.config._attn_implementation)
-    with torch.inference_mode():
-        difference = float((probe_logits(again).float() - probe_logits(lm).float()).abs().max())
-    if difference != 0:
+    ours, theirs = probe_logits(lm).float(), probe_logits(again).float()
+    difference = float((ours - theirs).abs().max())
+    rounding = ROUNDING * torch.finfo(lm.dtype).eps * max(1.0, float(ours.abs().max()))
+    if not difference <= (rounding if class_name(lm) == "Phi3ForCausalLM" else 0.0):
         raise MicrogliaError(
             f"the model read back from {folder} differs by {difference:.3g} in its logits over "
             f"{probe(lm).shape[1]} tokens; do not use it, and report this with the model's name"

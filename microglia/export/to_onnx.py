@@ -1,5 +1,6 @@
 """One ONNX graph that reads prompts and writes answers: its key/value cache comes in and goes out as tensors."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -107,16 +108,18 @@ def _save(step: _Step, path: Path) -> None:
         "past": [{0: batch, 2: before} for _ in example],
     }
     sites = range(len(step.layers))
-    program = torch.onnx.export(
-        step.eval(),
-        (ids, mask, positions, example),
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", sites)],
-        output_names=["logits", *_cache_names("present", sites)],
-        opset_version=OPSET,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own deprecated calls
+        program = torch.onnx.export(
+            step.eval(),
+            (ids, mask, positions, example),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", sites)],
+            output_names=["logits", *_cache_names("present", sites)],
+            opset_version=OPSET,
+            verbose=False,
+        )
     assert program is not None
     program.save(path, external_data=True)
 

@@ -17,17 +17,10 @@ from microglia.export.unfused import unfused_config
 from microglia.models import load_model
 from microglia.sites import find_sites
 from microglia.training.lora import with_lora
+from tests.export.plans import uneven_plan
 from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer
 
 IDS, MASK = tiny_prompts(9, 4)
-
-
-def uneven_plan(model) -> KeepPlan:
-    """Other heads and another number of them in each site; rectangular in groups of two."""
-    grouped = find_sites(model)[0].geometry.kv_heads == 4
-    heads = ([2, 4, 7], [0, 1]) if grouped else ([0, 3, 4, 6, 7], [2])
-    keep = tuple(torch.zeros(8).index_fill(0, torch.tensor(h), 1.0) for h in heads)
-    return KeepPlan("mean", keep, prompts=5, threshold=0.0, adaptive_keep_ratio=0.4)
 
 
 @torch.no_grad()
@@ -47,17 +40,18 @@ def written(family, tmp_path):
     return model, plan, export(model, tiny_tokenizer(), plan, tmp_path / "exported")
 
 
-def test_reloaded_is_the_compacted_model_and_really_smaller(written):
+def test_reloaded_is_the_compacted_model_and_really_smaller(written, family):
     model, plan, exported = written
     before = logits(model)
     again = AutoModelForCausalLM.from_pretrained(exported.folder, trust_remote_code=True)
     with frozen(model, plan) as small:
-        assert torch.equal(logits(again), logits(small))
+        difference = (logits(again) - logits(small)).abs().max()
+        assert difference <= (1e-6 if family == "phi3" else 0)  # Phi-3: three products for one round differently
         assert torch.equal(tokens(again), tokens(small))
         assert torch.equal(tokens(again, cache_implementation="static"), tokens(small))
         sizes = [x.numel() for x in small.parameters()]
     assert torch.equal(logits(model), before)  # the model itself was not changed
-    assert exported.difference == 0.0
+    assert exported.difference <= (1e-6 if family == "phi3" else 0)
     on_disk = load_file(exported.folder / "model.safetensors")
     assert sum(x.numel() for x in on_disk.values()) == exported.parameters == sum(sizes) < exported.dense_parameters
     rows = json.loads((exported.folder / "config.json").read_text())["per_layer_config"]
@@ -65,7 +59,7 @@ def test_reloaded_is_the_compacted_model_and_really_smaller(written):
 
 
 def test_an_export_opens_in_microglia_and_is_exported_again(written, tmp_path):
-    model, plan, exported = written
+    _, plan, exported = written
     again, tokenizer = load_model(exported.folder, trust_remote_code=True)
     sites = find_sites(again)
     assert [site.geometry.heads for site in sites] == [int(k.sum()) for k in plan.keep]
@@ -156,6 +150,4 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
     (folder / "mine.txt").write_text("kept")
     second = export(model, tokenizer, plan, folder, check=False)
     assert second.files == first.files
-    assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [*first.files, "mine.txt", "microglia_export.json"]
-    )
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*first.files, "mine.txt", "microglia_export.json"])
