@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from microglia.errors import MicrogliaError, UnsupportedModelError
 from microglia.export.gguf_tokenizer import add_tokenizer
@@ -131,16 +132,18 @@ def _rope_factors(lm: Any) -> Tensor | None:
 
     Raises UnsupportedModelError for frequencies that change with the length or scale the attention.
     """
-    rope, parameters = lm.model.rotary_emb, lm.config.rope_parameters
-    if parameters.get("rope_type", "default") not in ("default", "linear", "llama3") or rope.attention_scaling != 1.0:
+    rope = lm.config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
         raise UnsupportedModelError(
-            f"the rotary embedding is of type {parameters.get('rope_type')}, which is not fixed; gguf is written for "
-            "default, linear and llama3, export it with --format hf"
+            f"the rotary embedding is of type {kind}, which is not fixed; gguf is written for default, linear and "
+            "llama3, export it with --format hf"
         )
-    actual = rope.inv_freq.detach().float().cpu()
-    plain = 1.0 / parameters["rope_theta"] ** (torch.arange(0, 2 * len(actual), 2).float() / (2 * len(actual)))
-    factors = plain / actual
-    return None if bool(torch.allclose(factors, torch.ones_like(factors), rtol=1e-6, atol=0)) else factors
+    actual, _ = ROPE_INIT_FUNCTIONS[kind](lm.config)  # the model's own may have been rounded to its dtype
+    plain = rope["rope_theta"] ** (-torch.arange(len(actual)).float() / len(actual))
+    return plain / actual.cpu()
 
 
 def _type(tensor: Tensor) -> str:

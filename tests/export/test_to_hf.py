@@ -95,6 +95,17 @@ def test_the_folder_needs_no_microglia(tmp_path):
     assert float(done.stdout) == pytest.approx(expected, abs=1e-3)
 
 
+def test_another_attention_back_end_reaches_every_layer(tmp_path):
+    model = tiny_model("llama", backend="eager")
+    plan = uneven_plan(model)
+    folder = export(model, tiny_tokenizer(), plan, tmp_path / "exported", check=False).folder
+    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, attn_implementation="eager")
+    again.set_attn_implementation("sdpa")  # a copied config would stay eager and meet masks made for sdpa
+    with frozen(model, plan) as small:
+        real = MASK.bool()
+        assert torch.allclose(logits(again)[real], logits(small)[real], atol=1e-5)
+
+
 def test_lora_is_in_the_written_weights(tmp_path):
     model = with_lora(tiny_model("llama"), rank=2)
     with torch.no_grad():
