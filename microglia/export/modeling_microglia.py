@@ -12,6 +12,8 @@ from transformers import LlamaModel as StockModel
 
 def give_own_heads(decoder: Any, config: Any) -> None:
     """Make each layer's attention anew, in the sizes of its own config; weights are loaded afterwards."""
+    if not getattr(config, "is_heterogeneous", False):
+        raise ImportError("config.json has no per_layer_config, or this transformers is older than 5.14; upgrade it")
     for index, layer in enumerate(decoder.layers):
         attention = type(layer.self_attn)(config.per_layer_config[index], index)
         attention.config = config  # one config for all layers: set_attn_implementation reaches this one only

@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 def give_own_heads(decoder: Any, config: Any) -> None:
     """Make each layer's projections anew, in the sizes of its own config; weights are loaded afterwards."""
+    if not getattr(config, "is_heterogeneous", False):
+        raise ImportError("config.json has no per_layer_config, or this transformers is older than 5.14; upgrade it")
     for index, block in enumerate(decoder.h):
         attention, heads = block.attn, config.per_layer_config[index].num_attention_heads
         width = heads * attention.head_dim

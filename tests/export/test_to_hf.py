@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from microglia.errors import ConfigError, UnsupportedModelError
-from microglia.export import KeepPlan, export
+from microglia.export import KeepPlan, export, modeling_microglia, modeling_microglia_gpt2
 from microglia.export.frozen import frozen, merged
 from microglia.export.unfused import unfused_config
 from microglia.models import load_model
@@ -104,6 +104,12 @@ def test_another_attention_back_end_reaches_every_layer(tmp_path):
     with frozen(model, plan) as small:
         real = MASK.bool()
         assert torch.allclose(logits(again)[real], logits(small)[real], atol=1e-5)
+
+
+@pytest.mark.parametrize(("source", "family"), [(modeling_microglia, "llama"), (modeling_microglia_gpt2, "gpt2")])
+def test_a_transformers_that_reads_no_head_counts_per_layer_is_named(source, family):
+    with pytest.raises(ImportError, match=r"older than 5\.14; upgrade it"):
+        source.MicrogliaForCausalLM(tiny_model(family).config)
 
 
 def test_lora_is_in_the_written_weights(tmp_path):
