@@ -48,6 +48,7 @@ FLOORS = {
     "microglia.serving": 8,
     "microglia.system": 8,
     "microglia.demo": 8,
+    "microglia.export": 8,
     "microglia.harness": 9,
     "microglia.cli": 9,
 }

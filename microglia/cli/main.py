@@ -11,6 +11,7 @@ from microglia.cli.calibrate import calibrate
 from microglia.cli.compare import compare
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
+from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
 from microglia.cli.train import train
@@ -25,6 +26,7 @@ VERBS = (
     generate,
     benchmark,
     inspect,
+    export,
 )
 
 
