@@ -67,6 +67,9 @@ class Admission:
         """Tokens of a prompt as the model will read it; Refusal when there are none or too many."""
         if not prompt.strip():
             raise DataError("the prompt is empty; give it some text")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            sentence = "the prompt holds half of a surrogate pair, which is no character; send valid Unicode"
+            raise Refusal(400, sentence, param=field)
         special = not uses_chat_template(self.tokenizer)
         tokens = len(self.tokenizer(prompt, add_special_tokens=special)["input_ids"])
         if not tokens:

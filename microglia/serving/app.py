@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Response
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +26,7 @@ from microglia.serving.config import ServingConfig
 from microglia.serving.job import Event, Finished
 from microglia.serving.metrics import CONTENT_TYPE, Metrics
 from microglia.serving.queue import Worker
-from microglia.serving.refusal import Refusal, install
+from microglia.serving.refusal import Refusal, install, refusal
 from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
@@ -59,11 +61,11 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
         version=__version__,
         description="Completions of a model that keeps the attention heads a prompt needs.",
         lifespan=lifespan,
-        max_body_size=config.max_body_bytes,
         docs_url=None,  # those pages load scripts from elsewhere; the schema itself is at /openapi.json
         redoc_url=None,
     )
     install(app)
+    app.add_middleware(_Bounded, most=config.max_body_bytes)
     app.add_middleware(_Counted, metrics=service.metrics)
     if config.loopback and config.api_key is None:
         # A page in a browser on this machine must not reach the model through a name that it lets point here.
@@ -201,6 +203,33 @@ async def _hung_up(request: Request) -> None:
     """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+class _Bounded:
+    """Refuses bodies of more than `most` bytes before they are read, or while, if they do not say how long they are."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """FastAPI's own max_body_size refuses with plain text, which OpenAI's clients cannot read."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdecimal() and int(told) > self.most:
+            refused = refusal(HTTPException(413))
+            return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self.most:
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, counted, send)
 
 
 class _Counted:

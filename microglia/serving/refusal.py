@@ -83,10 +83,16 @@ def _invalid(errors: Sequence[Any]) -> Refusal:
     """The first thing that is wrong with a body, in a sentence."""
     if not errors:
         return Refusal(400, "the body could not be read; send a JSON object")
-    error: Mapping[str, Any] = errors[0]
-    # A union is tried branch by branch, and the branches' names stand in the path; the client knows the fields only.
-    path = [str(part) for part in error["loc"] if part != "body" and not str(part)[:1].isupper()]
-    path = [part for part in path if not any(mark in part for mark in "[(") and part not in ("str",)]
+    # Of a union's branches the one that came furthest says what is meant; their names stand in the path, and the client
+    # knows fields only.
+    field = errors[0]["loc"][:2]
+    error: Mapping[str, Any] = max(
+        (e for e in errors if e["loc"][:2] == field), key=lambda e: (len(e["loc"]), e["type"] != "string_type")
+    )
+    *path, last = (str(part) for part in error["loc"])
+    path = [part for part in path if part not in ("body", "str") and "[" not in part]
+    if error["type"] == "extra_forbidden" or not (last in ("body", "str") or "[" in last):
+        path.append(last)
     param = ".".join(path) or None
     given = repr(error.get("input"))
     given = given if len(given) <= SHOWN else given[:SHOWN] + "…"

@@ -26,7 +26,7 @@ def written(model, *jobs):
 def test_rows_of_different_lengths_say_what_they_say_alone(model):
     found = written(model, *((prompt, Sampling(6 + 5 * row)) for row, prompt in enumerate(PROMPTS)))
     for row, (text, end) in enumerate(found):
-        truth = alone(model, PROMPTS[row], 6 + 5 * row)
+        truth = alone(PROMPTS[row], 6 + 5 * row)
         assert text == truth.texts[0]
         assert end.completion_tokens == truth.lengths(model.tokenizer)[0]
         assert end.heads_kept == sum(int(keep.sum()) for keep in truth.keep)
@@ -41,13 +41,13 @@ def test_a_seed_says_the_same_in_any_company(model):
     first = written(model, (PROMPTS[0], hot))[0][0]
     company = written(model, (PROMPTS[1], Sampling(20, temperature=2.0)), (PROMPTS[0], hot), (PROMPTS[2], Sampling(3)))
     assert company[1][0] == first
-    assert company[2][0] == alone(model, PROMPTS[2], 3).texts[0]
+    assert company[2][0] == alone(PROMPTS[2], 3).texts[0]
     other = Sampling(12, temperature=1.5, top_p=0.9, seed=8)
-    assert written(model, (PROMPTS[0], other))[0][0] != first != alone(model, PROMPTS[0], 12).texts[0]
+    assert written(model, (PROMPTS[0], other))[0][0] != first != alone(PROMPTS[0], 12).texts[0]
 
 
 def test_no_nucleus_and_no_heat_are_greedy(model):
-    greedy = alone(model, PROMPTS[0], 10).texts[0]
+    greedy = alone(PROMPTS[0], 10).texts[0]
     for sampling in (Sampling(10, temperature=1.0, top_p=0.0), Sampling(10, temperature=1e-9)):
         assert written(model, (PROMPTS[0], sampling))[0][0] == greedy
 
@@ -64,7 +64,7 @@ def test_the_draw_follows_the_distribution():
 
 
 def test_a_stop_text_ends_the_answer_before_it(model):
-    whole = alone(model, PROMPTS[0], 20).texts[0]
+    whole = alone(PROMPTS[0], 20).texts[0]
     stop = whole[5:8]
     (text, end), (neighbour, _) = written(
         model, (PROMPTS[0], Sampling(20, stop=("never\x00", stop))), (PROMPTS[1], Sampling(20))
@@ -72,14 +72,14 @@ def test_a_stop_text_ends_the_answer_before_it(model):
     assert text == whole[: whole.index(stop)]
     assert end.reason == "stop"
     assert end.completion_tokens < 20
-    assert neighbour == alone(model, PROMPTS[1], 20).texts[0]
+    assert neighbour == alone(PROMPTS[1], 20).texts[0]
 
 
 def test_dense_jobs_keep_every_head(model):
     events = []
     model.answer([Job(PROMPTS[0], 12, Pruning(None), Sampling(15), events.append)])
     text = "".join(event.text for event in events[:-1])
-    assert text == alone(model, PROMPTS[0], 15, pruning=False).texts[0] != alone(model, PROMPTS[0], 15).texts[0]
+    assert text == alone(PROMPTS[0], 15, pruning=False).texts[0] != alone(PROMPTS[0], 15).texts[0]
     assert (events[-1].heads_kept, events[-1].heads) == (16, 16)
 
 
@@ -87,7 +87,7 @@ def test_looking_counts_the_heads_that_will_be_kept(model):
     jobs = [Job(prompt, 9, model.pruning(True, 0.7), Sampling(3), lambda event: None) for prompt in PROMPTS]
     model.look_at(jobs)
     for job in jobs:
-        keep = alone(model, job.prompt, 1, keep_ratio=0.7).keep
+        keep = alone(job.prompt, 1, keep_ratio=0.7).keep
         assert job.counts == tuple(int(k.sum()) for k in keep)
     assert len({job.counts for job in jobs}) > 1
 
@@ -101,7 +101,7 @@ def test_a_cancelled_row_ends_and_its_neighbour_does_not(model):
     model.answer([left, stays])
     hook.remove()
     assert len(steps) <= 12  # not 300
-    assert "".join(event.text for event in events[:-1]) == alone(model, PROMPTS[1], 10).texts[0]
+    assert "".join(event.text for event in events[:-1]) == alone(PROMPTS[1], 10).texts[0]
 
 
 def test_a_keep_ratio_needs_prompts_to_calibrate_on(model):
