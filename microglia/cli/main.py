@@ -14,6 +14,7 @@ from microglia.cli.evaluate import evaluate
 from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
+from microglia.cli.serve import serve
 from microglia.cli.train import train
 
 VERBS = (
@@ -27,6 +28,7 @@ VERBS = (
     benchmark,
     inspect,
     export,
+    serve,
 )
 
 

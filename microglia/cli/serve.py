@@ -1,0 +1,109 @@
+"""`microglia serve`: answer over HTTP as OpenAI's API does."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from microglia.cli import options as o
+from microglia.cli.verb import Outcome, tell, verb
+from microglia.errors import MicrogliaError
+
+API_KEY = "MICROGLIA_API_KEY"
+
+
+@verb
+def serve(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder that `train` wrote, or a hub id.")],
+    *,
+    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="The model's name in requests.", show_default="the checkpoint's")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="What clients must send as bearer.", show_default=f"${API_KEY}")
+    ] = None,
+    keep_ratio: o.KeepRatio = None,
+    max_batch: Annotated[int, typer.Option(help="Prompts that are answered together.")] = 16,
+    max_waiting: Annotated[int, typer.Option(help="Prompts in the queue; more get 429.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longest prompt.", show_default="the model's context")
+    ] = None,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request.")] = 1 << 20,
+    batch_by: Annotated[
+        str, typer.Option(help="settings, or decision: under load, prompts that keep as many heads together.")
+    ] = "settings",
+    grace: Annotated[
+        float | None, typer.Option(help="Seconds for running answers at the end.", show_default="all they need")
+    ] = None,
+    model: o.Model = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.
+
+    microglia serve checkpoints --port 8000
+    """
+    try:
+        from microglia.serving.app import create_app
+        from microglia.serving.config import ServingConfig
+        from microglia.serving.run import serve as run
+    except ImportError as error:
+        raise MicrogliaError(
+            f"microglia serve needs {error.name}, which is not installed; pip install 'microglia[serve]'"
+        ) from error
+    config = ServingConfig(
+        name=name if name is not None else Path(checkpoint).name or checkpoint,
+        host=host,
+        port=port,
+        api_key=api_key if api_key is not None else os.environ.get(API_KEY) or None,
+        max_batch=max_batch,
+        max_waiting=max_waiting,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_body_bytes=max_body_bytes,
+        batch_by=batch_by,
+        grace=grace,
+    )
+    system = o.load(checkpoint, model, **o.loading(device, dtype, trust_remote_code, quantize))
+    if keep_ratio is not None:
+        system.set_keep_ratio(keep_ratio)
+    app = create_app(pruned_model(system), config)
+    try:
+        run(app, config, ready=lambda url: tell(f"microglia: serving {config.name} at {url} (Ctrl-C stops)"))
+    except KeyboardInterrupt:
+        tell("microglia: stopped; every running answer was finished")
+    return Outcome(totals(app))
+
+
+def pruned_model(system: Any) -> Any:
+    """What the server needs of a system."""
+    from microglia.serving.write import PrunedModel
+
+    return PrunedModel(
+        system.model,
+        system.tokenizer,
+        system.policy,
+        system.gate,
+        system.look,
+        fill=system.fill,
+        scope=system.scope,
+        template=system.template,
+        calibration=system.calibration,
+    )
+
+
+def totals(app: Any) -> dict[str, Any]:
+    """What was answered while the server ran."""
+    read = app.state.service.metrics.registry.get_sample_value
+    answers = {reason: int(read("microglia_answers_total", {"reason": reason}) or 0) for reason in REASONS}
+    counts = {name: int(read(f"microglia_{name}_total") or 0) for name in ("prompt_tokens", "completion_tokens")}
+    return {"answers": answers, **counts}
+
+
+REASONS = ("stop", "length", "cut")

@@ -1,0 +1,110 @@
+"""A request becomes jobs, or is refused before it costs the model anything."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from microglia.errors import DataError
+from microglia.serving.config import ServingConfig
+from microglia.serving.job import Event, Job, Sampling
+from microglia.serving.refusal import Refusal
+from microglia.serving.schema import ChatRequest, CompletionRequest, Message
+from microglia.serving.write import PrunedModel
+from microglia.tasks.prompts import render_prompt, uses_chat_template
+
+
+class Admission:
+    """Renders, counts and limits. Has its own copy of the tokenizer, which no two threads may use at once."""
+
+    def __init__(self, model: PrunedModel, config: ServingConfig) -> None:
+        self.model, self.config = model, config
+        self.tokenizer: Any = copy.deepcopy(model.tokenizer)
+
+    def jobs(
+        self, request: ChatRequest | CompletionRequest, tell: Callable[[int], Callable[[Event], None]]
+    ) -> list[Job]:
+        """The jobs of a request, one a prompt; `tell(index)` is whom each tells. Raises Refusal or MicrogliaError."""
+        if request.model != self.config.name:
+            raise unknown_model(request.model)
+        if isinstance(request, ChatRequest):
+            prompts, longest, field = [self.chat(request.messages)], request.longest, "messages"
+        else:
+            prompts, longest, field = request.prompts, request.max_tokens, "prompt"
+        pruning = self.model.pruning(request.pruning, request.keep_ratio)
+        jobs = []
+        for index, prompt in enumerate(prompts):
+            tokens = self.count(prompt, field)
+            sampling = Sampling(
+                self.new_tokens(tokens, longest, field), request.temperature, request.top_p, request.seed, request.stops
+            )
+            jobs.append(Job(prompt, tokens, pruning, sampling, tell(index)))
+        return jobs
+
+    def chat(self, messages: Sequence[Message]) -> str:
+        """The prompt of a conversation: by the chat template, or for a model without one its one question."""
+        if not messages[-1].text.strip():
+            raise Refusal(400, "the last message is empty; give it some text", param="messages")
+        if uses_chat_template(self.tokenizer):
+            told = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
+            try:
+                return str(self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+            except TemplateError as error:
+                raise Refusal(
+                    400, f"the model's chat template refuses these messages ({error}); send others", param="messages"
+                ) from error
+        if len(messages) != 1 or messages[0].role != "user":
+            raise Refusal(
+                400,
+                "this model has no chat template, so it knows no roles and no history; send one user message, or a "
+                "complete prompt to /v1/completions",
+                param="messages",
+            )
+        return render_prompt(self.tokenizer, messages[0].text, self.model.template)
+
+    def count(self, prompt: str, field: str) -> int:
+        """Tokens of a prompt as the model will read it; Refusal when there are none or too many."""
+        if not prompt.strip():
+            raise DataError("the prompt is empty; give it some text")
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            sentence = "the prompt holds half of a surrogate pair, which is no character; send valid Unicode"
+            raise Refusal(400, sentence, param=field)
+        special = not uses_chat_template(self.tokenizer)
+        tokens = len(self.tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        if not tokens:
+            raise DataError("the prompt holds no character that the model's tokenizer knows; give it some text")
+        most = self.config.max_prompt_tokens
+        if most is not None and tokens > most:
+            raise self._too_long(f"the prompt has {tokens} tokens and this server reads {most}; shorten it", field)
+        return tokens
+
+    def new_tokens(self, prompt_tokens: int, asked: int | None, field: str) -> int:
+        """The longest answer: what was asked for, or else all that server and context allow."""
+        most, room = self.config.max_new_tokens, self.model.room
+        left = most if room is None else room - prompt_tokens
+        if left < (asked or 1):
+            raise self._too_long(
+                f"the prompt has {prompt_tokens} tokens and {asked or 1} more were asked for, but the model's context "
+                f"is {room}; shorten the prompt or lower max_tokens",
+                field,
+            )
+        if asked is not None and asked > most:
+            raise Refusal(
+                400, f"max_tokens={asked} was given and this server writes at most {most}; lower it", param="max_tokens"
+            )
+        return min(most, left) if asked is None else asked
+
+    @staticmethod
+    def _too_long(sentence: str, field: str) -> Refusal:
+        return Refusal(400, sentence, param=field, code="context_length_exceeded")
+
+
+def unknown_model(name: str) -> Refusal:
+    """What OpenAI says of a model it does not have."""
+    return Refusal(
+        404,
+        f"The model `{name}` does not exist or you do not have access to it; /v1/models lists what there is.",
+        param="model",
+        code="model_not_found",
+    )

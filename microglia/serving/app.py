@@ -1,0 +1,249 @@
+"""The addresses of the server: completions, models, health and metrics."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from microglia import __version__
+from microglia.serving import schema as s
+from microglia.serving.admission import Admission, unknown_model
+from microglia.serving.answers import Asked
+from microglia.serving.config import ServingConfig
+from microglia.serving.job import Event, Finished
+from microglia.serving.metrics import CONTENT_TYPE, Metrics
+from microglia.serving.queue import Worker
+from microglia.serving.refusal import Refusal, install, refusal
+from microglia.serving.write import PrunedModel
+
+GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": s.Error, "description": text}
+    for status, text in {
+        400: "The request is wrong, or asks for what this server does not do.",
+        401: "The API key is missing or wrong.",
+        404: "There is no such model.",
+        413: "The body is too large.",
+        429: "The queue is full.",
+        "4XX": "Refused.",
+        500: "The model failed.",
+        503: "The server is shutting down.",
+    }.items()
+}
+EVENTS = {"description": "The answer; with `stream`, server-sent events.", "content": {"text/event-stream": {}}}
+
+
+def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
+    """The server's application. The model's thread lives as long as the application does."""
+    service = _Service(model, config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await asyncio.to_thread(service.worker.stop)
+
+    app = FastAPI(
+        title="microglia",
+        version=__version__,
+        description="Completions of a model that keeps the attention heads a prompt needs.",
+        lifespan=lifespan,
+        docs_url=None,  # those pages load scripts from elsewhere; the schema itself is at /openapi.json
+        redoc_url=None,
+    )
+    install(app)
+    app.add_middleware(_Bounded, most=config.max_body_bytes)
+    app.add_middleware(_Counted, metrics=service.metrics)
+    if config.loopback and config.api_key is None:
+        # A page in a browser on this machine must not reach the model through a name that it lets point here.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "["])
+    app.include_router(service.open_addresses())
+    app.include_router(service.guarded_addresses())
+    app.state.service = service
+    return app
+
+
+class _Service:
+    """What the addresses share."""
+
+    def __init__(self, model: PrunedModel, config: ServingConfig) -> None:
+        self.config, self.admission = config, Admission(model, config)
+        self.worker = Worker(
+            model,
+            max_batch=config.max_batch,
+            max_waiting=config.max_waiting,
+            batch_by=config.batch_by,
+            on_batch=lambda jobs: self.metrics.batch(jobs),
+        )
+        self.metrics = Metrics(lambda: len(self.worker.waiting), lambda: len(self.worker.running))
+        self.one_at_a_time = CapacityLimiter(1)  # the tokenizer's
+        self.card = s.ModelCard(id=config.name, created=int(time.time()))
+
+    def open_addresses(self) -> APIRouter:
+        """Health and metrics, which need no key."""
+        router = APIRouter()
+
+        @router.get("/health", responses={503: {"model": s.Health}})
+        async def health(response: Response) -> s.Health:
+            """Whether questions are answered."""
+            response.status_code = 200 if self.worker.alive else 503
+            return s.Health(
+                status="ok" if self.worker.alive else "stopping",
+                waiting=len(self.worker.waiting),
+                running=len(self.worker.running),
+            )
+
+        @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+        async def metrics() -> Response:
+            """Counters for Prometheus."""
+            return Response(self.metrics.text(), media_type=CONTENT_TYPE)
+
+        return router
+
+    def guarded_addresses(self) -> APIRouter:
+        """OpenAI's addresses."""
+        router = APIRouter(prefix="/v1", dependencies=[Depends(self.guard())], responses=REFUSALS)
+
+        @router.get("/models")
+        async def models() -> s.ModelList:
+            """The one model that there is."""
+            return s.ModelList(data=[self.card])
+
+        @router.get("/models/{name:path}")
+        async def model(name: str) -> s.ModelCard:
+            if name != self.config.name:
+                raise unknown_model(name)
+            return self.card
+
+        @router.post("/chat/completions", response_model=s.ChatCompletion, responses={200: EVENTS})
+        async def chat(body: s.ChatRequest, request: Request) -> Any:
+            """Answer a conversation."""
+            return await self.complete(body, request)
+
+        @router.post("/completions", response_model=s.Completion, responses={200: EVENTS})
+        async def completions(body: s.CompletionRequest, request: Request) -> Any:
+            """Continue a prompt, or several."""
+            return await self.complete(body, request)
+
+        return router
+
+    def guard(self) -> Callable[..., Awaitable[None]]:
+        """Refuses requests without the API key, if there is one."""
+        key = self.config.api_key
+        bearer = HTTPBearer(auto_error=False, description="The server's API key, if it has one.")
+
+        async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+            if key is None or (given and secrets.compare_digest(given.credentials.encode(), key.encode())):
+                return
+            what = "the API key is wrong" if given else "no API key was given"
+            raise Refusal(
+                401, f"{what}; send Authorization: Bearer KEY", code="invalid_api_key", kind="authentication_error"
+            )
+
+        return check
+
+    async def complete(self, body: s.ChatRequest | s.CompletionRequest, request: Request) -> Any:
+        """Admit a request, queue its jobs, and answer it at once or piece by piece."""
+        asked = Asked(body.model, isinstance(body, s.ChatRequest))
+        # In a thread, so that a long prompt does not hold up the others' pieces.
+        asked.jobs = await run_sync(
+            self.admission.jobs, body, lambda index: self.counted(asked, index), limiter=self.one_at_a_time
+        )
+        self.worker.submit(asked.jobs)
+        if body.stream:
+            pieces = self.until_gone(asked, asked.stream(body.stream_options.include_usage))
+            return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        answer, gone = asyncio.create_task(asked.answer()), asyncio.create_task(_hung_up(request))
+        try:
+            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=GONE)
+        finally:
+            answer.cancel()
+            gone.cancel()
+            self.cut(asked)
+
+    def counted(self, asked: Asked, index: int) -> Callable[[Event], None]:
+        """Tells the request, and the metrics."""
+        tell = asked.tell(index)
+
+        def both(event: Event) -> None:
+            if isinstance(event, Finished):
+                self.metrics.finished(asked.jobs[index], event)
+            tell(event)
+
+        return both
+
+    async def until_gone(self, asked: Asked, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+        try:
+            async for piece in pieces:
+                yield piece
+        finally:  # also when the client hangs up
+            self.cut(asked)
+
+    def cut(self, asked: Asked) -> None:
+        """End what nobody waits for any more; nothing, after a whole answer."""
+        if count := asked.cancel():
+            self.metrics.answers.labels("cut").inc(count)
+
+
+async def _hung_up(request: Request) -> None:
+    """Returns when the client has closed the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Bounded:
+    """Refuses bodies of more than `most` bytes before they are read, or while, if they do not say how long they are."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """FastAPI's own max_body_size refuses with plain text, which OpenAI's clients cannot read."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdecimal() and int(told) > self.most:
+            refused = refusal(HTTPException(413))
+            return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+        total = 0
+
+        async def counted() -> Message:
+            nonlocal total
+            message = await receive()
+            total += len(message.get("body", b""))
+            if total > self.most:
+                raise HTTPException(413)
+            return message
+
+        await self.app(scope, counted, send)
+
+
+class _Counted:
+    """Counts requests by address and status, whoever answers them."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # the pattern and not the path: an address made up by a client is no label
+                path = getattr(route, "path", "other")
+                self.metrics.requests.labels(path, str(message["status"])).inc()
+            await send(message)
+
+        await self.app(scope, receive, watched if scope["type"] == "http" else send)

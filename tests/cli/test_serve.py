@@ -1,0 +1,78 @@
+"""`microglia serve` as a process: says where it is, answers, and ends by Ctrl-C with its totals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from typer.testing import CliRunner
+
+from microglia.cli.main import app
+from microglia.system import MicrogliaPruningSystem
+from tests.tiny_folder import opinionated, save_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    system = MicrogliaPruningSystem(save_tiny_model(folder / "model"), hidden_dim=16)
+    opinionated(system.policy)
+    system.set_keep_ratio(0.7, ["1 + 1 =", "How many pens are left?"])
+    return system.save_pretrained(folder / "tiny-pruned"), system
+
+
+@pytest.mark.slow
+def test_a_process_serves_until_ctrl_c(checkpoint):
+    folder, system = checkpoint
+    verb = ["serve", str(folder), "--port", "0", "--json"]
+    command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True
+    )
+    try:
+        said = process.stderr.readline()
+        found = re.fullmatch(r"microglia: serving tiny-pruned at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C stops\)\n", said)
+        assert found, said + process.stderr.read()
+        with OpenAI(base_url=found[1], api_key="none", timeout=300) as client:
+            message = {"role": "user", "content": "1 + 1 ="}
+            answer = client.chat.completions.create(model="tiny-pruned", messages=[message], max_tokens=5)
+        assert answer.choices[0].message.content.strip() == system.generate("1 + 1 =", 5)
+        assert answer.usage.sparsity == pytest.approx(system.get_sparsity())
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert (process.returncode, stderr) == (0, "microglia: stopped; every running answer was finished\n")
+    assert json.loads(stdout)["answers"] in ({"stop": 0, "length": 1, "cut": 0}, {"stop": 1, "length": 0, "cut": 0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("nowhere/", "there is no checkpoint folder nowhere/"),
+        ("x --host 0.0.0.0", "can be reached from other machines and there is no API key"),
+        ("x --max-batch 0", "max_batch=0 was given; it must be at least 1"),
+        ("x --batch-by luck", "batch_by='luck' is unknown; choose settings or decision"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_sentence(flags, sentence, monkeypatch):
+    monkeypatch.delenv("MICROGLIA_API_KEY", raising=False)
+    result = CliRunner().invoke(app, ["serve", *flags.split()])
+    assert result.exit_code == 2
+    assert sentence in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_without_the_web_libraries_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "microglia.serving.run", raising=False)
+    result = CliRunner().invoke(app, ["serve", "x"])
+    assert result.exit_code == 2
+    assert "needs uvicorn, which is not installed; pip install 'microglia[serve]'" in result.stderr

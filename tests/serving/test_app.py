@@ -1,0 +1,318 @@
+"""The server through OpenAI's own client, and what it refuses."""
+
+import json
+from functools import cache
+
+import jsonschema
+import openai
+import pytest
+
+from microglia.errors import ConfigError, MicrogliaError
+from microglia.serving.config import ServingConfig
+from microglia.serving.run import listen
+from tests.serving.served import NAME, alone, running
+
+QUESTION = "How many is 3 times 4?"
+CHAT = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12}
+TEXT = {"model": NAME, "prompt": "1 + 1 =", "max_tokens": 12}
+
+
+def wrapped(model, question=QUESTION):
+    return model.template.format(question=question)
+
+
+@cache
+def schema(app):
+    return app.openapi()
+
+
+def check(served, path, response, kind="application/json"):
+    """The response has the shape that /openapi.json promises for its status."""
+    whole = schema(served.app)
+    (operation,) = whole["paths"][path].values()
+    shape = operation["responses"][str(response.status_code)]["content"][kind]["schema"]
+    jsonschema.validate(response.json(), {**shape, "components": whole["components"]})
+    return response.json()
+
+
+def test_a_chat_is_answered_with_its_usage(served, model):
+    answer = served.client.chat.completions.create(**CHAT)
+    truth = alone(wrapped(model), 12)
+    assert answer.choices[0].message.content == truth.texts[0]
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.model, answer.object) == (NAME, "chat.completion")
+    usage = answer.usage
+    assert usage.prompt_tokens == len(wrapped(model))
+    assert usage.completion_tokens == 12
+    assert usage.total_tokens == usage.prompt_tokens + 12
+    kept = sum(int(keep.sum()) for keep in truth.keep)
+    assert (usage.heads_kept, usage.heads, usage.sparsity) == (kept, 16, 1 - kept / 16)
+    assert usage.seconds > 0
+    assert usage.queued_seconds >= 0
+
+
+def test_parts_of_a_message_and_null_are_read(served, model):
+    parts = [{"type": "text", "text": QUESTION[:9]}, {"type": "text", "text": QUESTION[9:]}]
+    asked = {**CHAT, "messages": [{"role": "user", "content": parts}], "max_tokens": None, "stop": None, "n": 1}
+    answer = served.client.chat.completions.create(**asked, max_completion_tokens=9, user="u")
+    assert answer.choices[0].message.content == alone(wrapped(model), 9).texts[0]
+
+
+def test_a_chat_is_streamed(served, model):
+    chunks = list(served.client.chat.completions.create(**CHAT, stream=True, stream_options={"include_usage": True}))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == alone(wrapped(model), 12).texts[0]
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
+    assert len(chunks) > 5  # it came in pieces
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_several_prompts_are_continued(served, model):
+    prompts = ["1 + 1 =", "abc", "xyz?"]
+    answer = served.client.completions.create(model=NAME, prompt=prompts, max_tokens=8)
+    truths = [alone(prompt, 8) for prompt in prompts]
+    assert [choice.text for choice in answer.choices] == [truth.texts[0] for truth in truths]
+    assert answer.usage.heads_kept == sum(int(keep.sum()) for truth in truths for keep in truth.keep)
+    assert answer.usage.heads == 48
+    texts = dict.fromkeys(range(3), "")
+    for chunk in served.client.completions.create(model=NAME, prompt=prompts, max_tokens=8, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert [*texts.values()] == [truth.texts[0] for truth in truths]
+    assert served.client.completions.create(model=NAME, prompt="abc").usage.completion_tokens <= 16  # as OpenAI's
+
+
+def test_extensions_turn_the_dial_or_pruning_off(served, model):
+    dense = served.client.completions.create(**TEXT, extra_body={"pruning": False})
+    assert dense.usage.sparsity == 0
+    assert dense.choices[0].text == alone(TEXT["prompt"], 12, pruning=False).texts[0]
+    kept = []
+    for ratio in (0.4, 0.9):
+        answer = served.client.completions.create(**TEXT, extra_body={"keep_ratio": ratio})
+        truth = alone(TEXT["prompt"], 12, keep_ratio=ratio)
+        assert answer.choices[0].text == truth.texts[0]
+        kept.append(answer.usage.heads_kept)
+    assert kept[0] < kept[1]
+
+
+def test_a_seed_is_repeatable_and_a_stop_ends(served, model):
+    hot = {**TEXT, "temperature": 1.5, "top_p": 0.95}
+    texts = [served.client.completions.create(**hot, seed=seed).choices[0].text for seed in (3, 3, 4)]
+    assert texts[0] == texts[1] != texts[2]
+    whole = alone(TEXT["prompt"], 12).texts[0]
+    answer = served.client.completions.create(**TEXT, stop=whole[4:6])
+    assert answer.choices[0].text == whole[: whole.index(whole[4:6])]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_models_health_and_metrics(served):
+    assert [card.id for card in served.client.models.list().data] == [NAME]
+    assert served.client.models.retrieve(NAME).owned_by == "microglia"
+    assert check(served, "/health", served.http.get("/health")) == {"status": "ok", "waiting": 0, "running": 0}
+    before = served.metric("microglia_completion_tokens_total")
+    served.client.completions.create(**TEXT)
+    assert served.metric("microglia_completion_tokens_total") == before + 12
+    text = served.http.get("/metrics").text
+    assert 'microglia_requests_total{path="/v1/completions",status="200"}' in text
+    assert "microglia_sparsity_bucket" in text
+    assert "microglia_waiting 0.0" in text
+
+
+def test_answers_and_refusals_have_the_promised_shape(served):
+    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT)):
+        check(served, path, served.http.post(path, json=body))
+        for wrong in ({"temperature": 9}, {"model": "gpt-9"}):
+            assert "error" in check(served, path, served.http.post(path, json={**body, **wrong}))
+    check(served, "/v1/models", served.http.get("/v1/models"))
+    check(served, "/v1/models/{name}", served.http.get(f"/v1/models/{NAME}"))
+    assert served.http.get("/openapi.json").json() == schema(served.app)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+WRONG = {
+    "no model": ({"model": None}, 400, "model is missing; give it", "model"),
+    "other model": ({"model": "gpt-9"}, 404, "The model `gpt-9` does not exist or you do not have access", "model"),
+    "unknown name": ({"temprature": 1}, 400, "temprature is nothing that this server does; leave it out", "temprature"),
+    "tools": ({"tools": [{"type": "function"}]}, 400, "tools is nothing that this server does", "tools"),
+    "two answers": ({"n": 2}, 400, "n=2 is not supported; give 1", "n"),
+    "log probabilities": ({"logprobs": True}, 400, "logprobs=True is not supported; give False", "logprobs"),
+    "penalty": ({"presence_penalty": 0.5}, 400, "presence_penalty=0.5 was given; input should be", "presence_penalty"),
+    "too hot": ({"temperature": 3}, 400, "temperature=3 was given; input should be less than", "temperature"),
+    "no number": ({"temperature": "warm"}, 400, "temperature='warm' was given; input should be a valid", "temperature"),
+    "ratio": ({"keep_ratio": 0}, 400, "keep_ratio=0 was given; input should be greater than 0", "keep_ratio"),
+    "tokens": ({"max_tokens": 0}, 400, "max_tokens=0 was given; input should be greater than", "max_tokens"),
+    "many tokens": ({"max_tokens": 400}, 400, "max_tokens=400 was given and this server writes at most 300", "max_"),
+    "beyond context": (
+        {"messages": [{"role": "user", "content": "x" * 600}]},
+        400,
+        "the model's context is 512",
+        "mes",
+    ),
+    "many stops": ({"stop": list("abcde")}, 400, "at most 4 items", "stop"),
+    "empty": ({"messages": [{"role": "user", "content": " \n"}]}, 400, "the last message is empty", "messages"),
+    "no message": ({"messages": []}, 400, "at least 1 item", "messages"),
+    "image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]},
+        400,
+        "'image_url' is not supported; give 'text'",
+        "messages.0.content.0.type",
+    ),
+    "history": (
+        {"messages": [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]},
+        400,
+        "this model has no chat template, so it knows no roles and no history; send one user message",
+        "messages",
+    ),
+    "half a pair": (
+        {"messages": [{"role": "user", "content": "a\ud800"}]},
+        400,
+        "half of a surrogate pair",
+        "messages",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_requests_get_an_error_object_with_one_sentence(served, kind):
+    change, status, sentence, param = WRONG[kind]
+    max_300(served)
+    response = served.http.post(
+        "/v1/chat/completions",
+        content=json.dumps({**CHAT, **change}),
+        headers={"Content-Type": "application/json"},
+    )
+    error = check(served, "/v1/chat/completions", response)["error"]
+    assert response.status_code == status, error
+    assert sentence in error["message"]
+    assert "\n" not in error["message"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"].startswith(param)
+    assert served.http.get("/health").json()["status"] == "ok"
+
+
+def max_300(served):
+    """The module's server with a lower limit, so that the model's context does not speak first."""
+    config = served.app.state.service.admission.config
+    object.__setattr__(config, "max_new_tokens", 300)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "the body is"),
+        (b"{", "the body is no JSON"),
+        (b"[]", "the body is no JSON object"),
+        (b"null", "the body is"),
+        (b"\xff\xfe", "body"),
+        (b"[" * 100_000, "body"),
+        (b'{"temperature": NaN, "model": "tiny", "prompt": "x"}', "temperature=nan was given"),
+        (b'{"prompt": "x", "model": "\\ud800"}', ""),
+        (b'{"prompt": "x", "model": "tiny", "\\ud800": 1}', ""),
+        (b'{"prompt": "x", "model": "tiny", "seed": 1e400}', "seed"),
+        (b'{"prompt": [1, 2], "model": "tiny"}', "prompt"),
+        (b'{"prompt": [], "model": "tiny"}', "prompt"),
+    ],
+)
+def test_bodies_that_are_no_request_are_refused(served, content, sentence):
+    response = served.http.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
+    assert response.status_code in (400, 404)
+    assert sentence in check(served, "/v1/completions", response)["error"]["message"]
+
+
+def test_addresses_methods_and_types_that_do_not_exist(served):
+    assert served.http.get("/v1/embeddings").json()["error"]["message"].startswith("there is nothing at this address")
+    assert served.http.get("/v1/completions").status_code == 405
+    assert served.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
+    # What a page of another site could send without asking the browser: refused by its type and by its host name.
+    assert served.http.post("/v1/completions", content=json.dumps(TEXT)).status_code == 400
+    assert served.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_limits_key_and_a_full_queue(model):
+    limits = {"api_key": "sesame", "max_body_bytes": 2000, "max_prompt_tokens": 40, "max_waiting": 1, "max_batch": 1}
+    with running(model, **limits) as served:
+        create = served.client.completions.create
+        with pytest.raises(openai.AuthenticationError, match="the API key is wrong"):
+            served.client.with_options(api_key="Sesame").completions.create(**TEXT)
+        assert "no API key was given" in served.http.get("/v1/models").text
+        assert served.http.get("/health").status_code == served.http.get("/metrics").status_code == 200
+        with pytest.raises(openai.BadRequestError, match="the prompt has 41 tokens and this server reads 40"):
+            create(model=NAME, prompt="x" * 41)
+        headers = {"Authorization": "Bearer sesame", "Content-Type": "application/json"}
+        for content in (b"x" * 2001, iter([b"x" * 1500] * 2)):  # the second does not say its length
+            response = served.http.post("/v1/completions", content=content, headers=headers)
+            assert response.status_code == 413
+            assert check(served, "/v1/completions", response)["error"]["code"] == "body_too_large"
+        with served.held() as go:
+            streams = [create(**TEXT, stream=True)]
+            assert go.reached.wait(60)
+            streams.append(create(**TEXT, stream=True))
+            with pytest.raises(
+                openai.RateLimitError, match="1 prompts are waiting and 1 more would be too many"
+            ) as full:
+                create(**TEXT)
+            assert full.value.response.headers["retry-after"] == "1"
+            go.set()
+            texts = ["".join(chunk.choices[0].text for chunk in stream) for stream in streams]
+        assert texts == [alone(TEXT["prompt"], 12).texts[0]] * 2
+
+
+def test_the_end_waits_for_running_answers(model):
+    with running(model) as served, served.held() as go:
+        stream = served.client.completions.create(**TEXT, stream=True)
+        assert go.reached.wait(60)
+        served.server.should_exit = True
+        while served.server.servers[0].sockets:
+            go.wait(0.01)
+        with pytest.raises(openai.APIConnectionError):
+            served.client.with_options(timeout=5).completions.create(**TEXT)
+        go.set()
+        text = "".join(chunk.choices[0].text for chunk in stream)
+        assert text == alone(TEXT["prompt"], 12).texts[0]
+        served.thread.join(60)
+        assert not served.thread.is_alive()
+        assert not served.app.state.service.worker.thread.is_alive()
+
+
+def test_a_failing_model_is_an_error_and_not_the_end(model):
+    with running(model) as served:
+
+        def fail(*_):
+            raise RuntimeError("secret weights")
+
+        hook = model.lm.register_forward_pre_hook(fail)
+        with pytest.raises(openai.InternalServerError, match="the model failed on this prompt") as caught:
+            served.client.completions.create(**TEXT)
+        assert "secret" not in str(caught.value)
+        with pytest.raises(openai.APIError, match="the model failed on this prompt"):
+            list(served.client.completions.create(**TEXT, stream=True))
+        hook.remove()
+        assert served.client.completions.create(**TEXT).choices[0].text == alone(TEXT["prompt"], 12).texts[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"host": "0.0.0.0"}, r"host='0.0.0.0' can be reached from other machines and there is no API key"),
+        ({"port": 70000}, r"port=70000 was given"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0 was given; it must be at least 1"),
+        ({"batch_by": "x"}, r"batch_by='x' is unknown; choose settings or decision"),
+        ({"name": " "}, r"the model's name is empty"),
+        ({"api_key": "schlüssel"}, r"the API key must be ASCII"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        ServingConfig(**{"name": NAME, **wrong})
+
+
+def test_loopback_needs_no_key_and_a_taken_port_is_said():
+    assert all(ServingConfig(NAME, host=host).loopback for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"))
+    assert not ServingConfig(NAME, host="example.org", api_key="x").loopback
+    with listen(ServingConfig(NAME, port=0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MicrogliaError, match=rf"127.0.0.1:{port} cannot be listened on"):
+            listen(ServingConfig(NAME, port=port))
