@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from microglia.errors import ConfigError, DataError
 from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
+from microglia.signals import split_features
 from microglia.sites import causal_lm
 from microglia.tasks.prompts import uses_chat_template
 
@@ -23,11 +24,15 @@ PATHS = {"masked": gated, "compact": compacted}
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens (B, N), their texts, and the keep (B, H) of every site, empty on the dense path."""
+    """New tokens (B, N), their texts, and of every site the keep (B, H) and the signals, by name (B, H).
+
+    Without a policy there is neither keep nor signals.
+    """
 
     tokens: Tensor
     texts: list[str]
     keep: list[Tensor]
+    signals: list[dict[str, Tensor]] = field(default_factory=list)
 
     def lengths(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """New tokens per row, up to and with the end-of-text token, without the padding after it."""
@@ -79,7 +84,10 @@ def generate(
     with context as trace:
         output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
     tokens = getattr(output, "sequences", output)[:, batch["input_ids"].shape[1] :]
-    return Generated(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), trace.keep if trace else [])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if policy is None or trace is None:
+        return Generated(tokens, texts, [])
+    return Generated(tokens, texts, trace.keep, [split_features(x, policy.features) for x in trace.features])
 
 
 def encode_prompts(

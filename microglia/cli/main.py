@@ -10,6 +10,7 @@ from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
+from microglia.cli.report import report
 from microglia.cli.train import train
 
 VERBS = (
@@ -19,6 +20,7 @@ VERBS = (
     generate,
     benchmark,
     inspect,
+    report,
 )
 
 

@@ -56,12 +56,15 @@ def front(points: Sequence[Point], alt: str, x_label: str, x_format: str, *, den
     x_low, x_high = around(xs, at_least=0.05)
     frame = Frame.of(WIDTH, 300, (x_low, x_high), (max(0.0, low), min(1.0, high)))
     x_words = [(value, x_format.format(value)) for value in frame.x.ticks(5)]
-    parts = [frame.axes(x_label, x_words, [(value, f"{value:.0%}") for value in frame.y.ticks(5)])]
+    parts = [frame.axes(x_label, x_words, [(value, f"{value:.0%}") for value in frame.y.ticks(6)])]
     if dense is not None:
         y = frame.y(dense)
         parts.append(tag("line", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y, class_="dense-line"))
-    line = " ".join(f"{frame.x(p.x):.2f},{frame.y(p.y):.2f}" for p in best(points))
-    parts.append(tag("polyline", points=line, class_="front-line"))
+    parts.append(tag("polyline", points=_places(frame, best(points)), class_="front-line"))
+    for name in dict.fromkeys(p.name for p in points):
+        own = sorted((p for p in points if p.name == name), key=lambda p: p.x)
+        if len(own) > 1:
+            parts.append(tag("polyline", points=_places(frame, own), class_=f"path s{own[0].style % 8}"))
     for p in points:
         x, y = frame.x(p.x), frame.y(p.y)
         whisker = f"whisker s{p.style % 8}"
@@ -74,6 +77,10 @@ def front(points: Sequence[Point], alt: str, x_label: str, x_format: str, *, den
         data = {"data_name": p.name, "data_x": repr(p.x), "data_y": repr(p.y)}
         parts.append(marker(p.style, frame.x(p.x), frame.y(p.y), told, **data))
     return picture(WIDTH, 300, alt, *parts)
+
+
+def _places(frame: Frame, points: Sequence[Point]) -> str:
+    return " ".join(f"{frame.x(p.x):.2f},{frame.y(p.y):.2f}" for p in points)
 
 
 def heat(
@@ -231,7 +238,9 @@ def ceilings(rows: Sequence[Speed], alt: str) -> str:
         y, zero = i * step + 8, scale(1)
         share = "" if row.share is None else f", {row.share:.0%} of it"
         words = f"{row.name}: {row.ratio:.2f}×, ceiling {row.ceiling:.2f}×{share}"
-        parts.append(text(words, 14, y + 11, class_="tick strong halo"))
+        parts.append(text(row.name, 14, y + 11, class_="tick strong halo"))
+        figures = f"{row.ratio:.2f}× of at most {row.ceiling:.2f}×"
+        parts.append(text(figures, WIDTH - 14, y + 11, class_="tick strong halo end"))
         track = {"x": min(zero, scale(row.ceiling)), "width": abs(scale(row.ceiling) - zero), "y": y + 17, "height": 14}
         parts.append(tag("rect", class_="ceiling", data_name=row.name, data_ceiling=repr(row.ceiling), **track))
         got = {"x": min(zero, scale(row.ratio)), "width": abs(scale(row.ratio) - zero), "y": y + 20, "height": 8}

@@ -3,6 +3,7 @@
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from microglia import __version__
 from microglia.errors import MicrogliaError
@@ -42,7 +43,7 @@ def page(findings: Findings, *, title: str = TITLE) -> str:
     )
 
 
-def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> dict[str, object]:
+def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> dict[str, Any]:
     """Read runs, write the page; returns what was written, ready for JSON. Raises MicrogliaError, DataError."""
     check_page(output)
     findings = gather(paths)
@@ -60,13 +61,13 @@ def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> dict
     }
 
 
-def _marker(number: int) -> object:
-    """A legend's mark: a shape, or a dashed line for the second series of a curve."""
+def _marker(number: int) -> Any:
+    """A legend's mark: a shape, or for curves a line (-1) and a dashed one (8)."""
     from markupsafe import Markup
 
-    inside = (
-        charts.tag("line", x1=0, x2=18, y1=8, y2=8, class_="line s0 dashed")
-        if number >= 8
-        else charts.marker(number, 8, 8)
-    )
+    kinds = {-1: "line s1", 8: "line s0 dashed"}
+    if number in kinds:
+        inside = charts.tag("line", x1=1, x2=17, y1=8, y2=8, class_=kinds[number])
+    else:
+        inside = charts.marker(number, 8, 8)
     return Markup(charts.tag("svg", inside, viewBox="0 0 18 16", aria_hidden="true"))

@@ -39,6 +39,7 @@ class Section:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     listings: Sequence[tuple[str, str]] = ()
+    narrow: bool = False
 
 
 def sections(findings: Findings) -> list[Section]:
@@ -189,7 +190,7 @@ def heads(run: Run, suffix: str) -> Section:
         note = "Mean over prompts of the norm of a head's output; shaded relative to the largest of its site."
         figures.append(Figure("Activation norm", svg, *_matrix(norm, "{:.4g}"), note))
     intro = f"What {words.label(pruned.policy)} decided on {pruned.prompts:,} prompts, and the signals it decided from."
-    return Section(f"heads{suffix}", "Which heads stay", intro, figures)
+    return Section(f"heads{suffix}", "Which heads stay", intro, figures, narrow=True)
 
 
 def _matrix(values: Sequence[Sequence[float]], form: str) -> tuple[list[str], list[list[str]]]:
@@ -225,7 +226,7 @@ def training(findings: Findings) -> Section:
                 else None
             )
             svg = charts.lines(series, f"{title} over training steps; {last}.", form, y_range=top)
-            legend = [(number, key) for key, (number, _) in series.items()]
+            legend = [(8 if number >= 8 else -1, key) for key, (number, _) in series.items()]
             figures.append(Figure(title + where, svg, ["step", *series], rows, legend=legend))
     return Section("training", "How the agents were trained", "Values are means since the line before.", figures)
 
@@ -245,7 +246,8 @@ def _curves(
 
 def cost(findings: Findings) -> Section:
     """Speed beside its ceiling, bytes of a decode step, and memory."""
-    rows = findings.timings
+    models = {row.get("model") for row in findings.timings}
+    rows = [{**row, "shown": f"{row.get('model')}, " if len(models) > 1 else ""} for row in findings.timings]
     pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
     if not pruned:
         return Section("cost", "")
@@ -303,7 +305,7 @@ def _named(row: dict[str, Any], several: bool) -> str:
     if not several:
         return words.label(row["variant"])
     kept = "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept"
-    return f"{row.get('model', '')} {kept}, batch {row['batch_size']}, context {row['context']:,}".strip()
+    return f"{row['shown']}{kept}, batch {row['batch_size']}, context {row['context']:,}"
 
 
 def _stacks(

@@ -98,8 +98,10 @@ def speed(row: Mapping[str, Any]) -> str:
 
 
 def _pruned(run: Run) -> Result | None:
-    """The result that a run is about: the agents at their gentlest measured setting, or the only pruned one."""
-    return next((r for r in run.results if r.policy in ("pruned", "agents")), None)
+    """The result that a run is about: the agents, at the keep ratio where adaptivity was judged if there are several."""
+    found = [r for r in run.results if r.policy in ("pruned", "agents")]
+    kept = ((run.adaptivity or {}).get("keep_ratios") or {}).get("agents")
+    return min(found, key=lambda r: abs(1 - r.sparsity - kept) if kept else 0, default=None)
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
