@@ -1,7 +1,7 @@
 """The sections of the page: which figure shows which finding, with its caption, alternative text and table."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from microglia.report import charts, words
@@ -47,7 +47,9 @@ def sections(findings: Findings) -> list[Section]:
     found: list[Section] = []
     for number, run in enumerate(findings.runs):
         suffix = f"-{number + 1}" if len(findings.runs) > 1 else ""
-        found += [compared(run, suffix), fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
+        found.append(compared(run, suffix))
+        parts = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
+        found += [replace(part, title=f"{part.title}: {run.title}") if suffix else part for part in parts]
     found += [training(findings), cost(findings), origin(findings)]
     return [s for s in found if s.figures or s.rows or s.listings]
 

@@ -98,7 +98,7 @@ def speed(row: Mapping[str, Any]) -> str:
 
 
 def _pruned(run: Run) -> Result | None:
-    """The result that a run is about: the agents, at the keep ratio where adaptivity was judged if there are several."""
+    """The result that a run is about: the agents, where adaptivity was judged if there are several keep ratios."""
     found = [r for r in run.results if r.policy in ("pruned", "agents")]
     kept = ((run.adaptivity or {}).get("keep_ratios") or {}).get("agents")
     return min(found, key=lambda r: abs(1 - r.sparsity - kept) if kept else 0, default=None)
