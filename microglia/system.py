@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
+from microglia.decision import Decision, decide
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.run import evaluate, paired
 from microglia.gate import Gate, keep_ratio, threshold_for
@@ -167,6 +168,11 @@ class MicrogliaPruningSystem:
             ratios += _keep_ratios(output.keep, len(output.texts))
         self._keep_ratios = ratios
         return texts[0] if isinstance(prompt, str) else texts
+
+    def decide(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Decision:
+        """Which heads a prompt keeps and why, head by head; nothing is generated. keep_ratio, raw: see `generate`."""
+        gate, (rendered,) = self._gate(keep_ratio), self._rendered([prompt], raw)
+        return decide(self.model, self.tokenizer, rendered, self.policy, gate=gate, look=self.look, scope=self.scope)
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""

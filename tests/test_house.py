@@ -35,6 +35,7 @@ FLOORS = {
     "microglia.criteria": 4,
     "microglia.checkpoint": 4,
     "microglia.generation": 5,
+    "microglia.decision": 6,
     "microglia.training": 6,
     "microglia.evaluation": 6,
     "microglia.benchmark": 6,

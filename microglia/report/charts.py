@@ -196,7 +196,7 @@ def _upright(
 
 def _sideways(series: Mapping[str, tuple[int, Mapping[str, float]]], groups: list[str], most: float, alt: str) -> str:
     each, step = 11.0, len(series) * 11.0 + 13
-    left = 12 + 6.6 * min(20, max(map(len, groups)))
+    left = 14 + 7.6 * min(20, max(map(len, groups)))
     scale = Scale(0, most, left, WIDTH - 54)
     parts = [tag("line", x1=left, x2=left, y1=4, y2=6 + step * len(groups), class_="axis")]
     for i, group in enumerate(groups):

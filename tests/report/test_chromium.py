@@ -1,4 +1,4 @@
-"""The page in a real browser: silent, offline, drawn where the records say, legible on a phone, in the dark, on paper."""
+"""The page in a real browser: silent, offline, as the records say; legible on a phone, in the dark and on paper."""
 
 import re
 
