@@ -8,6 +8,7 @@ python scripts/run_notebooks.py --small quick_demo         # one of them
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -53,8 +54,9 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="offline on the embedded reasoner")
     parser.add_argument("--save", action="store_true", help="keep the outputs")
     options = parser.parse_args()
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `microglia`
     if options.small:
-        os.environ["MICROGLIA_SMALL"] = "1"
+        os.environ |= {"MICROGLIA_SMALL": "1", "HF_HUB_OFFLINE": "1"}
     known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
     if unknown := sorted(set(options.names) - known.keys()):
         parser.error(f"there is no notebook {', '.join(unknown)}; choose from {', '.join(known)}")
