@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.replay import GraphDecoder, greedy
+from microglia.signals import split_features
 from microglia.sites import causal_lm
 from microglia.tasks.prompts import uses_chat_template
 
@@ -27,11 +28,15 @@ SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "transfo
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens (B, N), their texts, and the keep (B, H) of every site, empty on the dense path."""
+    """New tokens (B, N), their texts, and of every site the keep (B, H) and the signals, by name (B, H).
+
+    Without a policy there is neither keep nor signals.
+    """
 
     tokens: Tensor
     texts: list[str]
     keep: list[Tensor]
+    signals: list[dict[str, Tensor]] = field(default_factory=list)
 
     def lengths(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """New tokens per row, up to and with the end-of-text token, without the padding after it."""
@@ -84,7 +89,10 @@ def generate(
         with attach(pruning=PATHS[path]) if policy is not None else nullcontext() as trace:
             output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
     tokens = getattr(output, "sequences", output)[:, batch["input_ids"].shape[1] :]
-    return Generated(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), trace.keep if trace else [])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if policy is None or trace is None:
+        return Generated(tokens, texts, [])
+    return Generated(tokens, texts, trace.keep, [split_features(x, policy.features) for x in trace.features])
 
 
 def _on_graphs(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
+from microglia.decision import Decision, decide
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
@@ -183,6 +184,11 @@ class MicrogliaPruningSystem:
         if self._decoder is None or self._decoder.parts.lm is not causal_lm(self.model):
             self._decoder = GraphDecoder(self.model)
         return self._decoder
+
+    def decide(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Decision:
+        """Which heads a prompt keeps and why, head by head; nothing is generated. keep_ratio, raw: see `generate`."""
+        gate, (rendered,) = self.gate_for(keep_ratio), self._rendered([prompt], raw)
+        return decide(self.model, self.tokenizer, rendered, self.policy, gate=gate, look=self.look, scope=self.scope)
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""

@@ -37,6 +37,7 @@ FLOORS = {
     "microglia.replay": 4,
     "microglia.checkpoint": 4,
     "microglia.generation": 5,
+    "microglia.decision": 6,
     "microglia.training": 6,
     "microglia.evaluation": 6,
     "microglia.benchmark": 6,

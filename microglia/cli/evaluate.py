@@ -43,7 +43,7 @@ def evaluate(
     microglia evaluate --model-path checkpoints --dataset arithmetic --limit 500 --output-dir results
     """
     from microglia.checkpoint import check_writable
-    from microglia.record import append_records
+    from microglia.record import append_records, circumstances
 
     if output_dir is not None:
         check_writable(output_dir)
@@ -68,18 +68,19 @@ def evaluate(
     except KeyboardInterrupt:
         raise Interrupted("interrupted; no result was written, start again, with a smaller --limit perhaps") from None
     answers = result.pop("answers")
+    result["circumstances"] = circumstances(next(system.model.parameters()).device)
     if output_dir is not None:
-        append_records(output_dir / "records.jsonl", records(result, next(system.model.parameters()).device, seed))
+        append_records(output_dir / "records.jsonl", records(result, seed))
         _write(output_dir / f"evaluation-{dataset}.json", finite(result))
         _write(output_dir / f"answers-{dataset}.json", answers)
     return Outcome(result, views(result))
 
 
-def records(result: dict[str, Any], device: Any, seed: int) -> list[Any]:
+def records(result: dict[str, Any], seed: int) -> list[Any]:
     """The measured numbers of an evaluation with their circumstances."""
-    from microglia.record import Record, circumstances
+    from microglia.record import Record
 
-    around = {**circumstances(device), "seed": seed}
+    around = {**result["circumstances"], "seed": seed}
     about = {name: result[name] for name in ("dataset", "split", "shots", "scoring")}
     found = []
     for name in ("dense", "pruned"):

@@ -14,6 +14,7 @@ from microglia.cli.evaluate import evaluate
 from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
+from microglia.cli.report import report
 from microglia.cli.serve import serve
 from microglia.cli.train import train
 
@@ -29,6 +30,7 @@ VERBS = (
     inspect,
     export,
     serve,
+    report,
 )
 
 

@@ -3,13 +3,14 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import DataError
+from microglia.evaluation.heads import HeadMeans
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
@@ -39,10 +40,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers in the order of the examples, and the seconds that generating them took."""
+    """Answers in the order of the examples, and the seconds that generating them took.
+
+    `heads`: per site and head how often it was `kept`, and its mean signals; empty when dense.
+    """
 
     answers: tuple[Answer, ...]
     seconds: float
+    heads: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -85,6 +90,7 @@ class Evaluation:
             "sparsity_by_family": self.by("family", lambda a: 1 - a.keep_ratio),
             "mean_tokens": self.mean_tokens,
             "seconds": self.seconds,
+            **({"heads": self.heads} if self.heads else {}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
@@ -120,7 +126,7 @@ def evaluate(
     prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
-    seconds = 0.0
+    seconds, heads = 0.0, HeadMeans()
     if path == "graph" and decoder is None:
         decoder = GraphDecoder(model)
     for start in range(0, len(order), batch_size):
@@ -140,6 +146,7 @@ def evaluate(
             max_new_tokens=max_new_tokens,
         )
         seconds += time.monotonic() - begun
+        heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
         counts = output.lengths(tokenizer)
         for i, text, ratio, count in zip(indices, output.texts, ratios, counts, strict=True):
@@ -149,7 +156,7 @@ def evaluate(
             )
         if progress:
             progress(len(answers), len(examples))
-    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds)
+    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds, heads.as_json())
 
 
 def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:

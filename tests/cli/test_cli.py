@@ -56,6 +56,7 @@ def test_train_writes_a_checkpoint_and_says_so(trained):
     assert data["training"]["config"]["alpha"] == [0.02, 0.2]
     assert 0 < data["agent_share"] < 1
     assert (folder / "agents.safetensors").is_file()
+    assert json.loads((folder / "history.json").read_text())[-1]["step"] == 2
 
 
 def test_evaluate_compares_and_writes_records(trained, tmp_path):
@@ -64,6 +65,9 @@ def test_evaluate_compares_and_writes_records(trained, tmp_path):
     data = only_json(result)
     assert data["pruned"]["prompts"] == data["dense"]["prompts"] == 2
     assert "diff_ci95" in data["paired"]
+    assert [len(site) for site in data["pruned"]["heads"]["kept"]] == [8, 8]
+    assert "heads" not in data["dense"]
+    assert "command" in data["circumstances"]
     names = [(r.name, r.extra.get("model")) for r in read_records(tmp_path / "records.jsonl")]
     assert names.count(("accuracy", "pruned")) == names.count(("accuracy_difference", None)) == 1
     assert json.loads((tmp_path / "evaluation-arithmetic.json").read_text()) == data
