@@ -94,7 +94,7 @@ def matmul_attention(module, query, key, value, attention_mask, scaling=None, **
 class MuonAndAdamW(torch.optim.Optimizer):
     """Muon for the matrices inside the layers (Jordan et al. 2024), AdamW for embeddings and norms, as one optimizer.
 
-    On these problems Muon needs about half the steps of AdamW (docs/log.md). torch has both, but not the two as one.
+    torch has both, but not the two as one.
     """
 
     def __init__(self, model: torch.nn.Module, learning_rate: float) -> None:
