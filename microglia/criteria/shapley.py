@@ -54,7 +54,7 @@ class Shapley(Criterion):
             for order in self.orders(sum(sizes), generator):
                 keep, before = everything.clone(), full
                 for head in order.tolist():
-                    if self.tolerance and before - empty < self.tolerance * (full - empty):
+                    if abs(before - empty) < self.tolerance * abs(full - empty):
                         break
                     keep[head] = 0
                     after = value(keep)

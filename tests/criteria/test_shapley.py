@@ -80,6 +80,8 @@ def test_an_order_ends_when_little_is_left_to_lose():
     assert torch.cat(Played(tolerance=0.1).scores(cal)).tolist() == pytest.approx([0.5, 1.4, 0, 0])
     assert Numbers.calls == 4
     assert torch.cat(Played(tolerance=0.0).scores(cal)).tolist() == pytest.approx([0.5, 1.4, 0.05, 0.05])
+    Numbers.values = tuple(-x for x in Numbers.values)  # heads that do harm
+    assert torch.cat(Played(tolerance=0.1).scores(cal)).tolist() == pytest.approx([-0.5, -1.4, 0, 0])
 
 
 def test_wrong_options_get_a_sentence():
