@@ -192,7 +192,7 @@ def views(data: dict[str, Any]) -> list[Any]:
         table.add_row(
             row["policy"],
             f"{row['keep_ratio']:.1%}",
-            f"{100 * row['accuracy']:.1f} ±{50 * (high - low):.1f}",
+            f"{100 * row['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})",
             f"{row['loss']:.3f}",
             f"{row['mean_tokens']:.0f}",
             *time,
