@@ -58,6 +58,13 @@ def _matrix(axis: Any, values: Sequence[Sequence[float]], colours: Any, low: flo
     wide = max(map(len, values))
     padded = [[*row, *[float("nan")] * (wide - len(row))] for row in values]
     axis.set_xlabel("head")
+    axis.set_xticks(range(0, wide, 1 if wide <= 12 else 4))
+    axis.set_yticks(range(0, len(values), 1 if len(values) <= 12 else 4))
+    axis.set_xticks([place - 0.5 for place in range(1, wide)], minor=True)
+    axis.set_yticks([place - 0.5 for place in range(1, len(values))], minor=True)
+    axis.grid(which="minor", color="white", linewidth=1.2 if wide <= 16 else 0.4)
+    axis.tick_params(which="both", length=0)
+    axis.spines[:].set_visible(False)
     return axis.imshow(padded, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
 
 
