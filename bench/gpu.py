@@ -5,8 +5,8 @@
 One command for one GPU. It ends by itself: a cell (model, batch, context) is begun only if the time left should be
 enough, a second call with the same --output goes on where the first one stopped, and a short table comes last. Most of
 a cell's time is compilation (Hugging Face's step anew for every shape), so all cells take several calls; `--shapes`,
-`--batches`, `--contexts` and `--compile` choose. Random weights: what is measured depends on shapes, and nothing has to be downloaded. `--tiny` runs all of it in seconds on
-any machine, to see that it works.
+`--batches`, `--contexts` and `--compile` choose. Random weights: what is measured depends on shapes, and nothing has to
+be downloaded. `--tiny` runs all of it in seconds on any machine, to see that it works.
 """
 
 import argparse
