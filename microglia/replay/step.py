@@ -286,7 +286,7 @@ class Room:
             if self.parts.compiler is not None:  # one code for all layers, but one for every form
                 import torch._dynamo.config as limits  # slow to import, and needed here only
 
-                stack.enter_context(limits.patch(recompile_limit=256))  # type: ignore[attr-defined]
+                stack.enter_context(limits.patch(recompile_limit=256))
             stack.callback(setattr, self.cache.place, "stepping", False)
             self.cache.place.stepping = True
             for site in self.parts.sites:
