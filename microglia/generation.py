@@ -82,11 +82,11 @@ def generate(
     lm: Any = causal_lm(model)
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
-    attach = functools.partial(attached, lm, policy, gate=gate, look=look, fill=fill, scope=scope)
+    attach = functools.partial(attached, lm, gate=gate, look=look, fill=fill, scope=scope)
     if path == "graph":
-        output, trace = _on_graphs(decoder or GraphDecoder(lm), attach, batch, max_new_tokens, options)
+        output, trace = _on_graphs(decoder or GraphDecoder(lm), policy, attach, batch, max_new_tokens, options)
     else:
-        with attach(pruning=PATHS[path]) if policy is not None else nullcontext() as trace:
+        with attach(policy, pruning=PATHS[path]) if policy is not None else nullcontext() as trace:
             output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
     tokens = getattr(output, "sequences", output)[:, batch["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
@@ -96,20 +96,24 @@ def generate(
 
 
 def _on_graphs(
-    decoder: GraphDecoder, attach: Any, batch: dict[str, Tensor], new_tokens: int, options: dict[str, Any]
+    decoder: GraphDecoder,
+    policy: Policy | None,
+    attach: Any,
+    batch: dict[str, Tensor],
+    new_tokens: int,
+    options: dict[str, Any],
 ) -> tuple[Any, Trace | None]:
     """What `generate` returns, by captured steps: plain greedy in a loop of replays, all else in the model's own."""
     lm, mask = decoder.parts.lm, batch["attention_mask"]
     if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
         raise ConfigError("beams and several answers to a prompt move rows of the captured cache; use path='compact'")
-    policy, fill = attach.args[1], attach.keywords["fill"] == "mean"
-    config = lm.generation_config
+    config, fill = lm.generation_config, attach.keywords["fill"] == "mean"
     stop = options.get("eos_token_id", config.eos_token_id)
     stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
     pad = options["pad_token_id"]
     with (
         decoder.serving(mask, new_tokens, fill=fill, stop=stop, pad=0 if pad is None else pad) as room,
-        attach(pruning=decoder.pruning) if policy is not None else nullcontext() as trace,
+        attach(policy, pruning=decoder.pruning) if policy is not None else nullcontext() as trace,
     ):
         if not _is_plain(config, options):
             return lm.generate(**batch, past_key_values=room.cache, max_new_tokens=new_tokens, **options), trace

@@ -176,7 +176,7 @@ def _check(lm: Any, sites: Sequence[Site]) -> None:
         raise UnsupportedModelError(f"the layers of this {kind} differ in their heads; use path='compact'")
     rope: Any = getattr(lm.config, "rope_parameters", None) or {}
     kinds = {
-        one.get("rope_type") for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)
+        str(one.get("rope_type")) for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)
     }
     if moving := kinds & {"dynamic", "longrope"}:
         raise UnsupportedModelError(

@@ -30,6 +30,8 @@ from microglia.replay.levels import Level, covering, placed
 from microglia.replay.weights import CompactWeights
 from microglia.sites import Site, View, stock_attention, with_attention
 
+WARM_UP = 2  # runs before a capture: a compiler works in the first and may settle only in the second
+
 
 @dataclass(frozen=True)
 class Form:
@@ -168,7 +170,7 @@ class Room:
     # --- capturing --------------------------------------------------------------------------------------------------
 
     def prepare(self, form: Form) -> None:
-        """Capture every stretch at a form, unless that is done; the model runs once to warm up and once to be captured.
+        """Capture every stretch at a form, unless that is done; the model runs to warm up, and once to be captured.
 
         May be called while a prompt waits: what a warm-up writes is written again by the step, and with every head kept
         a switch moves nothing.
@@ -178,7 +180,8 @@ class Room:
         for buffer in self.keep:
             buffer.fill_(1)
         with self.capture.recording(), self._as(form):
-            self._cut_forward(form, None)
+            for _ in range(WARM_UP):
+                self._cut_forward(form, None)
             self._cut_forward(form, self.capture)
         if form.kind in ("shared", "rows"):
             with self.capture.recording():
@@ -194,7 +197,7 @@ class Room:
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
         with self.capture.recording(), self._as(self.dense):
-            for _ in range(2):  # warm up; a compiler looks at the first run and settles with the second
+            for _ in range(WARM_UP):
                 self.logits.copy_(self._cut_forward(self.dense, None, first=True))
                 self.choose()
             self._head = self.capture.graph()
@@ -283,7 +286,7 @@ class Room:
             if self.parts.compiler is not None:  # one code for all layers, but one for every form
                 import torch._dynamo.config as limits  # slow to import, and needed here only
 
-                stack.enter_context(limits.patch(recompile_limit=256))  # type: ignore[attr-defined]
+                stack.enter_context(limits.patch(recompile_limit=256))
             stack.callback(setattr, self.cache.place, "stepping", False)
             self.cache.place.stepping = True
             for site in self.parts.sites:
