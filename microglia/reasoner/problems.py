@@ -1,11 +1,9 @@
 """A seeded generator of multi-step arithmetic word problems in GSM8K's form.
 
 Each problem has a question, worked steps and `#### answer`. A worked step is a line, `word: a+b=c`; its word comes from
-the sentence that it works on (who, what happened, which day), so that a reader, and a small model, can see which is
-done and which is next. The number of worked steps, 1 to 8, is the difficulty. The text is ours; the form (question,
-steps, `####`) is that of Cobbe et al. 2021, GSM8K. What happens one after the other is told in that order, with
-words for it (First, Second, Monday): a model of this size learns to reckon with them, and to keep count without them it
-did not learn (docs/log.md).
+the sentence that it works on (who, what, which day). What happens one after the other is told with words for its order
+(First, Second, Monday), which a model of this size needs to keep count (docs/log.md). The number of worked steps, 1 to
+8, is the difficulty. The text is ours; the form (question, steps, `####`) is that of Cobbe et al. 2021, GSM8K.
 
 Splits are disjoint by numbers, not only by wording: the sequence of numbers in the worked steps decides the split, so
 no test problem, nor any rewording of one with other names, objects or distractors, occurs in training.
@@ -233,14 +231,12 @@ def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     chain.compute("*", hours, label="a day")
     told.append(f"It works {hours} hours a day.")
     question = f"How many {thing} does it make in a day?"
-    done = 1
-    if steps > done:
+    if steps > 1:
         days = rng.randint(2, 5)
         chain.compute("*", days, label="in all")
         told.append(f"It works for {days} days.")
         question = f"How many {thing} does it make in all?"
-        done += 1
-    for _ in range(steps - done):
+    for _ in range(steps - 2):
         moment = chain.moment()
         kind = rng.choice(("broken", "more", "parts"))
         if kind == "broken":
