@@ -35,7 +35,7 @@ def accuracy_kept(
 
     def run(name: str, policy: Policy | None, **options: Any) -> Evaluation:
         tell = (lambda done, total: progress(name, done, total)) if progress else None
-        sizes = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         return evaluate(model, tokenizer, task, examples, policy, progress=tell, **sizes, **options)
 
     runs = {"dense": run("dense", None), "adaptive": run("adaptive", policy, **adaptive)}

@@ -21,7 +21,7 @@ LEFT_OUT = "the tokenizer is of a kind that the file cannot hold; tokenise with 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
     """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rows = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
+    rows: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
     model = rows["model"]
     kind = _kind(rows)
     if model["type"] != "BPE" or kind is None:

@@ -62,7 +62,7 @@ class _Step(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         """Ids and positions (B, T), mask (B, P + T) → logits (B, T, V), then keys and values (B, G, P + T, D)."""
-        layers = [_filled(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
+        layers: list[Any] = [_filled(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         output = self.lm(
             input_ids=input_ids,
             attention_mask=_mask(attention_mask, input_ids.shape[1], self.lm.dtype),
