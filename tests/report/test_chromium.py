@@ -84,6 +84,9 @@ def test_marks_stand_where_the_records_say(opened):
         x, y, *_ = page.locator(f'#fronts-1 [data-name="{label}"]').evaluate(CENTRE)
         assert value_at(page, "#fronts-1", "x", x) == pytest.approx(record[name]["sparsity"], abs=0.004)
         assert value_at(page, "#fronts-1", "y", y) == pytest.approx(record[name]["accuracy"], abs=0.01)
+    _, y, _, tall = page.locator("#fronts-1 .whisker.s1").evaluate(CENTRE)
+    ends = [value_at(page, "#fronts-1", "y", place) for place in (y + tall / 2, y - tall / 2)]
+    assert ends == pytest.approx(record["pruned"]["accuracy_ci95"], abs=0.01)
     x, *_ = page.locator('#fronts-2 [data-name="pruned (agents)"]').evaluate(CENTRE)
     assert value_at(page, "#fronts-2", "x", x) == pytest.approx(record["latency"][3]["ratio_to_dense"], abs=0.002)
 
