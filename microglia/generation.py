@@ -16,7 +16,7 @@ from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.sites import causal_lm
-from microglia.tasks.prompts import uses_chat_template
+from microglia.tasks.prompts import check_characters, uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
 
@@ -90,6 +90,8 @@ def encode_prompts(
         raise DataError("no prompt was given; give at least one")
     if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
         raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
+    for prompt in prompts:
+        check_characters(prompt)
     tokenizer.padding_side = "left"
     special = not uses_chat_template(tokenizer)  # a chat template writes its own
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special)
