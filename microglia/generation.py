@@ -19,7 +19,7 @@ from microglia.policy import Policy
 from microglia.replay import GraphDecoder, greedy
 from microglia.signals import split_features
 from microglia.sites import causal_lm
-from microglia.tasks.prompts import uses_chat_template
+from microglia.tasks.prompts import check_characters, uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
 PLAIN = {"pad_token_id", "eos_token_id", "bos_token_id"}
@@ -136,6 +136,8 @@ def encode_prompts(
         raise DataError("no prompt was given; give at least one")
     if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
         raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
+    for prompt in prompts:
+        check_characters(prompt)
     tokenizer.padding_side = "left"
     special = not uses_chat_template(tokenizer)  # a chat template writes its own
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special)

@@ -110,8 +110,8 @@ def _decode(line: str, where: str) -> Record:
     """`where` names file and line for the error."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg}); mend or delete that line") from error
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+        raise DataError(f"{where} is not JSON ({error}); mend or delete that line") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} holds a {type(row).__name__}, not a record; mend or delete that line")
     known = {f.name for f in fields(Record)}

@@ -1,6 +1,7 @@
 """What a checkpoint says about itself: the model that it fits, how it looks, decides and gates, how it was trained."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -215,7 +216,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
 
     try:
         row = json.loads(data.decode("utf-8"), parse_constant=refuse)
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are two
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are two
         raise CheckpointError(f"{where} is damaged or cut short ({error}); copy or save it again") from error
     version = row.pop("format_version", None) if isinstance(row, dict) else None
     if isinstance(version, bool) or not isinstance(version, int):
@@ -243,7 +244,7 @@ def _typed(target: type, row: Any, where: str) -> dict[str, Any]:
 def _is(value: Any, annotation: Any) -> bool:
     """Whether a JSON value suits a field; JSON knows lists but no tuples, and writes 1.0 as 1 in other hands."""
     if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if isinstance(value, bool):
         return annotation is bool
     return isinstance(value, list if "tuple" in str(annotation) else annotation)

@@ -12,7 +12,7 @@ from microglia.serving.job import Event, Job, Sampling
 from microglia.serving.refusal import Refusal
 from microglia.serving.schema import ChatRequest, CompletionRequest, Message
 from microglia.serving.write import PrunedModel
-from microglia.tasks.prompts import render_prompt, uses_chat_template
+from microglia.tasks.prompts import check_characters, render_prompt, uses_chat_template
 
 
 class Admission:
@@ -32,6 +32,13 @@ class Admission:
             prompts, longest, field = [self.chat(request.messages)], request.longest, "messages"
         else:
             prompts, longest, field = request.prompts, request.max_tokens, "prompt"
+        if len(prompts) > self.config.max_waiting:
+            raise Refusal(
+                400,
+                f"{len(prompts)} prompts were given and this server's queue holds {self.config.max_waiting}; send fewer "
+                "at once",
+                param=field,
+            )
         pruning = self.model.pruning(request.pruning, request.keep_ratio)
         jobs = []
         for index, prompt in enumerate(prompts):
@@ -67,9 +74,7 @@ class Admission:
         """Tokens of a prompt as the model will read it; Refusal when there are none or too many."""
         if not prompt.strip():
             raise DataError("the prompt is empty; give it some text")
-        if any("\ud800" <= c <= "\udfff" for c in prompt):
-            sentence = "the prompt holds half of a surrogate pair, which is no character; send valid Unicode"
-            raise Refusal(400, sentence, param=field)
+        check_characters(prompt)
         special = not uses_chat_template(self.tokenizer)
         tokens = len(self.tokenizer(prompt, add_special_tokens=special)["input_ids"])
         if not tokens:

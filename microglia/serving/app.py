@@ -30,6 +30,7 @@ from microglia.serving.refusal import Refusal, install, refusal
 from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
+OWN_NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # the last is how the middleware cuts an IPv6 address off its port
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": s.Error, "description": text}
     for status, text in {
@@ -69,7 +70,7 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
     app.add_middleware(_Counted, metrics=service.metrics)
     if config.loopback and config.api_key is None:
         # A page in a browser on this machine must not reach the model through a name that it lets point here.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]", "["])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(OWN_NAMES))
     app.include_router(service.open_addresses())
     app.include_router(service.guarded_addresses())
     app.state.service = service
@@ -164,8 +165,7 @@ class _Service:
         )
         self.worker.submit(asked.jobs)
         if body.stream:
-            pieces = self.until_gone(asked, asked.stream(body.stream_options.include_usage))
-            return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return _Events(asked.stream(body.stream_options.include_usage), lambda: self.cut(asked))
         answer, gone = asyncio.create_task(asked.answer()), asyncio.create_task(_hung_up(request))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -186,17 +186,24 @@ class _Service:
 
         return both
 
-    async def until_gone(self, asked: Asked, pieces: AsyncIterator[str]) -> AsyncIterator[str]:
-        try:
-            async for piece in pieces:
-                yield piece
-        finally:  # also when the client hangs up
-            self.cut(asked)
-
     def cut(self, asked: Asked) -> None:
         """End what nobody waits for any more; nothing, after a whole answer."""
         if count := asked.cancel():
             self.metrics.answers.labels("cut").inc(count)
+
+
+class _Events(StreamingResponse):
+    """Server-sent events; `closed` is called at their end, also when the client hangs up before the first."""
+
+    def __init__(self, events: AsyncIterator[str], closed: Callable[[], None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.closed()
 
 
 async def _hung_up(request: Request) -> None:

@@ -88,21 +88,27 @@ class Worker:
 
     def stop(self) -> None:
         """Finish the batch that is being written, tell the waiting jobs that nobody will answer, end the thread."""
+        self._dismiss()
+        if self.thread.ident is not None:
+            self.thread.join()
+
+    def _dismiss(self) -> None:
         with self.changed:
             self.stopping = True
             left, self.waiting = self.waiting, []
             self.changed.notify()
         for job in left:
             job.end(Failed(STOPPED))
-        if self.thread.ident is not None:
-            self.thread.join()
 
     def _run(self) -> None:
-        while batch := self._next():
-            self.on_batch(batch)
-            self._answer(batch)
-            with self.changed:
-                self.running = []
+        try:
+            while batch := self._next():
+                self.on_batch(batch)
+                self._answer(batch)
+                with self.changed:
+                    self.running = []
+        finally:  # should the thread ever die of itself, nobody must wait for it
+            self._dismiss()
 
     def _next(self) -> list[Job]:
         """The next batch, waiting for one; empty when it is time to stop."""
@@ -142,15 +148,17 @@ class Worker:
         """Let the model answer; when it fails on a batch, each job that has not begun is tried alone."""
         try:
             self.model.answer(jobs)
+            return
         except Exception as error:  # one prompt must not take the thread, hence everybody's answers, with it
             log.exception("a batch of %d failed", len(jobs))
-            again = [job for job in jobs if not (job.ended or job.told or job.cancelled)]
-            for job in jobs:
-                if job not in again or len(jobs) == 1:
-                    job.end(Failed(str(error) if isinstance(error, MicrogliaError) else BROKE))
-            if len(jobs) > 1:
-                for job in again:
-                    self._answer([job])
+            failed = Failed(str(error) if isinstance(error, MicrogliaError) else BROKE)
+        # Not inside `except`, where the error would keep the batch's tensors in memory.
+        again = [job for job in jobs if len(jobs) > 1 and not (job.ended or job.told or job.cancelled)]
+        for job in jobs:
+            if job not in again:
+                job.end(failed)
+        for job in again:
+            self._answer([job])
 
     def _drop_cancelled(self) -> None:
         self.waiting = [job for job in self.waiting if not job.cancelled]

@@ -11,13 +11,19 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from microglia.errors import ConfigError
+from microglia.errors import ConfigError, DataError
 from microglia.tasks.base import Example
 
 
 def uses_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts for this tokenizer are chat messages (an instruction-tuned model) rather than plain text."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def check_characters(prompt: str) -> None:
+    """Raise DataError for half of a surrogate pair: Python and JSON let it into a text, tokenizers do not read it."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise DataError("a prompt holds half of a surrogate pair, which is no character; give it valid Unicode")
 
 
 def render_prompt(

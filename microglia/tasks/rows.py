@@ -14,15 +14,16 @@ def read_rows(path: Path, required: tuple[str, ...], *, texts: bool = True) -> l
     line is not an object that has them.
     """
     rows = []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
             try:
+                line.encode("utf-8")
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{where} is not JSON ({error.msg}); mend or delete that line") from error
+            except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+                raise DataError(f"{where} is not JSON ({error}); mend or delete that line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{where} holds a {type(row).__name__}; write an object with {', '.join(required)}")
             for key in required:

@@ -1,0 +1,70 @@
+"""Any geometry, bucket and scores: the decision is rectangular, never empty, holds what it must, and survives a batch."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microglia.compact import row_rectangle
+from microglia.gate import Gate, keep_ratio, rectangle, threshold_for
+from microglia.geometry import HeadGeometry
+
+quick = settings(max_examples=150, deadline=None)
+
+
+@st.composite
+def decisions(draw):
+    """Geometry, bucket and scores (B, H), some of them equal, zero or huge."""
+    groups, queries, rows = draw(st.integers(1, 8)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    geometry = HeadGeometry(groups * queries, groups, 4)
+    numbers = st.floats(-1e30, 1e30, width=32) | st.sampled_from([-1.0, 0.0, 1.0])
+    count = rows * geometry.heads
+    scores = torch.tensor(draw(st.lists(numbers, min_size=count, max_size=count)), dtype=torch.float32)
+    return geometry, draw(st.none() | st.integers(1, 9)), scores.view(rows, geometry.heads)
+
+
+@quick
+@given(decisions())
+def test_a_decision_is_a_rectangle_of_the_best(drawn):
+    geometry, bucket, scores = drawn
+    keep = rectangle(scores, geometry, bucket)
+    for row, asked in zip(geometry.by_group(keep), geometry.by_group(scores), strict=True):
+        counts = {int(group.sum()) for group in row} - {0}
+        assert len(counts) == 1  # never empty, the same in every kept group
+        kept = row.any(-1)
+        assert kept[asked.amax(-1) > 0].all()  # a group with an asked head is never lost
+        for group, wanted in zip(row[kept], asked[kept], strict=True):
+            if not group.all():
+                assert wanted[group].min() >= wanted[~group].max()
+    if geometry.queries_per_group == 1:
+        assert keep[scores > 0].all()
+
+
+@quick
+@given(decisions())
+def test_a_row_decides_alone_as_in_a_batch(drawn):
+    geometry, bucket, scores = drawn
+    together = rectangle(scores, geometry, bucket)
+    for index, row in enumerate(scores):
+        assert rectangle(row[None], geometry, bucket)[0].equal(together[index])
+
+
+@quick
+@given(decisions())
+def test_rows_that_share_a_rectangle_keep_what_they_asked_for(drawn):
+    geometry, bucket, scores = drawn
+    keep = rectangle(scores, geometry, bucket)
+    groups, heads, asked = row_rectangle(keep, geometry)
+    for row in range(len(keep)):
+        assert {*heads[row][asked[row]].tolist()} == {*keep[row].nonzero().flatten().tolist()}
+        assert len({*heads[row].tolist()}) == heads.shape[1]
+        assert {*geometry.group_of(heads[row]).tolist()} == {*groups[row].tolist()}
+
+
+@quick
+@given(decisions(), st.floats(0.01, 1))
+def test_the_dial_never_keeps_less_than_was_asked(drawn, target):
+    geometry, bucket, scores = drawn
+    logits = scores.clamp(-50, 50)
+    threshold = threshold_for([logits], [geometry], target, bucket)
+    keep = Gate(threshold=threshold, bucket=bucket)(logits, geometry)
+    assert keep_ratio([keep]).mean() >= target - 1e-6
