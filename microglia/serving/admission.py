@@ -35,8 +35,8 @@ class Admission:
         if len(prompts) > self.config.max_waiting:
             raise Refusal(
                 400,
-                f"{len(prompts)} prompts were given and this server's queue holds {self.config.max_waiting}; send fewer "
-                "at once",
+                f"{len(prompts)} prompts were given and this server's queue holds {self.config.max_waiting}; send "
+                "fewer at once",
                 param=field,
             )
         pruning = self.model.pruning(request.pruning, request.keep_ratio)
