@@ -1,4 +1,4 @@
-"""Any geometry, bucket and scores: the decision is rectangular, never empty, holds what it must, alone or in a batch."""
+"""Any geometry, bucket and scores: decisions are rectangular, never empty, hold what they must, alone or in a batch."""
 
 import torch
 from hypothesis import given, settings
