@@ -24,8 +24,12 @@ class Given(Task):
     splits: ClassVar[tuple[str, ...]] = ("train", "validation")
 
     def __init__(self, calibration: Calibration) -> None:
+        super().__init__()
         self.template = calibration.task.template  # type: ignore[misc]
         self.examples = calibration.examples
+
+    def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
+        return list(self.examples)
 
     def load(
         self, split: str, *, limit: int | None = None, seed: int = 0, data_dir: Path | str | None = None
