@@ -7,12 +7,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from microglia.attach import gated
 from microglia.cli.main import app
 from microglia.compare.contenders import parsed, twin_recipe
 from microglia.compare.run import DENSE
 from microglia.evaluation.bench import Bench
 from microglia.record import read_records
+from microglia.sites import find_sites
 from microglia.system import MicrogliaPruningSystem
+from microglia.tasks import get_task
 from microglia.training import TrainingConfig
 from microglia.training.held_out import answer_losses
 from tests.compare.stub import stub_criteria
@@ -113,8 +116,6 @@ def test_the_twin_is_trained_as_the_agents_were() -> None:
 
 def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
     system = MicrogliaPruningSystem.from_pretrained(folder)
-    from microglia.tasks import get_task
-
     task = get_task("arithmetic")
     bench = Bench(system.model, system.tokenizer, task, task.load("test", limit=5))
     options = {"template": task.template, "gate": system.gate, "look": system.look}
@@ -128,9 +129,19 @@ def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
     example = bench.examples[0]  # the same by hand: one pass, no padding, no cache
     prompt = system.tokenizer(task.template.format(question=example.question))["input_ids"]
     answer = [*system.tokenizer(" " + example.answer)["input_ids"], system.tokenizer.eos_token_id]
-    with torch.no_grad():
+    sites = find_sites(system.model)
+    keep = [system.gate(x[:1], site.geometry) for x, site in zip(bench.logits(system.policy), sites, strict=True)]
+    where = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
+
+    def by_hand() -> float:
         logits = system.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    assert dense[0] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer))), abs=1e-4)
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+
+    with torch.no_grad():
+        assert dense[0] == pytest.approx(by_hand(), abs=1e-4)
+        with gated(sites, keep, where=where):
+            pruned = by_hand()
+    assert losses(system.policy)[0] == pytest.approx(pruned, abs=1e-4)
 
 
 @pytest.mark.parametrize(
