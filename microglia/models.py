@@ -100,7 +100,13 @@ def quantise(lm: Any, kind: str) -> None:
             f"{type(lm).__name__} has no nn.Linear weights, which torchao quantises; leave quantize out"
         )
     quantize_(
-        inner, Int8WeightOnlyConfig() if kind == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(INT4_GROUP))
+        inner,
+        Int8WeightOnlyConfig()
+        if kind == "int8"
+        else IntxWeightOnlyConfig(
+            torch.int4,  # type: ignore[attr-defined]
+            PerGroup(INT4_GROUP),
+        ),
     )
 
 

@@ -26,7 +26,7 @@ def system():
 
 def test_the_decision_shown_is_the_one_that_generation_makes(system):
     model, tokenizer, policy = system
-    gate = Gate(threshold=0.1)
+    gate = Gate(threshold=1.0)
     shown = decide(model, tokenizer, PROMPT, policy, gate=gate)
     done = generate(model, tokenizer, [PROMPT], policy, gate=gate, max_new_tokens=2)
     assert [site.kept for site in shown.sites] == [[bool(k) for k in keep[0]] for keep in done.keep]
@@ -34,6 +34,7 @@ def test_the_decision_shown_is_the_one_that_generation_makes(system):
         for name, values in site.signals.items():
             assert values == pytest.approx(signals[name][0].tolist(), abs=1e-5)
     assert shown.tokens == len(PROMPT)
+    assert shown.keep_ratio < decide(model, tokenizer, PROMPT, policy).keep_ratio
     assert shown.as_json()["keep_ratio"] == pytest.approx(1 - shown.as_json()["sparsity"])
 
 

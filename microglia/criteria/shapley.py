@@ -46,7 +46,7 @@ class Shapley(Criterion):
         for batch in calibration.batches:
             prompt, rows = calibration.read(batch), len(batch.prompt)
 
-            def value(keep: Tensor, batch=batch, prompt=prompt) -> float:  # type: ignore[no-untyped-def]
+            def value(keep: Tensor, batch=batch, prompt=prompt) -> float:
                 return -float(calibration.losses(batch, keep[None].split(sizes, -1), prompt=prompt).mean())
 
             everything = torch.ones(sum(sizes), device=batch.prompt.device)

@@ -53,4 +53,4 @@ def trained(calibration: Calibration, policy: P, config: TrainingConfig) -> P:
             bucket=calibration.bucket,
             quiet=True,
         )
-    return policy.cpu()  # type: ignore[return-value]
+    return policy.cpu()

@@ -36,7 +36,7 @@ def matrices(site: Site) -> dict[str, Tensor]:
     g, found = site.geometry, {}
     for cut in site.layout.cuts(g, torch.arange(g.heads, device=device), torch.arange(g.kv_heads, device=device)):
         projection = sliced(getattr(site.attention, cut.projection), cut, f"{site.name}.{cut.projection}", g.head_dim)
-        weight: Tensor = projection.weight.detach().float()  # type: ignore[operator, assignment]
+        weight: Tensor = projection.weight.detach().float()  # type: ignore[operator]
         found[cut.projection] = weight.T if hasattr(projection, "nf") else weight  # GPT-2's Conv1D: (in, out)
     return found
 

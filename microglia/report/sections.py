@@ -102,7 +102,7 @@ def fronts(run: Run, suffix: str) -> Section:
 
 def _mark(r: Result, x: float, x_ends: Any, names: Sequence[str]) -> charts.Point:
     ends = tuple(x_ends) if x_ends else None
-    return charts.Point(words.label(r.policy), x, r.accuracy, ends, r.ci95, words.style(r.policy, names))  # type: ignore[arg-type]
+    return charts.Point(words.label(r.policy), x, r.accuracy, ends, r.ci95, words.style(r.policy, names))
 
 
 def _front(

@@ -117,7 +117,10 @@ def test_a_page_that_cannot_be_written_is_said(tmp_path):
 
 
 def test_a_front_holds_what_no_other_mark_beats():
-    marks = [Point(n, x, y) for n, x, y in (("a", 0, 0.9), ("b", 0.2, 0.8), ("c", 0.2, 0.7), ("d", 0.1, 0.7))]
+    marks = [
+        Point(n, x, y)
+        for n, x, y in (("a", 0, 0.9), ("b", 0.2, 0.8), ("c", 0.2, 0.7), ("d", 0.1, 0.7), ("e", 0.1, 0.8))
+    ]
     assert [p.name for p in best(marks)] == ["a", "b"]
 
 
