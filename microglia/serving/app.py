@@ -165,7 +165,9 @@ class _Service:
         )
         self.worker.submit(asked.jobs)
         if body.stream:
-            return _Events(asked.stream(body.stream_options.include_usage), lambda: self.cut(asked))
+            return _Events(
+                asked.stream(bool(body.stream_options and body.stream_options.include_usage)), lambda: self.cut(asked)
+            )
         answer, gone = asyncio.create_task(asked.answer()), asyncio.create_task(_hung_up(request))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

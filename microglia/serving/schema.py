@@ -38,7 +38,7 @@ class Request(Given):
 
     model: str = Field(description="A name that /v1/models lists.")
     stream: bool = Field(False, description="Send the answer piece by piece, as server-sent events.")
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions | None = None
     temperature: float = Field(0, ge=0, le=2, description="0, the default here, is greedy.")
     top_p: float = Field(1, ge=0, le=1)
     seed: int | None = Field(None, ge=-LARGEST_SEED, le=LARGEST_SEED, description="The same seed, the same answer.")
