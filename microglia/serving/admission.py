@@ -32,13 +32,9 @@ class Admission:
             prompts, longest, field = [self.chat(request.messages)], request.longest, "messages"
         else:
             prompts, longest, field = request.prompts, request.max_tokens, "prompt"
-        if len(prompts) > self.config.max_waiting:
-            raise Refusal(
-                400,
-                f"{len(prompts)} prompts were given and this server's queue holds {self.config.max_waiting}; send "
-                "fewer at once",
-                param=field,
-            )
+        if len(prompts) > (most := self.config.max_waiting):
+            sentence = f"{len(prompts)} prompts were given and this server's queue holds {most}; send fewer at once"
+            raise Refusal(400, sentence, param=field)
         pruning = self.model.pruning(request.pruning, request.keep_ratio)
         jobs = []
         for index, prompt in enumerate(prompts):

@@ -31,18 +31,18 @@ from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
 OWN_NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # the last is how the middleware cuts an IPv6 address off its port
+SENTENCES: dict[int | str, str] = {
+    400: "The request is wrong, or asks for what this server does not do.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model.",
+    413: "The body is too large.",
+    429: "The queue is full.",
+    "4XX": "Refused.",
+    500: "The model failed.",
+    503: "The server is shutting down.",
+}
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": s.Error, "description": text}
-    for status, text in {
-        400: "The request is wrong, or asks for what this server does not do.",
-        401: "The API key is missing or wrong.",
-        404: "There is no such model.",
-        413: "The body is too large.",
-        429: "The queue is full.",
-        "4XX": "Refused.",
-        500: "The model failed.",
-        503: "The server is shutting down.",
-    }.items()
+    status: {"model": s.Error, "description": text} for status, text in SENTENCES.items()
 }
 EVENTS = {"description": "The answer; with `stream`, server-sent events.", "content": {"text/event-stream": {}}}
 
@@ -165,7 +165,9 @@ class _Service:
         )
         self.worker.submit(asked.jobs)
         if body.stream:
-            return _Events(asked.stream(body.stream_options.include_usage), lambda: self.cut(asked))
+            return _Events(
+                asked.stream(bool(body.stream_options and body.stream_options.include_usage)), lambda: self.cut(asked)
+            )
         answer, gone = asyncio.create_task(asked.answer()), asyncio.create_task(_hung_up(request))
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

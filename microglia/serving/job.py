@@ -3,7 +3,9 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Piece:
 class Finished:
     """The end of an answer: reason is `stop` (the model or a stop text ended it) or `length`."""
 
-    reason: str
+    reason: Reason
     completion_tokens: int
     heads_kept: int
     heads: int

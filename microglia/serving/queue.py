@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.serving.job import Failed, Job
@@ -17,7 +17,8 @@ BROKE = "the model failed on this prompt; ask again, and if it happens twice loo
 class Model(Protocol):
     """What the thread needs of a model: `write.PrunedModel`."""
 
-    room: Any
+    @property
+    def room(self) -> int | None: ...
 
     def answer(self, jobs: Sequence[Job]) -> None: ...
 

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from microglia.serving.job import Reason
+
 Stop = str | Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=4)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 LARGEST_SEED = 2**63 - 1
@@ -36,7 +38,7 @@ class Request(Given):
 
     model: str = Field(description="A name that /v1/models lists.")
     stream: bool = Field(False, description="Send the answer piece by piece, as server-sent events.")
-    stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    stream_options: StreamOptions | None = None
     temperature: float = Field(0, ge=0, le=2, description="0, the default here, is greedy.")
     top_p: float = Field(1, ge=0, le=1)
     seed: int | None = Field(None, ge=-LARGEST_SEED, le=LARGEST_SEED, description="The same seed, the same answer.")
@@ -89,7 +91,7 @@ class ChatRequest(Request):
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; without it, what the server allows.")
     max_completion_tokens: int | None = Field(None, ge=1, description="The newer name of max_tokens.")
     logprobs: Literal[False] = False
-    response_format: TextFormat = Field(default_factory=lambda: TextFormat(type="text"))
+    response_format: TextFormat = TextFormat(type="text")
 
     @property
     def longest(self) -> int | None:
@@ -111,8 +113,6 @@ class CompletionRequest(Request):
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
-
-Reason = Literal["stop", "length"]
 
 
 class Usage(BaseModel):

@@ -25,7 +25,7 @@ from microglia.gate import Gate, threshold_for
 from microglia.generation import encode_prompts, prompt_logits
 from microglia.look import Look
 from microglia.policy import Policy
-from microglia.serving.job import Finished, Job, Pruning, Sampling
+from microglia.serving.job import Finished, Job, Pruning, Reason, Sampling
 from microglia.serving.text import GrowingText
 from microglia.sites import Site, causal_lm, find_sites
 
@@ -53,7 +53,7 @@ class PrunedModel:
         return causal_lm(self.model)
 
     @cached_property
-    def sites(self) -> list[Site]:
+    def sites(self) -> Sequence[Site]:
         return find_sites(self.model)
 
     @cached_property
@@ -143,13 +143,11 @@ class _Row:
             seed = job.sampling.seed
             self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
 
-    def add(self, token: int, ends: set[int]) -> str | None:
-        """One more token; the reason to finish if there is one, `cancelled` if nobody waits any more."""
+    def add(self, token: int, ends: set[int]) -> Reason | None:
+        """One more token; the reason to finish if there is one. That nobody waits any more is one."""
         self.tokens += 1
         self.job.piece(self.text.add(token))
-        if self.job.cancelled:
-            return "cancelled"
-        if token in ends or self.text.stopped:
+        if token in ends or self.text.stopped or self.job.cancelled:
             return "stop"
         return "length" if self.tokens >= self.job.sampling.max_new_tokens else None
 
@@ -175,7 +173,7 @@ def drawn(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int
     """A token from scores (1, V) by temperature and nucleus."""
     scores = scores / sampling.temperature
     if sampling.top_p < 1:
-        scores = TopPLogitsWarper(sampling.top_p)(scores.new_empty(0), scores)  # type: ignore[arg-type]
+        scores = TopPLogitsWarper(sampling.top_p)(scores.new_empty(0), scores)
     return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.look import Look
 from microglia.policy import AgentPolicy, Policy
@@ -99,7 +101,7 @@ def train(
         trainer.remove_callback(PrinterCallback)  # prints to stdout, which belongs to results
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Report(on_log, show=not quiet))
-        last = get_last_checkpoint(str(folder / stage)) if resume and (folder / stage).is_dir() else None
+        last = _last_whole_checkpoint(folder / stage) if resume else None
         trainer.train(resume_from_checkpoint=last)
         return trainer
 
@@ -124,6 +126,21 @@ def train(
     history = trainer.state.log_history
     (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
     return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint of a stage that was written to its end, None when there is none.
+
+    The state is what transformers writes last: a run that was killed while saving left a folder in which it is missing
+    or cut off. Resumed from there, without its optimiser say, it would end with other weights.
+    """
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        try:
+            whole.append((int(json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]), str(path)))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return max(whole)[1] if whole else None
 
 
 def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> TrainingArguments:
@@ -175,7 +192,10 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
             raise ConfigError(
                 f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run"
             )
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{path} is damaged ({error}); delete {folder} and start the run again") from error
         if changed := sorted(name for name in told if before.get(name) != told[name]):
             listed = ", ".join(f"{name} was {before.get(name)!r} and is now {told[name]!r}" for name in changed)
             raise ConfigError(
@@ -188,7 +208,7 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
             raise ConfigError(
                 f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
             )
-        path.write_text(json.dumps(told, indent=2) + "\n")
+        write_atomically(path, json.dumps(told, indent=2).encode() + b"\n")
     except OSError as error:
         raise MicrogliaError(
             f"{folder} cannot be written ({error.strerror}); give an output folder that can"

@@ -170,7 +170,7 @@ WRONG = {
         {"messages": [{"role": "user", "content": "a\ud800"}]},
         400,
         "half of a surrogate pair",
-        "messages",
+        "",
     ),
 }
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from microglia.errors import CheckpointError, ConfigError, MicrogliaError
 from microglia.policy import AgentPolicy, StaticPolicy
@@ -67,6 +68,23 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     assert list((tmp_path / "cut" / "agents").glob("checkpoint-*"))
     resumed = tiny_run(tmp_path / "cut", SHORT, resume=True)[1].policy
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("left", ["weights only", "no optimiser", "half a state"])
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, left):
+    """What a run leaves that is killed while it saves: weights come first, the state last."""
+    whole = tiny_run(tmp_path, SHORT)[1].policy
+    last = tmp_path / "agents" / "checkpoint-6"
+    state = (last / "trainer_state.json").read_text()
+    (last / "trainer_state.json").unlink()
+    if left != "half a state":
+        (last / "optimizer.pt").unlink()
+    else:
+        (last / "trainer_state.json").write_text(state[: len(state) // 2])
+    if left == "weights only":
+        weights = load_file(last / "trained.safetensors")
+        save_file({name: x + 1 for name, x in weights.items()}, last / "trained.safetensors")
+    assert same(whole, tiny_run(tmp_path, SHORT, resume=True)[1].policy)
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
