@@ -47,7 +47,7 @@ def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
         step = _Step(lm, [site.layer for site in find_sites(lm)])
         _save(step, folder / GRAPH)
         tokenizer.save_pretrained(folder)
-        difference = _difference(step, onnxruntime.InferenceSession(folder / GRAPH)) if check else None
+        difference = _difference(lm, onnxruntime.InferenceSession(folder / GRAPH)) if check else None
     finally:
         lm.set_attn_implementation(backend)
     return {"difference": difference, "lost": []}
@@ -138,16 +138,14 @@ def run_step(session: Any, ids: Tensor, past: list[Tensor]) -> tuple[Tensor, lis
 
 
 @torch.inference_mode()
-def _difference(step: _Step, session: Any) -> float:
+def _difference(lm: Any, session: Any) -> float:
     """The largest difference in logits over a prompt and some decode steps, each runtime on its own cache."""
-    ids = probe(step.lm).cpu()
-    ours, theirs = empty_past(step.lm), empty_past(step.lm)
+    ids, cache, past = probe(lm).cpu(), None, empty_past(lm)
     largest, scale = 0.0, 0.0
     for _ in range(1 + STEPS):
-        before, length = ours[0].shape[2], ids.shape[1]
-        mask, positions = torch.ones(1, before + length, dtype=torch.long), torch.arange(before, before + length)[None]
-        logits, ours = step(ids, mask, positions, ours)
-        found, theirs = run_step(session, ids, theirs)
+        output = lm(input_ids=ids, past_key_values=cache, use_cache=True)
+        logits, cache = output.logits, output.past_key_values
+        found, past = run_step(session, ids, past)
         largest, scale = max(largest, float((logits - found).abs().max())), max(scale, float(logits.abs().max()))
         ids = logits[:, -1:].argmax(-1)
     if not largest <= TOLERANCE * max(1.0, scale):
