@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,26 @@ def test_damage_ends_in_one_sentence(folder, kind):
     with pytest.raises(CheckpointError, match=sentence) as caught:
         Checkpoint.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_many_may_save_and_load_at_once(tmp_path):
+    """Every load is one of the checkpoints that were saved, whole; no writer disturbs another."""
+    kinds = [checkpoint_for(tiny_model("llama"), seed=seed, fill=fill) for seed, fill in enumerate(("zero", "mean"))]
+    truth = {saved.config.fill: saved.policy.state_dict() for saved in kinds}
+    kinds[0].save_pretrained(tmp_path)
+
+    def save_or_load(turn):
+        if turn % 3:
+            kinds[turn % 2].save_pretrained(tmp_path)
+            return None
+        return Checkpoint.from_pretrained(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = [loaded for loaded in pool.map(save_or_load, range(96)) if loaded is not None]
+    assert {loaded.config.fill for loaded in found} == {"zero", "mean"}
+    for loaded in [*found, Checkpoint.from_pretrained(tmp_path)]:
+        assert all(loaded.policy.state_dict()[name].equal(x) for name, x in truth[loaded.config.fill].items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
 
 
 class Bomb:

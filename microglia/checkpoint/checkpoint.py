@@ -65,14 +65,7 @@ class Checkpoint:
         path = Path(folder)
         if not path.is_dir():
             path = _download(str(folder), revision, token)
-        config, checksums = MicrogliaConfig.from_json(read_config(path), str(path / CONFIG))
-        wanted = {AGENTS, *(ADAPTER if config.lora else ())}
-        if checksums.keys() != wanted:
-            raise CheckpointError(
-                f"{path / CONFIG} has the SHA-256 of {', '.join(sorted(checksums)) or 'nothing'}, but must have "
-                f"that of {', '.join(sorted(wanted))}; copy or save the checkpoint again"
-            )
-        contents = read_all(path, checksums)
+        config, contents = _read(path)
         policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
         return cls(policy, config, calibration, contents or None)
 
@@ -114,6 +107,24 @@ class Checkpoint:
                     "network and hf auth login, or use save_pretrained"
                 ) from error
         return str(url)
+
+
+def _read(folder: Path) -> tuple[MicrogliaConfig, dict[str, bytes]]:
+    """Configuration and contents that belong together, also while somebody saves into the folder."""
+    while True:
+        data = read_config(folder)
+        config, checksums = MicrogliaConfig.from_json(data, str(folder / CONFIG))
+        wanted = {AGENTS, *(ADAPTER if config.lora else ())}
+        if checksums.keys() != wanted:
+            raise CheckpointError(
+                f"{folder / CONFIG} has the SHA-256 of {', '.join(sorted(checksums)) or 'nothing'}, but must have "
+                f"that of {', '.join(sorted(wanted))}; copy or save the checkpoint again"
+            )
+        try:
+            return config, read_all(folder, checksums)
+        except CheckpointError:
+            if read_config(folder) == data:
+                raise  # else another checkpoint has come in between: read that
 
 
 def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, list[Tensor]]:

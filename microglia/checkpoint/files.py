@@ -10,11 +10,17 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from microglia.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: there, only one may write into a folder at a time
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG = "microglia_config.json"
 AGENTS = "agents.safetensors"
@@ -27,7 +33,7 @@ _STAGED = re.compile(r"\.[0-9a-f]{16}")
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step, on disk when this returns; makes missing folders. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)
@@ -63,22 +69,44 @@ def replace_all(
     checksums = {name: checksum(data) for name, data in contents.items()}
     staged = {name: folder / f"{name}.{checksums[name][:16]}" for name in contents}
     try:
-        for name, data in contents.items():
-            write_atomically(staged[name], data)
-        write_atomically(folder / CONFIG, configure(checksums))
-        for name, path in staged.items():
-            os.replace(path, folder / name)
-        if _is_ours(folder / CARD):
-            write_atomically(folder / CARD, card)
+        with _alone_in(folder):
+            for name, data in contents.items():
+                write_atomically(staged[name], data)
+            write_atomically(folder / CONFIG, configure(checksums))
+            for name, path in staged.items():
+                os.replace(path, folder / name)
+            if _is_ours(folder / CARD):
+                write_atomically(folder / CARD, card)
+            with suppress(OSError):
+                _sweep(folder, outdated - contents.keys())
     except OSError as error:
         raise CheckpointError(_unwritable(folder, error)) from error
-    with suppress(OSError):
-        for name in outdated - contents.keys():
-            (folder / name).unlink(missing_ok=True)
-        for name in (AGENTS, *ADAPTER):
-            for path in (folder / name).parent.glob(f"{Path(name).name}.*"):
-                if _STAGED.fullmatch(path.suffix):
-                    path.unlink(missing_ok=True)
+
+
+def _sweep(folder: Path, outdated: set[str]) -> None:
+    """Remove the `outdated` names and what interrupted writers left beside the files."""
+    for name in outdated:
+        (folder / name).unlink(missing_ok=True)
+    for name in (AGENTS, *ADAPTER):
+        for path in (folder / name).parent.glob(f"{Path(name).name}.*"):
+            if _STAGED.fullmatch(path.suffix):
+                path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Makes `folder`, and lets one writer into it at a time, whichever process or thread it is in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: as good as it was without
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def read_all(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
