@@ -38,14 +38,14 @@ def run(path: Path, *, save: bool) -> float:
 
 
 def tidy(cell: nbformat.NotebookNode) -> None:
-    """Keep what a reader wants to see: no execution times, no progress bars, no colours of a terminal."""
+    """Keep what a reader wants to see: no execution times, no progress bars, no colours of a terminal, one text."""
     cell.metadata.pop("execution", None)
     if cell.cell_type != "code":
         return
-    cell.outputs = [out for out in cell.outputs if out.get("name") != "stderr"]
-    for out in cell.outputs:
-        if "text" in out:
-            out.text = re.sub(r"\x1b\[[0-9;]*m", "", out.text)
+    printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout")
+    shown = [out for out in cell.outputs if out.output_type != "stream"]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    cell.outputs = [*([nbformat.v4.new_output("stream", name="stdout", text=plain)] if plain else []), *shown]
 
 
 def main() -> None:
