@@ -4,7 +4,7 @@
     python scripts/train_reasoner.py --resume   # go on after an interruption
     python scripts/train_reasoner.py --card     # only answer the held-out problems again and rewrite the card
 
-Two CPU cores suffice, in about an hour and a half. The dense scores on the card come from
+Two CPU cores suffice, in about an hour. The dense scores on the card come from
 the same command (greedy, 1,000 held-out problems).
 """
 
