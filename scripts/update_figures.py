@@ -78,7 +78,12 @@ def latency() -> str:
         "|---|---|---|---|---|---|---|---|",
         *(_latency_row(row["extra"]) for row in rows),
         "",
-        *sorted({f"`{row['command']}`" for row in rows}),
+        "Share: of the time that the ceiling says could be saved, what was. Above 100 % the dense operations did not "
+        "reach the memory's speed themselves.",
+        "",
+        "```bash",
+        *sorted({row["command"] for row in rows}),
+        "```",
     ]
     return "\n".join(lines)
 
