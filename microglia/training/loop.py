@@ -149,7 +149,8 @@ def _last_whole_checkpoint(folder: Path) -> Path | None:
 
 def _finished(state: TrainerState) -> bool:
     """Whether a stage had made its last step, or was stopped early, when this was saved."""
-    control = state.stateful_callbacks.get("TrainerControl", {})
+    callbacks: Any = state.stateful_callbacks or {}  # a dict once it was saved; its annotation says a list
+    control = callbacks.get("TrainerControl", {})
     return state.global_step >= state.max_steps or bool(control.get("args", {}).get("should_training_stop"))
 
 
