@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format reasoner bench wheel clean
+.PHONY: help setup demo test check format docs reasoner bench wheel clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,6 +44,11 @@ format: setup ## format the code and apply the safe lint fixes
 	@echo "format: ruff check --fix, ruff format"
 	@$(BIN)/ruff check --fix --quiet . || true
 	@$(BIN)/ruff format .
+
+docs: setup ## build the documentation into build/docs; warnings are errors
+	@echo "docs: mkdocs build --strict"
+	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 reasoner: setup ## train the embedded reasoner again from scratch (long)
 	@echo "reasoner: scripts/train_reasoner.py $(ARGS)"

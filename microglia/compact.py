@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from microglia.cache import keep_kv_heads, take_rows
 from microglia.errors import MicrogliaError
+from microglia.fill import adder, left_behind
 from microglia.geometry import HeadGeometry
 from microglia.sites import Site, View, replaced_attention, stock_attention
 from microglia.slicing import sliced
@@ -42,10 +43,10 @@ def compacted(
             _check_hard(site, k)
             if bool((k > 0).all()):
                 continue  # nothing is pruned here
-            bias = _left_behind(site, k, fill[site.index]) if fill is not None else None  # needs the dense projection
+            bias = left_behind(site, k, fill[site.index]) if fill is not None else None  # needs the dense projection
             prune(stack, site, (k[:1] if shared else k) > 0, cache)
             if bias is not None:
-                stack.callback(site.output.register_forward_hook(_adder(bias)).remove)
+                stack.callback(site.output.register_forward_hook(adder(bias)).remove)
         yield
 
 
@@ -139,17 +140,3 @@ def _row_attention(site: Site, groups: Tensor, heads: Tensor, asked: Tensor) -> 
         return whole.scatter(2, heads[:, None, :, None].expand(-1, length, -1, size), output), None
 
     return attention
-
-
-# --- what pruned heads leave behind -----------------------------------------------------------------------------------
-
-
-def _left_behind(site: Site, keep: Tensor, fill: Tensor) -> Tensor:
-    """What the pruned heads' `fill` (B, H, D) adds after the output projection: one bias per row, (B, 1, hidden)."""
-    with torch.no_grad():
-        left = (fill * (1 - keep)[..., None].to(fill.dtype)).flatten(-2)[:, None]  # (B, 1, H·D)
-        return site.output(left) - site.output(torch.zeros_like(left))  # without the projection's own bias
-
-
-def _adder(bias: Tensor) -> Callable[..., Tensor]:
-    return lambda module, inputs, output: output + bias

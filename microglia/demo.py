@@ -12,8 +12,7 @@ import torch
 
 from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
-from microglia.evaluation.run import Evaluation, evaluate, paired
-from microglia.evaluation.significance import spearman_ci
+from microglia.evaluation.run import Evaluation, evaluate, follows_difficulty, paired
 from microglia.gate import Gate, keep_ratio, threshold_for
 from microglia.generation import prompt_logits
 from microglia.look import Look
@@ -159,12 +158,3 @@ def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
         "adaptivity": {"gain": adaptivity["diff"], "ci95": adaptivity["diff_ci95"], "p_value": adaptivity["p_value"]},
         "sparsity_follows_difficulty": follows_difficulty(pruned),
     }
-
-
-def follows_difficulty(pruned: Evaluation) -> dict[str, Any]:
-    """Rank correlation of a problem's steps and its sparsity; None where every problem lost the same heads."""
-    sparsity = [1 - answer.keep_ratio for answer in pruned.answers]
-    if len(set(sparsity)) < 2:
-        return {"rank_correlation": None, "ci95": None}
-    found = spearman_ci([answer.difficulty for answer in pruned.answers], sparsity)
-    return {"rank_correlation": found.rho, "ci95": list(found.ci95)}

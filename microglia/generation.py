@@ -1,33 +1,42 @@
 """Generate answers for prompts on the dense, masked or compacted path."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from microglia.attach import attached, gated
+from microglia.attach import Trace, attached, gated
 from microglia.compact import compacted
 from microglia.errors import ConfigError, DataError
 from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
+from microglia.replay import GraphDecoder, greedy
+from microglia.signals import split_features
 from microglia.sites import causal_lm
 from microglia.tasks.prompts import check_characters, uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
+PLAIN = {"pad_token_id", "eos_token_id", "bos_token_id"}
+SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "transformers_version", "_from_model_config"}
 
 
 @dataclass(frozen=True)
 class Generated:
-    """New tokens (B, N), their texts, and the keep (B, H) of every site, empty on the dense path."""
+    """New tokens (B, N), their texts, and of every site the keep (B, H) and the signals, by name (B, H).
+
+    Without a policy there is neither keep nor signals.
+    """
 
     tokens: Tensor
     texts: list[str]
     keep: list[Tensor]
+    signals: list[dict[str, Tensor]] = field(default_factory=list)
 
     def lengths(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """New tokens per row, up to and with the end-of-text token, without the padding after it."""
@@ -48,17 +57,19 @@ def generate(
     fill: str = "zero",
     scope: str = "answer",
     path: str = "compact",
+    decoder: GraphDecoder | None = None,
     max_new_tokens: int = 256,
     **options: Any,
 ) -> Generated:
     """Read `prompts` as one batch with every head; write the answers with the heads that `policy` keeps for each.
 
     Without a policy the model stays dense. `path` is `compact` (heads are gone) or `masked` (heads are multiplied by
-    zero; the same tokens, no time saved). `options` go to the model's own `generate` (sampling, streamer, stopping,
-    beams); greedy by default. Raises DataError for an empty or too long prompt.
+    zero; the same tokens, no time saved) or `graph` (heads are gone and decode steps are captured, for GPUs; keep a
+    `decoder` between calls, else everything is captured anew). `options` go to the model's own `generate` (sampling,
+    streamer, stopping, beams); greedy by default. Raises DataError for an empty or too long prompt.
     """
-    if path not in PATHS:
-        raise ConfigError(f"path={path!r} is unknown; choose {' or '.join(PATHS)}")
+    if path not in (*PATHS, "graph"):
+        raise ConfigError(f"path={path!r} is unknown; choose {', '.join(PATHS)} or graph")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
         if policy is not None and options.get(name):
             raise ConfigError(
@@ -71,15 +82,50 @@ def generate(
     lm: Any = causal_lm(model)
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
-    context = (
-        attached(lm, policy, gate=gate, look=look, fill=fill, scope=scope, pruning=PATHS[path])
-        if policy is not None
-        else nullcontext()
-    )
-    with context as trace:
-        output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
+    attach = functools.partial(attached, lm, gate=gate, look=look, fill=fill, scope=scope)
+    if path == "graph":
+        output, trace = _on_graphs(decoder or GraphDecoder(lm), policy, attach, batch, max_new_tokens, options)
+    else:
+        with attach(policy, pruning=PATHS[path]) if policy is not None else nullcontext() as trace:
+            output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
     tokens = getattr(output, "sequences", output)[:, batch["input_ids"].shape[1] :]
-    return Generated(tokens, tokenizer.batch_decode(tokens, skip_special_tokens=True), trace.keep if trace else [])
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    if policy is None or trace is None:
+        return Generated(tokens, texts, [])
+    return Generated(tokens, texts, trace.keep, [split_features(x, policy.features) for x in trace.features])
+
+
+def _on_graphs(
+    decoder: GraphDecoder,
+    policy: Policy | None,
+    attach: Any,
+    batch: dict[str, Tensor],
+    new_tokens: int,
+    options: dict[str, Any],
+) -> tuple[Any, Trace | None]:
+    """What `generate` returns, by captured steps: plain greedy in a loop of replays, all else in the model's own."""
+    lm, mask = decoder.parts.lm, batch["attention_mask"]
+    if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+        raise ConfigError("beams and several answers to a prompt move rows of the captured cache; use path='compact'")
+    config, fill = lm.generation_config, attach.keywords["fill"] == "mean"
+    stop = options.get("eos_token_id", config.eos_token_id)
+    stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
+    pad = options["pad_token_id"]
+    with (
+        decoder.serving(mask, new_tokens, fill=fill, stop=stop, pad=0 if pad is None else pad) as room,
+        attach(policy, pruning=decoder.pruning) if policy is not None else nullcontext() as trace,
+    ):
+        if not _is_plain(config, options):
+            return lm.generate(**batch, past_key_values=room.cache, max_new_tokens=new_tokens, **options), trace
+        first = lm(**batch, position_ids=positions(mask), past_key_values=room.cache, use_cache=True, logits_to_keep=1)
+        return torch.cat([batch["input_ids"], greedy(room, first.logits[:, -1], new_tokens)], 1), trace
+
+
+def _is_plain(config: GenerationConfig, options: dict[str, Any]) -> bool:
+    """Whether an answer is the likeliest token after token, and nothing else was asked for."""
+    asked = {name: value for name, value in options.items() if value is not None}
+    told = {name: value for name, value in config.to_diff_dict().items() if value is not None}
+    return asked.pop("do_sample") is False and asked.keys() <= PLAIN and told.keys() <= PLAIN | SAMPLING
 
 
 def encode_prompts(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.errors import ConfigError
-from microglia.signals import attention_entropy, mean_norm
+from microglia.signals import Queries, attention_entropy, mean_norm
 from microglia.sites import Site, replaced_attention, stock_attention
 
 NORMS = ("head", "hidden")
@@ -57,10 +57,10 @@ def watched(
     its output projection; what it returns (a keep (B, H) or None) gates this very pass.
     """
     seen = [Seen({}) for _ in sites]
-
+    queries = Queries(tokens, look.window)
     with ExitStack() as stack:
         for site, entry in zip(sites, seen, strict=True):
-            stack.enter_context(replaced_attention(site, _with_entropy(site, entry, tokens, look)))
+            stack.enter_context(replaced_attention(site, _with_entropy(site, entry, queries)))
             hook = _output_hook(site, entry, tokens, look, mean_outputs, on_site)
             stack.callback(site.output.register_forward_pre_hook(hook).remove)
             if look.norm == "hidden":
@@ -68,7 +68,7 @@ def watched(
         yield seen
 
 
-def _with_entropy(site: Site, entry: Seen, tokens: Tensor, look: Look) -> Callable[..., Any]:
+def _with_entropy(site: Site, entry: Seen, queries: Queries) -> Callable[..., Any]:
     stock = stock_attention(site.attention)
 
     def attention(
@@ -79,9 +79,8 @@ def _with_entropy(site: Site, entry: Seen, tokens: Tensor, look: Look) -> Callab
             entry.signals["entropy"] = attention_entropy(
                 query,
                 key[:, :, : query.shape[2]],  # a static cache returns its empty places too
-                tokens,
+                queries,
                 scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                window=look.window,
                 sliding_window=kwargs.get("sliding_window"),
                 softcap=kwargs.get("softcap"),
             )

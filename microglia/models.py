@@ -99,9 +99,8 @@ def quantise(lm: Any, kind: str) -> None:
         raise MicrogliaError(
             f"{type(lm).__name__} has no nn.Linear weights, which torchao quantises; leave quantize out"
         )
-    quantize_(
-        inner, Int8WeightOnlyConfig() if kind == "int8" else IntxWeightOnlyConfig(torch.int4, PerGroup(INT4_GROUP))
-    )
+    int4 = IntxWeightOnlyConfig(torch.int4, PerGroup(INT4_GROUP))  # type: ignore[attr-defined]
+    quantize_(inner, Int8WeightOnlyConfig() if kind == "int8" else int4)
 
 
 def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -1,16 +1,18 @@
 """A policy turns the features of a prompt into one logit per head; above 0 means keep.
 
-Agents and static masks alike.
+Agents, static masks, plain signals and predictors alike.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from microglia.agent import KEEP_AT_START, MicrogliaAgent
+from microglia.errors import ConfigError
 from microglia.geometry import HeadGeometry
-from microglia.signals import feature_size
+from microglia.signals import SIGNALS, feature_size
 
 
 class Policy(nn.Module):
@@ -25,6 +27,13 @@ class Policy(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Features of every site, (B, F) each → logits of every site, (B, H) each. Override it to look across sites."""
         return [self.site_logits(index, x) for index, x in enumerate(features)]
+
+    def fingerprint(self) -> str:
+        """The same for two policies that decide alike because their weights are the same, and for no others."""
+        digest = hashlib.sha256(type(self).__name__.encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 class AgentPolicy(Policy):
@@ -80,3 +89,44 @@ class StaticPolicy(Policy):
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
         return self.logits[index].expand(len(features), -1)
+
+
+class SignalPolicy(Policy):
+    """Each prompt's own signal. `norm`: relative to the site's mean. `entropy`: one minus it, so focused heads stay."""
+
+    def __init__(self, features: str) -> None:
+        super().__init__()
+        if features not in SIGNALS:
+            raise ConfigError(f"features={features!r} is not one signal; choose {' or '.join(SIGNALS)}")
+        self.features = features
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        return features / features.mean(-1, keepdim=True).clamp(min=1e-20) if self.features == "norm" else 1 - features
+
+
+class PredictorPolicy(Policy):
+    """One MLP that scores every head of every site from what was seen of the prompt at the first site."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, geometries: Sequence[HeadGeometry], *, hidden_dim: int = 128, features: str = "both") -> None:
+        super().__init__()
+        self.features, self.hidden_dim = features, hidden_dim
+        self.sizes = [g.heads for g in geometries]
+        size = feature_size(self.sizes[0], features)
+        self.agent = MicrogliaAgent(heads=sum(self.sizes), features=size, hidden_dim=hidden_dim)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("std", torch.ones(size))
+
+    @torch.no_grad()
+    def fit_statistics(self, features: Sequence[Tensor]) -> None:
+        """Take mean and standard deviation from the first site's features (N, F) of N prompts."""
+        self.mean.copy_(features[0].mean(0))
+        self.std.copy_(features[0].std(0, correction=0).clamp(min=1e-6))
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return list(self.agent((features[0].to(self.mean) - self.mean) / self.std).split(self.sizes, -1))
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        raise ConfigError("a predictor sees the first site only and decides for all at once; use scope='answer'")

@@ -28,7 +28,7 @@ def sliced(projection: nn.Module, cut: Cut, name: str = "the projection", block:
         if inner is projection and _is_torchao(stored):
             weight = _take_quantised(stored, dim, cut.index, block, name)
         else:
-            _check_plain(stored, inner, name)
+            check_plain(stored, inner, name)
             weight = _take(stored, dim, cut.index, block)
         if inner is not projection:
             weight = weight + _lora_delta(projection, cut, name).to(weight.dtype)
@@ -91,7 +91,7 @@ def _take_quantised(weight: Any, dim: int, index: Tensor, block: int, name: str)
     return type(data)(**parts)
 
 
-def _check_plain(weight: Any, inner: nn.Module, name: str) -> None:
+def check_plain(weight: Any, inner: nn.Module, name: str) -> None:
     if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
         kind = type(inner).__name__ if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
         raise MicrogliaError(

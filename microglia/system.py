@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
+from microglia.decision import Decision, decide
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
+from microglia.evaluation.bench import Bench
+from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
 from microglia.gate import Gate, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
+from microglia.ledger import Ledger
 from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
-from microglia.sites import check_head_count, find_sites
+from microglia.replay import GraphDecoder
+from microglia.sites import causal_lm, check_head_count, find_sites
 from microglia.tasks import Task, get_task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.training import TrainingConfig, TrainingResult, train
 
 CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits; the dial's keep ratio is a mean over them
@@ -69,16 +75,18 @@ class MicrogliaPruningSystem:
         self.look, self.gate = look or Look(), Gate(bucket=bucket)
         self.fill, self.scope, self.template = fill, "answer", Task.template
         self.training: dict[str, Any] = {}
+        self.promise: dict[str, Any] = {}
         self.calibration: Sequence[Tensor] = ()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             agents = AgentPolicy([s.geometry for s in self.sites], hidden_dim=hidden_dim, features=features)
         self.policy: Policy = agents.to(self._device).eval()
         self._keep_ratios: list[float] = []
+        self._decoder: GraphDecoder | None = None
 
     def train(
         self,
-        dataset_name: str = "arithmetic",
+        dataset_name: str | Task = "arithmetic",
         num_epochs: float | None = None,
         alpha_schedule: tuple[float, float] | None = None,
         *,
@@ -91,6 +99,7 @@ class MicrogliaPruningSystem:
     ) -> TrainingResult:
         """Train the agents on a task. `options` are the fields of TrainingConfig; what is not given has its default.
 
+        dataset_name: a task's name, or a task with options: get_task("gsm8k", shots=4).
         output_dir: where the run's state and at the end the checkpoint go; None keeps the result in memory only.
         """
         task = get_task(dataset_name)
@@ -116,11 +125,11 @@ class MicrogliaPruningSystem:
             )
         self.model, self.policy = result.model, result.policy
         self.fill, self.scope, self.template = config.fill, config.scope, task.template
-        self.gate = replace(self.gate, threshold=0.0)
+        self.gate, self.promise = replace(self.gate, threshold=0.0), {}
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
-        self.calibration = self._logits([example.question for example in held_out])
+        self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
-        self.training = {"dataset": dataset_name, "seconds": result.seconds, "last": last, "config": asdict(config)}
+        self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
         if output_dir is not None:
             self.save_pretrained(output_dir)
         return result
@@ -141,7 +150,8 @@ class MicrogliaPruningSystem:
     ) -> str | list[str]:
         """The answer to a question, or the answers to several; each is written with its own heads.
 
-        path: compact (heads are gone), masked (the same answer, no time saved) or dense (no pruning).
+        path: compact (heads are gone), masked (the same answer, no time saved), graph (compact, with captured steps,
+            for GPUs) or dense (no pruning).
         keep_ratio: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
         options: of the model's own `generate` (sampling, streamer, stopping); greedy by default.
         """
@@ -155,11 +165,12 @@ class MicrogliaPruningSystem:
                 self.tokenizer,
                 self._rendered(prompts[start : start + AT_ONCE], raw),
                 None if path == "dense" else self.policy,
-                gate=self._gate(keep_ratio),
+                gate=self.gate_for(keep_ratio),
                 look=self.look,
                 fill=self.fill,
                 scope=self.scope,
                 path="masked" if path == "dense" else path,
+                decoder=self._captured() if path == "graph" else None,
                 max_new_tokens=max_new_tokens,
                 **options,
             )
@@ -167,6 +178,17 @@ class MicrogliaPruningSystem:
             ratios += _keep_ratios(output.keep, len(output.texts))
         self._keep_ratios = ratios
         return texts[0] if isinstance(prompt, str) else texts
+
+    def _captured(self) -> GraphDecoder:
+        """The decoder of the present model; what it captured serves all later requests."""
+        if self._decoder is None or self._decoder.parts.lm is not causal_lm(self.model):
+            self._decoder = GraphDecoder(self.model)
+        return self._decoder
+
+    def decide(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Decision:
+        """Which heads a prompt keeps and why, head by head; nothing is generated. keep_ratio, raw: see `generate`."""
+        gate, (rendered,) = self.gate_for(keep_ratio), self._rendered([prompt], raw)
+        return decide(self.model, self.tokenizer, rendered, self.policy, gate=gate, look=self.look, scope=self.scope)
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""
@@ -180,7 +202,7 @@ class MicrogliaPruningSystem:
 
     def evaluate(
         self,
-        dataset_name: str = "arithmetic",
+        dataset_name: str | Task = "arithmetic",
         *,
         split: str = "test",
         limit: int | None = None,
@@ -191,38 +213,44 @@ class MicrogliaPruningSystem:
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         dense: bool = True,
+        scoring: str = "generation",
         progress: Callable[[str, int, int], None] | None = None,
     ) -> dict[str, Any]:
         """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
 
+        scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
         Returns accuracy and sparsity of the pruned model, `pruned` and `dense` in full, `paired` (their difference with
         its 95 % interval and p-value) and `answers`, one row per example. With LoRA, dense has the adapter too, so the
         difference is the pruning's alone. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
+        judge = evaluate if scoring == "generation" else score_choices
+        how = {"max_new_tokens": max_new_tokens} if scoring == "generation" else {"scoring": scoring}
         runs = {}
         for name, policy in {"pruned": self.policy, **({"dense": None} if dense else {})}.items():
-            runs[name] = evaluate(
+            runs[name] = judge(
                 self.model,
                 self.tokenizer,
                 task,
                 examples,
                 policy,
-                gate=self._gate(keep_ratio),
+                gate=self.gate_for(keep_ratio),
                 look=self.look,
                 fill=self.fill,
                 scope=self.scope,
                 path=path,
                 batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
+                **how,
                 progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
             )
         pruned = runs["pruned"]
         self._keep_ratios = [answer.keep_ratio for answer in pruned.answers]
         return {
-            "dataset": dataset_name,
+            "dataset": task.name,
             "split": split,
+            "shots": task.shots,
+            "scoring": scoring,
             "accuracy": pruned.accuracy,
             "sparsity": pruned.sparsity,
             **{name: run.summary() for name, run in runs.items()},
@@ -238,8 +266,53 @@ class MicrogliaPruningSystem:
         """
         if prompts is not None:
             self.calibration = self._logits(list(prompts))
-        self.gate = replace(self.gate, threshold=0.0) if ratio is None else self._gate(ratio)
+        self.gate = replace(self.gate, threshold=0.0) if ratio is None else self.gate_for(ratio)
+        self.promise = {}  # was for another threshold
         return self.gate.threshold
+
+    def calibrate(
+        self,
+        dataset_name: str = "arithmetic",
+        *,
+        split: str = "validation",
+        limit: int | None = None,
+        seed: int = 0,
+        data_dir: Path | str | None = None,
+        path: str = "compact",
+        batch_size: int = AT_ONCE,
+        max_new_tokens: int = 256,
+        ledger: Path | str | None = None,
+        **aim: Any,
+    ) -> Calibrated:
+        """Turn the dial as far as a promise allows, on held-out prompts that training did not look at.
+
+        aim: options of `microglia.calibrate.turn`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        ledger: a file that remembers the answers, so that an interrupted calibration goes on.
+        """
+        task = get_task(dataset_name)
+        trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
+        examples = unseen(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
+        bench = Bench(self.model, self.tokenizer, task, examples, self.look, self.fill, self.scope, path)
+        bench = replace(bench, batch_size=batch_size, max_new_tokens=max_new_tokens)
+        told: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}
+        about = {**told, "max_new_tokens": max_new_tokens, "base_model": self.source, "fill": self.fill}
+        about |= {"scope": self.scope, "look": asdict(self.look), "policy": self.policy.fingerprint()}
+        found = turn(bench, self.policy, self.gate_for, ledger=Ledger(ledger, about), **aim)
+        self.gate = replace(self.gate, threshold=found.threshold)
+        self.promise = {**told, **found.as_json(), "sentence": found.sentence}
+        return found
+
+    def gate_for(self, ratio: float | None) -> Gate:
+        """The gate, with the threshold for a keep ratio if one is given; see `set_keep_ratio`."""
+        if ratio is None:
+            return self.gate
+        if not len(self.calibration):
+            raise ConfigError(
+                f"keep_ratio={ratio} was given, but there are no prompts to calibrate it on; train first or give "
+                "set_keep_ratio some"
+            )
+        geometries = [site.geometry for site in self.sites]
+        return replace(self.gate, threshold=threshold_for(self.calibration, geometries, ratio, self.gate.bucket))
 
     def checkpoint(self) -> Checkpoint:
         """What `save_pretrained` writes, as a value (for `push_to_hub`, say)."""
@@ -253,6 +326,7 @@ class MicrogliaPruningSystem:
             scope=self.scope,
             template=self.template,
             training=self.training,
+            promise=self.promise,
         )
         return Checkpoint(self.policy, config, self.calibration)
 
@@ -287,23 +361,12 @@ class MicrogliaPruningSystem:
         system.model = saved.load_onto(system.model)
         system.policy, system.gate, system.calibration = saved.policy, config.gate, saved.calibration
         system.scope, system.template, system.training = config.scope, config.template, config.training
+        system.promise = config.promise
         return system
 
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    def _gate(self, ratio: float | None) -> Gate:
-        """The gate, with the threshold for a keep ratio if one is given."""
-        if ratio is None:
-            return self.gate
-        if not len(self.calibration):
-            raise ConfigError(
-                f"keep_ratio={ratio} was given, but there are no prompts to calibrate it on; train first or give "
-                "set_keep_ratio some"
-            )
-        geometries = [site.geometry for site in self.sites]
-        return replace(self.gate, threshold=threshold_for(self.calibration, geometries, ratio, self.gate.bucket))
 
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
@@ -312,7 +375,10 @@ class MicrogliaPruningSystem:
 
     def _logits(self, questions: Sequence[str]) -> list[Tensor]:
         """The policy's logits (N, H) per site for N questions."""
-        return prompt_logits(self.model, self.tokenizer, self._rendered(questions), self.policy, look=self.look)
+        return self._prompt_logits(self._rendered(questions))
+
+    def _prompt_logits(self, prompts: Sequence[str]) -> list[Tensor]:
+        return prompt_logits(self.model, self.tokenizer, prompts, self.policy, look=self.look)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

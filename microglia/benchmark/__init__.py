@@ -5,6 +5,7 @@ from microglia.benchmark.rows import Report, Row
 from microglia.benchmark.run import Plan, benchmark
 from microglia.benchmark.shapes import SHAPES, random_model
 from microglia.benchmark.subjects import Prompted, random_subject, text_subject
+from microglia.benchmark.typical import typical_rows, typical_speed, typical_subject
 
 __all__ = [
     "SHAPES",
@@ -19,4 +20,7 @@ __all__ = [
     "random_subject",
     "realised_share",
     "text_subject",
+    "typical_rows",
+    "typical_speed",
+    "typical_subject",
 ]

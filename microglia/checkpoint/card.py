@@ -6,12 +6,19 @@ from typing import Any
 
 from microglia.checkpoint.config import MicrogliaConfig
 
+KINDS = {
+    "agents": "input-adaptive agents",
+    "static": "one static mask for every prompt",
+    "signal": "each prompt's own signal, nothing learned",
+    "predictor": "one input-adaptive predictor at the first site",
+}
+
 
 def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
     """Markdown with the hub's metadata: what it belongs to, how it was trained, how it is used."""
     share = f" ({policy_parameters / config.base_parameters:.2%} of the base model)" if config.base_parameters else ""
     heads = sum(site.heads for site in config.sites)
-    kind = "input-adaptive agents" if config.policy == "agents" else "one static mask for every prompt"
+    kind = KINDS[config.policy]
     rows = {
         "base model": f"`{config.base_model}` ({config.model_class})",
         "sites × heads": f"{len(config.sites)} sites, {heads} heads",
@@ -20,6 +27,8 @@ def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
         "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill `{config.fill}`",
         "LoRA": "yes, in `adapter/`" if config.lora else "no",
     }
+    if config.promise:
+        rows["promise"] = config.promise.get("sentence", "")
     return "\n".join(
         [
             "---",

@@ -13,12 +13,17 @@ from microglia.gate import Gate
 from microglia.geometry import HeadGeometry
 from microglia.look import Look
 from microglia.models import REASONER, reasoner_path
-from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.policy import AgentPolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
 from microglia.signals import feature_size
 from microglia.sites import causal_lm, find_sites
 
 FORMAT_VERSION = 1  # raised when an older microglia could not read what a newer one writes
-POLICIES: dict[str, type[Policy]] = {"agents": AgentPolicy, "static": StaticPolicy}
+POLICIES: dict[str, type[Policy]] = {
+    "agents": AgentPolicy,
+    "static": StaticPolicy,
+    "signal": SignalPolicy,
+    "predictor": PredictorPolicy,
+}
 CHOICES = {"policy": tuple(POLICIES), "fill": ("zero", "mean"), "scope": ("answer", "all")}
 
 
@@ -43,7 +48,8 @@ class MicrogliaConfig:
 
     base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA; threshold: the dial (a head
     is kept when its logit exceeds it); template: the prompt with `{question}` that was trained on; training: dataset,
-    options and results of the training, anything that JSON holds; lora: an adapter belongs to it.
+    options and results of the training, anything that JSON holds; promise: what `calibrate` found for this threshold,
+    empty when nothing is promised; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -62,6 +68,7 @@ class MicrogliaConfig:
     scope: str = "answer"
     template: str = "{question}"
     training: dict = field(default_factory=dict)
+    promise: dict = field(default_factory=dict)
     lora: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +80,8 @@ class MicrogliaConfig:
                 f"{len(self.sites)} sites and hidden_dim={self.hidden_dim} make no policy; both must be 1 or more"
             )
         _ = self.gate, self.look, [feature_size(g.heads, self.features) for g in self.geometries]  # each checks itself
+        if self.policy == "signal":
+            SignalPolicy(self.features)
 
     @classmethod
     def describing(
@@ -87,6 +96,7 @@ class MicrogliaConfig:
         scope: str = "answer",
         template: str = "{question}",
         training: Mapping[str, Any] | None = None,
+        promise: Mapping[str, Any] | None = None,
     ) -> "MicrogliaConfig":
         """The configuration of `policy` on `model` (with LoRA when peft has wrapped it)."""
         lm, gate, look = causal_lm(model), gate or Gate(), look or Look()
@@ -108,6 +118,7 @@ class MicrogliaConfig:
             scope=scope,
             template=template,
             training=dict(training or {}),
+            promise=dict(promise or {}),
             lora=is_lora(model),
         )
 
@@ -128,7 +139,10 @@ class MicrogliaConfig:
         """An untrained policy of this kind and these sizes."""
         if self.policy == "static":
             return StaticPolicy.all_kept(self.geometries)
-        return AgentPolicy(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
+        if self.policy == "signal":
+            return SignalPolicy(self.features)
+        kind = AgentPolicy if self.policy == "agents" else PredictorPolicy
+        return kind(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
@@ -161,7 +175,7 @@ class MicrogliaConfig:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> tuple["MicrogliaConfig", dict[str, str]]:
         """The configuration and the checksums of the other files. `where` names the file in a CheckpointError."""
-        row = _parsed(data, where)
+        row = {"promise": {}, **_parsed(data, where)}  # which the first checkpoints did not have
         checksums = row.pop("sha256", None)
         if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
             raise CheckpointError(f"{where} has no SHA-256 of the files beside it; copy or save the checkpoint again")
@@ -183,7 +197,10 @@ def kind_of(policy: Policy) -> str:
     for name, kind in POLICIES.items():
         if type(policy) is kind:
             return name
-    raise ConfigError(f"a {type(policy).__name__} cannot be saved; only an AgentPolicy and a StaticPolicy can")
+    raise ConfigError(
+        f"a {type(policy).__name__} cannot be saved; only an AgentPolicy, a StaticPolicy, a SignalPolicy and a "
+        "PredictorPolicy can"
+    )
 
 
 def is_lora(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
+from microglia.cli.numbers import numbers
 from microglia.cli.verb import Outcome, progress, verb
 from microglia.errors import ConfigError
 
@@ -131,14 +132,6 @@ def of_checkpoint(folder: str, model: str | None, how: dict[str, Any], per_row: 
     lm: Any = causal_lm(system.model)
     name = system.checkpoint().config.base_model
     return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": Path(folder).name}
-
-
-def numbers(option: str, given: list[str] | None, kind: type) -> list:
-    """`["1,8", "16"]` → `[1, 8, 16]`."""
-    try:
-        return [kind(word) for text in given or () for word in text.split(",") if word.strip()]
-    except ValueError:
-        raise ConfigError(f"{option} {','.join(given or ())} was given; give numbers separated by commas") from None
 
 
 def views(report: Any) -> list[Any]:

@@ -46,9 +46,7 @@ def demo(
 
 def comparison(summary: dict[str, Any]) -> Table:
     """One line per variant; differences to dense are paired on the same problems."""
-    table = Table(
-        title=f"{summary['problems']} held-out problems", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-    )
+    table = Table(title=f"{summary['problems']} held-out problems", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name in ("dense", "pruned", "static", "random"):
@@ -72,7 +70,7 @@ def cost(summary: dict[str, Any]) -> Table:
     """What a decode step of one prompt costs, with the best that its kept heads allow."""
     dense, *_ = rows = summary["latency"]
     title = f"One prompt of {dense['context']} tokens, {dense['new_tokens']} new ones"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in ("", "ms/token", "speed-up", "95 %", "ceiling", "heads", "KV KiB"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:

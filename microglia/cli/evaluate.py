@@ -20,6 +20,12 @@ def evaluate(
     data_dir: o.DataDir = None,
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Examples.", show_default="all")] = None,
+    shots: o.Shots = 0,
+    scoring: Annotated[
+        str, typer.Option(help="generation; likelihood or likelihood-per-character of the choices.")
+    ] = "generation",
+    question_field: o.QuestionField = None,
+    answer_field: o.AnswerField = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
     path: o.GenerationPath = "compact",
@@ -37,15 +43,16 @@ def evaluate(
     microglia evaluate --model-path checkpoints --dataset arithmetic --limit 500 --output-dir results
     """
     from microglia.checkpoint import check_writable
-    from microglia.record import append_records
+    from microglia.record import append_records, circumstances
 
     if output_dir is not None:
         check_writable(output_dir)
+    task = o.task(dataset, shots, question_field, answer_field)
     system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
     try:
         with progress("evaluating") as update:
             result = system.evaluate(
-                dataset,
+                task,
                 split=split,
                 limit=limit,
                 seed=seed,
@@ -55,34 +62,37 @@ def evaluate(
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 dense=dense,
+                scoring=scoring,
                 progress=update,
             )
     except KeyboardInterrupt:
         raise Interrupted("interrupted; no result was written, start again, with a smaller --limit perhaps") from None
     answers = result.pop("answers")
+    result["circumstances"] = circumstances(next(system.model.parameters()).device)
     if output_dir is not None:
-        append_records(output_dir / "records.jsonl", records(result, next(system.model.parameters()).device, seed))
+        append_records(output_dir / "records.jsonl", records(result, seed))
         _write(output_dir / f"evaluation-{dataset}.json", finite(result))
         _write(output_dir / f"answers-{dataset}.json", answers)
     return Outcome(result, views(result))
 
 
-def records(result: dict[str, Any], device: Any, seed: int) -> list[Any]:
+def records(result: dict[str, Any], seed: int) -> list[Any]:
     """The measured numbers of an evaluation with their circumstances."""
-    from microglia.record import Record, circumstances
+    from microglia.record import Record
 
-    around = {**circumstances(device), "seed": seed}
+    around = {**result["circumstances"], "seed": seed}
+    about = {name: result[name] for name in ("dataset", "split", "shots", "scoring")}
     found = []
     for name in ("dense", "pruned"):
         for number in ("accuracy", "sparsity"):
             if name in result:
-                extra = {"model": name, "dataset": result["dataset"], "split": result["split"]}
+                extra = {"model": name, **about}
                 if number == "accuracy":
                     extra["ci95"] = result[name]["accuracy_ci95"]
                 run = result[name]
                 found.append(Record(number, run[number], "ratio", n=run["prompts"], extra=extra, **around))
     if "paired" in result:
-        extra = {"dataset": result["dataset"], "split": result["split"], **finite(result["paired"])}
+        extra = {**about, **finite(result["paired"])}
         n = result["pruned"]["prompts"]
         found.append(Record("accuracy_difference", result["paired"]["diff"], "ratio", n=n, extra=extra, **around))
     return found
@@ -97,10 +107,14 @@ def views(result: dict[str, Any]) -> list[Any]:
     table.add_row("sparsity", *(f"{r['sparsity']:.1%}" for r in runs.values()))
     table.add_row("tokens per answer", *(f"{r['mean_tokens']:.1f}" for r in runs.values()))
     table.add_row("seconds", *(f"{r['seconds']:.1f}" for r in runs.values()))
-    by = Table("difficulty", "sparsity", *(f"accuracy, {name}" for name in runs))
-    for level, sparsity in result["pruned"]["sparsity_by_difficulty"].items():
-        by.add_row(level, f"{sparsity:.1%}", *(f"{r['accuracy_by_difficulty'][level]:.1%}" for r in runs.values()))
-    parts: list[Any] = [table, by]
+    parts: list[Any] = [table]
+    for key in ("difficulty", "family"):
+        groups = result["pruned"][f"sparsity_by_{key}"]
+        by = Table(key, "sparsity", *(f"accuracy, {name}" for name in runs))
+        for group, sparsity in groups.items():
+            by.add_row(group, f"{sparsity:.1%}", *(f"{r[f'accuracy_by_{key}'][group]:.1%}" for r in runs.values()))
+        if len(groups) > 1:
+            parts.append(by)
     if pair := result.get("paired"):
         points = [100 * value for value in (pair["diff"], *pair["diff_ci95"])]
         parts.append(

@@ -1,4 +1,4 @@
-"""`microglia inspect`: where a model's heads are, or what a checkpoint holds."""
+"""`microglia inspect`: where a model's heads are, what a checkpoint holds, or which heads a prompt keeps and why."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,9 +6,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from microglia.cli import decided
 from microglia.cli import options as o
 from microglia.cli.verb import Outcome, facts, verb
-from microglia.errors import MicrogliaError
+from microglia.errors import ConfigError, MicrogliaError
 
 
 @verb
@@ -17,17 +18,52 @@ def inspect(
         str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint folder.", show_default="reasoner")
     ] = "reasoner",
     *,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Of a checkpoint: which heads this prompt keeps, and why.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", help="Picture of that: .png, .svg or .pdf.")] = None,
+    site: Annotated[int | None, typer.Option("--site", min=0, help="One site of it, head by head.")] = None,
+    keep_ratio: o.KeepRatio = None,
+    raw: Annotated[bool, typer.Option("--raw", help="The prompt is complete: no template around it.")] = False,
+    model: o.Model = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    quantize: o.Quantize = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> Outcome:
-    """Show a model's sites and geometry without loading its weights, or a checkpoint's agents.
+    """Show a model's sites and geometry without loading its weights, a checkpoint's agents, or one prompt's heads.
 
     microglia inspect Qwen/Qwen2.5-3B-Instruct
 
-    microglia inspect checkpoints
+    microglia inspect checkpoints --prompt "What is 15% of 240?" --png heads.png
     """
     from microglia.checkpoint import CONFIG
 
+    if prompt is not None:
+        system = o.load(what, model, **o.loading(device, dtype, trust_remote_code, quantize))
+        return of_prompt(system, prompt, png, site, keep_ratio, raw)
+    if png is not None or site is not None:
+        raise ConfigError("--png and --site show what a prompt keeps; say --prompt TEXT too")
     return of_checkpoint(what) if (Path(what) / CONFIG).is_file() else of_model(what, trust_remote_code)
+
+
+def of_prompt(
+    system: Any, prompt: str, png: Path | None, site: int | None, keep_ratio: float | None, raw: bool
+) -> Outcome:
+    """Every head of every site for one prompt: signals, logit and what became of it."""
+    from microglia.report.prompt import check_picture, draw_decision
+
+    if png is not None:
+        check_picture(png)
+    if site is not None and site >= len(system.sites):
+        raise ConfigError(f"--site {site} was given; the model has the sites 0 to {len(system.sites) - 1}")
+    decision = system.decide(prompt, keep_ratio=keep_ratio, raw=raw).as_json()
+    data = {"kind": "prompt", "prompt": prompt, **decision}
+    view = decided.overview(decision) if site is None else decided.of_site(decision, site)
+    if png is not None:
+        data["png"] = str(draw_decision(decision, png, title=prompt))
+        view.append(f"The picture is {png}.")
+    return Outcome(data, view)
 
 
 def of_model(source: str, trust_remote_code: bool) -> Outcome:

@@ -5,11 +5,16 @@ from typing import Annotated
 import typer
 
 from microglia import __version__
+from microglia.cli.ablate import ablate
 from microglia.cli.benchmark import benchmark
+from microglia.cli.calibrate import calibrate
+from microglia.cli.compare import compare
 from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
+from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
+from microglia.cli.report import report
 from microglia.cli.serve import serve
 from microglia.cli.train import train
 
@@ -17,10 +22,15 @@ VERBS = (
     demo,
     train,
     evaluate,
+    calibrate,
+    compare,
+    ablate,
     generate,
     benchmark,
     inspect,
+    export,
     serve,
+    report,
 )
 
 

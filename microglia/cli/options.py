@@ -19,10 +19,29 @@ CheckpointPath = Annotated[
     str | None,
     typer.Option("--model-path", "--checkpoint", help="Checkpoint: a folder that `train` wrote, or a hub id."),
 ]
-Dataset = Annotated[str, typer.Option("--dataset", help="Task: arithmetic (generated, needs no network) or gsm8k.")]
-DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Local folder with the task's JSONL files.")]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        "--dataset",
+        help="Task: arithmetic (generated, needs no network), gsm8k, svamp, math, math-500, bbh, bbh-logic, arc-easy, "
+        "arc-challenge, or jsonl, your own file.",
+    ),
+]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", help="Local folder with the task's files, or a JSONL file.", show_default="the hub"),
+]
+Shots = Annotated[int, typer.Option("--shots", min=0, help="Solved examples at the start of every prompt.")]
+QuestionField = Annotated[
+    str | None, typer.Option("--question-field", help="Of --dataset jsonl.", show_default="question")
+]
+AnswerField = Annotated[str | None, typer.Option("--answer-field", help="Of --dataset jsonl.", show_default="answer")]
 GenerationPath = Annotated[
-    str, typer.Option("--path", help="compact (heads are gone), masked (same answers, no time saved) or dense.")
+    str,
+    typer.Option(
+        "--path",
+        help="compact (heads are gone), graph (the same, captured, for GPUs), masked (no time saved) or dense.",
+    ),
 ]
 KeepRatio = Annotated[
     float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")
@@ -68,3 +87,11 @@ def load(model_path: str | None, model: str | None, **how: Any) -> Any:
     if model_path is None:
         raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
     return MicrogliaPruningSystem.from_pretrained(model_path, model, **how)
+
+
+def task(dataset: str, shots: int, question_field: str | None, answer_field: str | None) -> Any:
+    """The task of these options."""
+    from microglia.tasks import get_task
+
+    given = {"shots": shots, "question_field": question_field, "answer_field": answer_field}
+    return get_task(dataset, **{name: value for name, value in given.items() if value is not None})

@@ -1,6 +1,7 @@
 """`microglia serve`: answer over HTTP as OpenAI's API does."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,10 +75,9 @@ def serve(
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)
     app = create_app(pruned_model(system), config)
-    try:
+    with suppress(KeyboardInterrupt):  # the server has caught it first and let every answer end
         run(app, config, ready=lambda url: tell(f"microglia: serving {config.name} at {url} (Ctrl-C stops)"))
-    except KeyboardInterrupt:
-        tell("microglia: stopped; every running answer was finished")
+    tell("microglia: stopped; every running answer was finished")
     return Outcome(totals(app))
 
 

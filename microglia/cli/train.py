@@ -19,6 +19,9 @@ def train(
     output_dir: Annotated[Path, Number("--output-dir", help="Folder for the checkpoint.")] = Path("checkpoints"),
     dataset: o.Dataset = "arithmetic",
     data_dir: o.DataDir = None,
+    shots: o.Shots = 0,
+    question_field: o.QuestionField = None,
+    answer_field: o.AnswerField = None,
     num_epochs: Annotated[float | None, Number(help="Passes over the examples.", show_default="3.0")] = None,
     max_steps: Annotated[int | None, Number(help="Steps instead of epochs.", show_default="-1")] = None,
     limit: Annotated[int | None, Number(help="Training examples.", show_default="all")] = None,
@@ -104,6 +107,7 @@ def train(
     chosen["alpha"] = (given.get("alpha_min", config.alpha[0]), given.get("alpha_max", config.alpha[1]))
     chosen |= {"temperature": (temperature, temperature)} if temperature is not None else {}
     chosen |= {"noise": (noise, 0.0)} if noise is not None else {}
+    task = o.task(dataset, shots, question_field, answer_field)
     system = MicrogliaPruningSystem(
         model or "reasoner",
         num_heads,
@@ -117,7 +121,7 @@ def train(
     alpha = chosen.pop("alpha")
     try:
         result = system.train(
-            dataset, num_epochs, alpha, output_dir=output_dir, data_dir=data_dir, resume=resume, **chosen
+            task, num_epochs, alpha, output_dir=output_dir, data_dir=data_dir, resume=resume, **chosen
         )
     except KeyboardInterrupt:
         raise Interrupted(kept(output_dir)) from None

@@ -3,25 +3,30 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import DataError
-from microglia.evaluation.significance import mcnemar_exact, paired_difference, wilson_ci
+from microglia.evaluation.heads import HeadMeans
+from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
 from microglia.look import Look
 from microglia.policy import Policy
+from microglia.replay import GraphDecoder
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import render_prompt
+from microglia.tasks.prompts import example_prompt
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense."""
+    """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense.
+
+    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood.
+    """
 
     id: str
     text: str
@@ -30,14 +35,19 @@ class Answer:
     new_tokens: int
     difficulty: int
     family: str
+    choices: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Answers in the order of the examples, and the seconds that generating them took."""
+    """Answers in the order of the examples, and the seconds that generating them took.
+
+    `heads`: per site and head how often it was `kept`, and its mean signals; empty when dense.
+    """
 
     answers: tuple[Answer, ...]
     seconds: float
+    heads: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -76,14 +86,17 @@ class Evaluation:
             "sparsity": self.sparsity,
             "accuracy_by_difficulty": {str(k): v for k, v in self.accuracy_by_difficulty.items()},
             "sparsity_by_difficulty": {str(k): v for k, v in self.sparsity_by_difficulty.items()},
+            "accuracy_by_family": self.by("family", lambda a: a.correct),
             "sparsity_by_family": self.by("family", lambda a: 1 - a.keep_ratio),
             "mean_tokens": self.mean_tokens,
             "seconds": self.seconds,
+            **({"heads": self.heads} if self.heads else {}),
         }
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per answer."""
-        return [asdict(answer) for answer in self.answers]
+        rows = [asdict(answer) for answer in self.answers]
+        return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
 
 
 def evaluate(
@@ -98,20 +111,24 @@ def evaluate(
     fill: str = "zero",
     scope: str = "answer",
     path: str = "compact",
+    decoder: GraphDecoder | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
 
-    `progress(done, total)` is called after every batch. Raises DataError when there is no example.
+    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Raises
+    DataError when there is no example.
     """
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
-    prompts = [render_prompt(tokenizer, example.question, task.template) for example in examples]
+    prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
-    seconds = 0.0
+    seconds, heads = 0.0, HeadMeans()
+    if path == "graph" and decoder is None:
+        decoder = GraphDecoder(model)
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         begun = time.monotonic()
@@ -125,9 +142,11 @@ def evaluate(
             fill=fill,
             scope=scope,
             path=path,
+            decoder=decoder,
             max_new_tokens=max_new_tokens,
         )
         seconds += time.monotonic() - begun
+        heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
         counts = output.lengths(tokenizer)
         for i, text, ratio, count in zip(indices, output.texts, ratios, counts, strict=True):
@@ -137,7 +156,7 @@ def evaluate(
             )
         if progress:
             progress(len(answers), len(examples))
-    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds)
+    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds, heads.as_json())
 
 
 def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
@@ -150,6 +169,16 @@ def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
     ours, theirs = [a.correct for a in pruned.answers], [a.correct for a in dense.answers]
     difference = paired_difference(ours, theirs)
     return {"diff": difference.diff, "diff_ci95": list(difference.ci95), "p_value": mcnemar_exact(ours, theirs)}
+
+
+def follows_difficulty(pruned: Evaluation) -> dict[str, Any]:
+    """Rank correlation of a problem's steps and its sparsity; None where every problem lost the same heads."""
+    sparsity = [1 - answer.keep_ratio for answer in pruned.answers]
+    steps = [answer.difficulty for answer in pruned.answers]
+    if len(steps) < 3 or len(set(sparsity)) < 2 or len(set(steps)) < 2:
+        return {"rank_correlation": None, "ci95": None}
+    found = spearman_ci(steps, sparsity)
+    return {"rank_correlation": found.rho, "ci95": list(found.ci95)}
 
 
 def _mean(values: Sequence[float]) -> float:

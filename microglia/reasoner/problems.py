@@ -1,9 +1,9 @@
 """A seeded generator of multi-step arithmetic word problems in GSM8K's form.
 
 Each problem has a question, worked steps and `#### answer`. A worked step is a line, `word: a+b=c`; its word comes from
-the sentence that it works on (who, what happened, which day), so that a reader, and a small model, can see which is
-done and which is next. The number of worked steps, 1 to 8, is the difficulty. The text is ours; the form (question,
-steps, `####`) is that of Cobbe et al. 2021, GSM8K.
+the sentence that it works on (who, what, which day). What happens one after the other is told with words for its order
+(First, Second, Monday), which a model of this size needs to keep count (docs/log.md). The number of worked steps, 1 to
+8, is the difficulty. The text is ours; the form (question, steps, `####`) is that of Cobbe et al. 2021, GSM8K.
 
 Splits are disjoint by numbers, not only by wording: the sequence of numbers in the worked steps decides the split, so
 no test problem, nor any rewording of one with other names, objects or distractors, occurs in training.
@@ -25,11 +25,12 @@ NAMES = {
 THINGS = "apples pears stamps coins books pens cards shells marbles stickers beads buttons cookies plums roses".split()
 BOXES = "boxes bags baskets crates jars shelves drawers packs".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+ORDINALS = "First Second Third Fourth Fifth Sixth Seventh Eighth".split()
 PLACES = "the park,the market,the garden,the school,the library,the station".split(",")
 PERCENTS = (5, 10, 20, 25, 30, 40, 50, 60, 75, 80, 90)
 
-MAX_SUM = 999  # largest value of a running quantity; products may reach MAX_PRODUCT
-MAX_PRODUCT = 2000
+MAX_SUM = 300  # largest value of a running quantity; products may reach MAX_PRODUCT
+MAX_PRODUCT = 500
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,17 @@ class DeadEnd(Exception):
 
 @dataclass
 class _Chain:
-    """A running quantity, the sentences that changed it and the lines that computed it."""
+    """A running quantity, the lines that computed it and how many events have changed it."""
 
     rng: random.Random
     value: int
     lines: list[str]
+    events: int = 0
+
+    def moment(self) -> str:
+        """The word for when the next event happens."""
+        self.events += 1
+        return ORDINALS[self.events - 1]
 
     def compute(self, operator: str, other: int, *, label: str, left: int | None = None) -> int:
         """Append `label: a+b=c`, or -, *, /, and make c the running value; DeadEnd when c is out of range."""
@@ -75,7 +82,7 @@ def _people(rng: random.Random, count: int) -> list[tuple[str, str]]:
     return rng.sample(everyone, count)
 
 
-def _number(rng: random.Random, low: int = 2, high: int = 99) -> int:
+def _number(rng: random.Random, low: int = 2, high: int = 60) -> int:
     """Small numbers more often than large ones, so that chains stay in range and carries still occur."""
     return rng.randint(low, rng.choice((min(high, 20), high)))
 
@@ -94,29 +101,27 @@ def _percent(rng: random.Random, value: int) -> int:
     return rng.choice(choices)
 
 
-def _event(chain: _Chain, thing: str, other: str, label: str | None = None) -> str:
-    """Change the running quantity by one calculation and return the clause that tells of it (no subject).
-
-    The line is labelled with the clause's verb unless a label is given.
-    """
+def _event(chain: _Chain, who: str, thing: str, other: str, day: str | None = None) -> str:
+    """Change the running quantity by one calculation and return the sentence that tells of it, next or on a day."""
     rng = chain.rng
     kind = rng.choice("gain gain lose lose double triple half".split())
     if kind == "gain":
         operator, n = "+", _number(rng)
         clause = rng.choice((f"buys {n} more {thing}", f"finds {n} {thing}", f"gets {n} {thing} from {other}"))
     elif kind == "lose":
-        operator, n = "-", _number(rng, high=min(99, max(2, chain.value - 1)))
+        operator, n = "-", _number(rng, high=min(60, max(2, chain.value - 1)))
         clause = rng.choice((f"loses {n} {thing}", f"gives {n} {thing} to {other}", f"sells {n} {thing}"))
     elif kind == "half":
         operator, n = "/", 2
         clause = rng.choice((f"gives half of the {thing} to {other}", f"sells half of the {thing}"))
     else:
         operator, n = "*", 2 if kind == "double" else 3
-        if chain.value * n > 400:
+        if chain.value * n > 200:
             raise DeadEnd
         clause = f"{'doubles' if n == 2 else 'triples'} the number of {thing}"
-    chain.compute(operator, n, label=label or clause.split()[0])
-    return clause
+    moment = day or chain.moment()
+    chain.compute(operator, n, label=moment)
+    return f"On {day} {who} {clause}." if day else f"{moment}, {who} {clause}."
 
 
 def _change(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -124,11 +129,7 @@ def _change(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     thing = rng.choice(THINGS)
     chain = _Chain(rng, _number(rng, 5), [])
     told = [f"{name} has {chain.value} {thing}."]
-    for index in range(steps):
-        subject = rng.choice((name, pronoun.capitalize())) if index else pronoun.capitalize()
-        told.append(
-            f"{rng.choice(('Then ', '')) + subject if subject == name else subject} {_event(chain, thing, other)}."
-        )
+    told += [_event(chain, rng.choice((name, pronoun)), thing, other) for _ in range(steps)]
     return told, f"How many {thing} does {name} have now?", chain
 
 
@@ -141,9 +142,9 @@ def _intermediate(rng: random.Random, steps: int) -> tuple[list[str], str, _Chai
         raise DeadEnd
     chain = _Chain(rng, _number(rng, 5), [])
     told = [f"{name} has {chain.value} {thing}."]
-    told += [f"On {DAYS[i]} {pronoun} {_event(chain, thing, other, DAYS[i])}." for i in range(steps)]
+    told += [_event(chain, pronoun, thing, other, DAYS[i]) for i in range(steps)]
     beyond = _Chain(rng, chain.value, [])
-    told += [f"On {DAYS[steps + i]} {pronoun} {_event(beyond, thing, other)}." for i in range(extra)]
+    told += [_event(beyond, pronoun, thing, other, DAYS[steps + i]) for i in range(extra)]
     return told, f"How many {thing} does {name} have at the end of {DAYS[steps - 1]}?", chain
 
 
@@ -162,18 +163,18 @@ def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
         target = chain if index <= relations else _Chain(rng, has[-1], [])
         kind = rng.choice("more more fewer fewer times half".split())
         if kind in ("more", "fewer"):
-            n = _number(rng, high=99 if kind == "more" else min(99, max(2, has[-1] - 1)))
+            n = _number(rng, high=60 if kind == "more" else min(60, max(2, has[-1] - 1)))
             target.compute("+" if kind == "more" else "-", n, label=name, left=has[-1])
-            told.append(f"{name} has {n} {kind} {thing} than {before}.")
+            told.append(f"Compared with {before}, {name} has {n} {kind} {thing}.")
         elif kind == "times":
             factor = rng.randint(2, 5)
-            if has[-1] * factor > 400:
+            if has[-1] * factor > 200:
                 raise DeadEnd
             target.compute("*", factor, label=name, left=has[-1])
-            told.append(f"{name} has {factor} times as many {thing} as {before}.")
+            told.append(f"Compared with {before}, {name} has {factor} times as many {thing}.")
         else:
             target.compute("/", 2, label=name, left=has[-1])
-            told.append(f"{name} has half as many {thing} as {before}.")
+            told.append(f"Compared with {before}, {name} has half as many {thing}.")
         has.append(target.value)
     if not together:
         return told, f"How many {thing} does {people[relations]} have?", chain
@@ -192,15 +193,14 @@ def _groups(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     chain = _Chain(rng, 0, [])
     told, products = [], []
     for index, box in enumerate(boxes):
-        count, each = rng.randint(2, 12), rng.randint(2, 20)
+        count, each = rng.randint(2, 9), rng.randint(2, 12)
         products.append(chain.compute("*", each, label=box, left=count))
         told.append(f"{pronoun.capitalize() if index else name} has {count} {box} with {each} {thing} each.")
     total = products[0]
     for product in products[1:]:
         total = chain.compute("+", product, label="total", left=total)
     chain.value = total
-    for _ in range(steps - 2 * kinds + 1):
-        told.append(f"{pronoun.capitalize()} {_event(chain, thing, other)}.")
+    told += [_event(chain, pronoun, thing, other) for _ in range(steps - 2 * kinds + 1)]
     return told, f"How many {thing} does {name} have now?", chain
 
 
@@ -211,51 +211,47 @@ def _share(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     before = rng.randint(0, steps - 1)
     chain = _Chain(rng, _number(rng, 12), [])
     told = [f"{name} has {chain.value} {thing}."]
-    told += [f"{pronoun.capitalize()} {_event(chain, thing, other)}." for _ in range(before)]
+    told += [_event(chain, pronoun, thing, other) for _ in range(before)]
     friends = _divisor(rng, chain.value)
     chain.compute("/", friends, label="each")
     told.append(
         f"{pronoun.capitalize()} shares the {thing} equally among {friends} friends, and {friend} is one of them."
     )
-    told += [f"Then {friend} {_event(chain, thing, other)}." for _ in range(steps - before - 1)]
+    told += [_event(chain, friend, thing, other) for _ in range(steps - before - 1)]
     return told, f"How many {thing} does {friend} have now?", chain
 
 
 def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     """So many an hour, hours a day, days; then what is lost, sold and paid."""
     thing = rng.choice(THINGS)
-    rate = rng.randint(2, 15)
+    rate = rng.randint(2, 12)
     chain = _Chain(rng, rate, [])
     told = [f"A machine makes {rate} {thing} an hour."]
-    hours = rng.randint(2, 9)
+    hours = rng.randint(2, 8)
     chain.compute("*", hours, label="a day")
     told.append(f"It works {hours} hours a day.")
     question = f"How many {thing} does it make in a day?"
-    done = 1
-    if steps > done:
-        days = rng.randint(2, 9)
+    if steps > 1:
+        days = rng.randint(2, 5)
         chain.compute("*", days, label="in all")
         told.append(f"It works for {days} days.")
         question = f"How many {thing} does it make in all?"
-        done += 1
-    good = steps - done
-    for _ in range(good):
-        kind = rng.choice(("broken", "more", "boxes")) if chain.value < 800 else "boxes"
+    for _ in range(steps - 2):
+        moment = chain.moment()
+        kind = rng.choice(("broken", "more", "parts"))
         if kind == "broken":
-            n = _number(rng, high=min(99, max(2, chain.value - 1)))
-            chain.compute("-", n, label="break")
-            told.append(f"Then {n} {thing} break.")
-            question = f"How many {thing} are left?"
+            n = _number(rng, high=min(60, max(2, chain.value - 1)))
+            chain.compute("-", n, label=moment)
+            told.append(f"{moment}, {n} {thing} break.")
         elif kind == "more":
             n = _number(rng)
-            chain.compute("+", n, label="added")
-            told.append(f"Then {n} {thing} are added.")
-            question = f"How many {thing} are left?"
+            chain.compute("+", n, label=moment)
+            told.append(f"{moment}, {n} {thing} are added.")
         else:
             parts = _divisor(rng, chain.value)
-            chain.compute("/", parts, label="kept")
-            told.append(f"The {thing} are split into {parts} equal parts, and one part is kept.")
-            question = f"How many {thing} are left?"
+            chain.compute("/", parts, label=moment)
+            told.append(f"{moment}, the {thing} are split into {parts} equal parts, and one part is kept.")
+        question = f"How many {thing} are left?"
     return told, question, chain
 
 
@@ -263,11 +259,11 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
     """p % of the running quantity leaves or comes (two calculations each), with single changes between."""
     (name, pronoun), (other, _) = _people(rng, 2)
     thing = rng.choice(THINGS)
-    chain = _Chain(rng, 10 * rng.randint(2, 40) if rng.random() < 0.7 else 20 * rng.randint(1, 20), [])
+    chain = _Chain(rng, 10 * rng.randint(2, 20) if rng.random() < 0.7 else 20 * rng.randint(1, 10), [])
     told = [f"{name} has {chain.value} {thing}."]
     if steps == 1:
         p = _percent(rng, chain.value)
-        _part(chain, p)
+        _part(chain, p, "part")
         return told, f"How many {thing} are {p}% of the {thing}?", chain
     left = steps
     while left:
@@ -275,26 +271,23 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
             p = _percent(rng, chain.value)
             if p > 80 and left > 2:
                 raise DeadEnd
-            whole = chain.value
-            part = _part(chain, p)
+            whole, moment = chain.value, chain.moment()
+            part = _part(chain, p, f"{moment} part")
             grows = rng.random() < 0.4
-            chain.compute("+" if grows else "-", part, label="buys" if grows else "sells", left=whole)
-            told.append(
-                f"{pronoun.capitalize()} buys {p}% more {thing}."
-                if grows
-                else f"{pronoun.capitalize()} sells {p}% of the {thing}."
-            )
+            chain.compute("+" if grows else "-", part, label=moment, left=whole)
+            change = f"buys {p}% more {thing}" if grows else f"sells {p}% of the {thing}"
+            told.append(f"{moment}, {pronoun} {change}.")
             left -= 2
         else:
-            told.append(f"{pronoun.capitalize()} {_event(chain, thing, other)}.")
+            told.append(_event(chain, pronoun, thing, other))
             left -= 1
     return told, f"How many {thing} does {name} have now?", chain
 
 
-def _part(chain: _Chain, percent: int) -> int:
-    """Append `part: p% of a=c` and make c the running value."""
+def _part(chain: _Chain, percent: int, label: str) -> int:
+    """Append `label: p% of a=c` and make c the running value."""
     part = chain.value * percent // 100
-    chain.lines.append(f"part: {percent}% of {chain.value}={part}")
+    chain.lines.append(f"{label}: {percent}% of {chain.value}={part}")
     chain.value = part
     return part
 
@@ -305,13 +298,13 @@ def _bare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
         raise DeadEnd
     operator = rng.choice("+-*/%")
     if operator == "%":
-        whole = 10 * rng.randint(2, 60)
+        whole = 10 * rng.randint(2, 30)
         chain = _Chain(rng, whole, [])
         p = rng.choice([p for p in (*PERCENTS, 15, 35, 45, 70) if whole * p % 100 == 0] or [10])
-        _part(chain, p)
+        _part(chain, p, "part")
         return [], f"What is {p}% of {whole}?", chain
-    a = rng.randint(2, 20) if operator == "*" else _number(rng, 4, 300)
-    b = rng.randint(2, 12) if operator == "*" else _divisor(rng, a) if operator == "/" else _number(rng, 2, 99)
+    a = rng.randint(2, 12) if operator == "*" else _number(rng, 4, 200)
+    b = rng.randint(2, 12) if operator == "*" else _divisor(rng, a) if operator == "/" else _number(rng)
     chain = _Chain(rng, a, [])
     chain.compute(operator, b, label="result")
     word = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}[operator]

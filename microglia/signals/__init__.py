@@ -1,7 +1,15 @@
 """Per-head statistics of a prompt: pure functions of tensors."""
 
-from microglia.signals.entropy import attention_entropy
-from microglia.signals.features import SIGNALS, feature_size, stack_features
+from microglia.signals.entropy import Queries, attention_entropy
+from microglia.signals.features import SIGNALS, feature_size, split_features, stack_features
 from microglia.signals.norm import mean_norm
 
-__all__ = ["SIGNALS", "attention_entropy", "feature_size", "mean_norm", "stack_features"]
+__all__ = [
+    "SIGNALS",
+    "Queries",
+    "attention_entropy",
+    "feature_size",
+    "mean_norm",
+    "split_features",
+    "stack_features",
+]

@@ -24,6 +24,12 @@ def feature_size(heads: int, features: str) -> int:
     return heads * len(selected(features))
 
 
+def split_features(features: Tensor, selected_as: str = "both") -> dict[str, Tensor]:
+    """Features (B, F) → their signals by name, (B, H) each: what `stack_features` made them of."""
+    names = selected(selected_as)
+    return dict(zip(names, features.chunk(len(names), dim=-1), strict=True))
+
+
 def stack_features(signals: Mapping[str, Tensor], features: str = "both") -> Tensor:
     """Signals by name, (B, H) each → features (B, 2·H), or (B, H) when one signal is selected."""
     return torch.cat([signals[name] for name in selected(features)], dim=-1)

@@ -1,5 +1,6 @@
 """Activation norm: how much each head writes, on average over the prompt."""
 
+import torch
 from torch import Tensor
 
 
@@ -8,6 +9,8 @@ def mean_norm(outputs: Tensor, tokens: Tensor) -> Tensor:
 
     `outputs` (B, T, H, D); `tokens` (B, T), true at prompt tokens (not at padding). Returns (B, H) in float32.
     """
-    norms = outputs.float().norm(dim=-1)  # (B, T, H)
+    # Half precision is summed in float32 without a copy of the outputs; float64 stays and is rounded at the end.
+    exact = torch.promote_types(outputs.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=exact).float()  # (B, T, H)
     weight = tokens.to(norms.dtype)
     return (norms * weight[..., None]).sum(1) / weight.sum(1).clamp(min=1)[:, None]

@@ -3,7 +3,7 @@
 from microglia.sites.families import FAMILIES
 from microglia.sites.find import causal_lm, check_head_count, find_sites
 from microglia.sites.layouts import Fused, Separate
-from microglia.sites.site import Site, View, replaced_attention, stock_attention
+from microglia.sites.site import Site, View, replaced_attention, stock_attention, with_attention
 
 __all__ = [
     "FAMILIES",
@@ -16,4 +16,5 @@ __all__ = [
     "find_sites",
     "replaced_attention",
     "stock_attention",
+    "with_attention",
 ]

@@ -71,6 +71,12 @@ def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Ten
     return module.config.microglia_attention(module, *args, **kwargs)  # type: ignore[union-attr, operator]
 
 
+def with_attention(config: Any, function: AttentionFunction, **changes: Any) -> View:
+    """A view of an attention layer's config by which the layer calls `function` (see `replaced_attention`)."""
+    AttentionInterface.register(_NAME, _dispatch)
+    return View(config, _attn_implementation=_NAME, microglia_attention=function, **changes)
+
+
 @contextmanager
 def replaced_attention(site: Site, function: AttentionFunction) -> Iterator[None]:
     """Let the site's module call `function(module, q, k, v, mask, **kwargs)` instead of its stock attention.
@@ -78,10 +84,8 @@ def replaced_attention(site: Site, function: AttentionFunction) -> Iterator[None
     q is `(B, H, T, D)`, k and v `(B, G, Tk, D)`, after rotary embedding and cache update. Only this module sees another
     config; masks are still made by the model for its own back end.
     """
-    AttentionInterface.register(_NAME, _dispatch)
     config = site.attention.config
-    view = View(config, _attn_implementation=_NAME, microglia_attention=function)
-    site.attention.config = view  # type: ignore[assignment]
+    site.attention.config = with_attention(config, function)  # type: ignore[assignment]
     try:
         yield
     finally:

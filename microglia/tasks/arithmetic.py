@@ -24,6 +24,13 @@ class ArithmeticTask(Task):
         Raises ConfigError for an unknown split, a limit below 1, or a data_dir, as there is nothing to read.
         """
         self.check(split, limit)
+        return self.with_shots(self._drawn(split, DEFAULT_LIMIT if limit is None else limit, seed, data_dir), data_dir)
+
+    def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
+        """The first of the endless problems of a split."""
+        return self._drawn(split, DEFAULT_LIMIT, 0, data_dir)
+
+    def _drawn(self, split: str, count: int, seed: int, data_dir: Path | str | None) -> list[Example]:
         if data_dir is not None:
             raise ConfigError(
                 f"data_dir is {str(data_dir)!r} but the arithmetic task is generated and reads no files; leave it out"
@@ -37,5 +44,5 @@ class ArithmeticTask(Task):
                 difficulty=problem.steps,
                 family=problem.family,
             )
-            for index, problem in enumerate(problems(split, DEFAULT_LIMIT if limit is None else limit, seed=seed))
+            for index, problem in enumerate(problems(split, count, seed=seed))
         ]

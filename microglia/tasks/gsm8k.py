@@ -3,20 +3,17 @@
 The data have no validation split; ours is carved out of train by a fixed shuffle, and our train goes without it.
 """
 
-import random
 import re
 from pathlib import Path
 from typing import ClassVar
 
 from microglia.errors import DataError
 from microglia.tasks.answers import normalise_answer
-from microglia.tasks.base import Example, Task, sample
-from microglia.tasks.rows import read_rows
+from microglia.tasks.base import Example, Task, without_validation
+from microglia.tasks.rows import hub_rows, read_rows
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
 FIELDS = ("question", "answer")
-VALIDATION_SIZE = 500
-VALIDATION_SEED = 8  # fixed for good: another value would move examples between train and validation
 CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
@@ -26,31 +23,20 @@ class Gsm8kTask(Task):
     name: ClassVar[str] = "gsm8k"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
 
-    def load(
-        self, split: str, *, limit: int | None = None, seed: int = 0, data_dir: Path | str | None = None
-    ) -> list[Example]:
+    def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
         """The examples of a split, from `data_dir` (a folder with train.jsonl and test.jsonl) or from the hub.
 
-        limit draws that many with `seed`; None gives the whole split in the order of the file. The calculator
-        annotations `<<2*3=6>>` are taken out of the answers: nobody wants to read or decode them.
-        Raises ConfigError for an unknown split or a limit below 1, DataError when files or fields are missing, an
-        answer does not end in `#### number`, or the hub cannot be reached.
+        The calculator annotations `<<2*3=6>>` are taken out of the answers: nobody wants to read or decode them.
+        Raises DataError when files or fields are missing, an answer does not end in `#### number`, or the hub cannot be
+        reached.
         """
-        self.check(split, limit)
         source = "test" if split == "test" else "train"
-        rows = _rows_from_hub(source) if data_dir is None else _rows_from_folder(Path(data_dir), source)
+        if data_dir is None:
+            rows = hub_rows(HUB_ID, HUB_CONFIG, source, "train.jsonl and test.jsonl")
+        else:
+            rows = _rows_from_folder(Path(data_dir), source)
         examples = [_example(row, source, index) for index, row in enumerate(rows)]
-        if split != "test":
-            held_out = _validation_indices(len(examples))
-            examples = [e for index, e in enumerate(examples) if (index in held_out) == (split == "validation")]
-        return sample(examples, limit, seed)
-
-
-def _validation_indices(count: int) -> frozenset[int]:
-    """Which of `count` training rows are held out: 500, or a tenth of a small file. Depends on `count` alone."""
-    order = list(range(count))
-    random.Random(VALIDATION_SEED).shuffle(order)
-    return frozenset(order[count - min(VALIDATION_SIZE, max(1, count // 10)) :])
+        return examples if split == "test" else without_validation(examples, split)
 
 
 def _example(row: dict[str, str], source: str, index: int) -> Example:
@@ -77,15 +63,3 @@ def _rows_from_folder(folder: Path, source: str) -> list[dict[str, str]]:
     if len(rows) < 2:
         raise DataError(f"{path} holds {len(rows)} example(s) but at least 2 are needed; give the whole file")
     return rows
-
-
-def _rows_from_hub(source: str) -> list[dict[str, str]]:
-    try:
-        from datasets import load_dataset  # here, since importing it takes seconds and a local folder does without
-
-        return [{key: str(row[key]) for key in FIELDS} for row in load_dataset(HUB_ID, HUB_CONFIG, split=source)]
-    except Exception as error:  # datasets, huggingface_hub and httpx raise some twenty unrelated types here
-        raise DataError(
-            f"GSM8K could not be loaded from the hub as {HUB_ID} ({type(error).__name__}: {error}); "
-            "go online, or give --data-dir (data_dir=) a folder with train.jsonl and test.jsonl"
-        ) from error

@@ -7,9 +7,12 @@ A chat template writes its own special tokens, a begin-of-text token often among
 the prompt's own tokens, whatever a tokeniser would merge across the boundary.
 """
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError, DataError
+from microglia.tasks.base import Example
 
 
 def uses_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -23,15 +26,42 @@ def check_characters(prompt: str) -> None:
         raise DataError("a prompt holds half of a surrogate pair, which is no character; give it valid Unicode")
 
 
-def render_prompt(tokenizer: PreTrainedTokenizerBase, question: str, template: str) -> str:
+def render_prompt(
+    tokenizer: PreTrainedTokenizerBase, question: str, template: str, shots: Sequence[tuple[str, str]] = ()
+) -> str:
     """The prompt of one question: its chat message up to where the assistant speaks, or else `template` filled in.
 
-    template: plain text with `{question}`, used only for a tokenizer without a chat template.
+    template: plain text with `{question}`, used only for a tokenizer without a chat template. shots: questions and
+    answers that come first, as earlier turns of the chat or as filled templates with a blank line after each.
     Raises ConfigError for a template without `{question}` or with other fields.
     """
     if uses_chat_template(tokenizer):
-        message = [{"role": "user", "content": question}]
-        return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        turns = [turn for shot in shots for turn in zip(("user", "assistant"), shot, strict=True)]
+        messages = [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    solved = [f"{_filled(template, asked)} {answer}\n\n" for asked, answer in shots]
+    return "".join([*solved, _filled(template, question)])
+
+
+def example_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template: str) -> str:
+    """The prompt of an example with its shots."""
+    return render_prompt(tokenizer, example.question, template, [(s.question, s.answer) for s in example.shots])
+
+
+def choice_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template: str) -> str:
+    """The prompt after which each choice's text is scored: the question alone, no list of choices.
+
+    Raises ConfigError for an example that has no choices.
+    """
+    if example.choices is None:
+        raise ConfigError(
+            f"example {example.id} has no choices to score; choose a task with choices, or scoring='generation'"
+        )
+    shots = [(c.question, c.texts[c.gold]) for c in (shot.choices for shot in example.shots) if c is not None]
+    return render_prompt(tokenizer, example.choices.question, template, shots)
+
+
+def _filled(template: str, question: str) -> str:
     try:
         prompt = template.format(question=question)
         has_question = template.format(question="\0") != template.format(question="\1")

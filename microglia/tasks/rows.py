@@ -1,15 +1,17 @@
-"""Reading a JSON-lines file of examples, so that every task names file, line and field in the same way."""
+"""Reading rows of examples, from JSON lines or from the hub, so that every task names file, line and field alike."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from microglia.errors import DataError
 
 
-def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
-    """The rows of a JSON-lines file, each with at least the `required` text fields; blank lines are skipped.
+def read_rows(path: Path, required: tuple[str, ...], *, texts: bool = True) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, each with at least the `required` fields; blank lines are skipped.
 
-    Raises DataError naming file, line and field when a line is not an object that has them.
+    texts: the required fields must be texts. Raises DataError naming file, line and field when they are not, or when a
+    line is not an object that has them.
     """
     rows = []
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
@@ -27,7 +29,31 @@ def read_rows(path: Path, required: tuple[str, ...]) -> list[dict[str, str]]:
             for key in required:
                 if key not in row:
                     raise DataError(f"{where} has no field {key!r}; every line needs {', '.join(required)}, so add it")
-                if not isinstance(row[key], str):
+                if texts and not isinstance(row[key], str):
                     raise DataError(f"{where} has {row[key]!r} as {key!r}, which must be a text; put it in quotes")
             rows.append(row)
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises DataError naming the file when it is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); download it again") from error
+
+
+def hub_rows(repository: str, name: str | None, split: str, instead: str) -> list[dict[str, Any]]:
+    """The rows of a split of a data set on the hub, configuration `name`. `instead`: what a local folder must hold.
+
+    Raises DataError when the hub cannot be reached.
+    """
+    try:
+        from datasets import load_dataset  # here, since importing it takes seconds and a local folder does without
+
+        return list(load_dataset(repository, name, split=split))
+    except Exception as error:  # each cause below datasets has its own type, offline and firewalls among them
+        raise DataError(
+            f"{repository} could not be loaded from the Hugging Face hub ({type(error).__name__}: {error}); "
+            f"go online, or give --data-dir (data_dir=) a folder with {instead}"
+        ) from error

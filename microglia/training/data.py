@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import DataError
 from microglia.tasks.base import Example
-from microglia.tasks.prompts import generated_answer_prefix, render_prompt, uses_chat_template
+from microglia.tasks.prompts import example_prompt, generated_answer_prefix, uses_chat_template
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def encode(
 ) -> Dataset:
     """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
     special = not uses_chat_template(tokenizer)
-    prompts = tokenizer([render_prompt(tokenizer, e.question, template) for e in examples], add_special_tokens=special)
+    prompts = tokenizer([example_prompt(tokenizer, e, template) for e in examples], add_special_tokens=special)
     prefix = generated_answer_prefix(tokenizer)
     answers = tokenizer([prefix + e.answer for e in examples], add_special_tokens=False)
     rows: dict[str, list[Any]] = {"prompt": prompts["input_ids"], "answer": []}

@@ -29,7 +29,7 @@ from microglia.training.progress import Report
 from microglia.training.trainer import PruningTrainer, Trained, load_trained
 
 STATISTICS_PROMPTS = 256
-TOLD = "training_config.json"
+TOLD, HISTORY = "training_config.json", "history.json"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,9 @@ def train(
             _checkpointing(lm, "disable")
         model.requires_grad_(False)
         model.eval()
-    return TrainingResult(policy.eval(), model, trainer.state.log_history, time.monotonic() - started)
+    history = trainer.state.log_history
+    (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
+    return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
 
 
 def _last_whole_checkpoint(folder: Path) -> Path | None:

@@ -42,33 +42,26 @@ def answer_logits(
             return _one_pass(lm, batch), trace
     if whole is not None:
         with attached(lm, policy, gate=gate, look=look, pruning=_decided_only) as trace, torch.no_grad():
-            _read_prompt(lm, batch, use_cache=False)
+            read_prompt(lm, batch, use_cache=False)
         where = torch.cat([torch.zeros_like(batch.prompt_mask), batch.answer_mask[:, :-1]], 1).bool()
         whole.enter_context(gated(find_sites(lm), trace.keep, where=where))
         return _one_pass(lm, batch), trace
     model_trains = any(p.requires_grad for p in lm.parameters())
     with attached(lm, policy, gate=gate, look=look, fill=fill) as trace:
         with torch.set_grad_enabled(model_trains and torch.is_grad_enabled()):
-            first = _read_prompt(lm, batch)
-        mask = torch.cat([batch.prompt_mask, batch.answer_mask[:, :-1]], 1)
-        output = lm(
-            input_ids=batch.answer[:, :-1],
-            attention_mask=mask,
-            position_ids=positions(mask)[:, batch.prompt.shape[1] :],
-            past_key_values=first.past_key_values,
-            use_cache=True,
-        )
-    return torch.cat([first.logits, output.logits], 1), trace
+            first = read_prompt(lm, batch)
+        return write_answer(lm, batch, first), trace
 
 
 def prompt_features(lm: nn.Module, batch: Batch, policy: Policy, look: Look) -> list[Tensor]:
     """Features (B, F) of every site for the batch's prompts."""
     with attached(lm, policy, look=look, pruning=_decided_only) as trace, torch.no_grad():
-        _read_prompt(lm, batch)
+        read_prompt(lm, batch)
     return trace.features
 
 
-def _read_prompt(lm: nn.Module, batch: Batch, *, use_cache: bool = True) -> Any:
+def read_prompt(lm: nn.Module, batch: Batch, *, use_cache: bool = True) -> Any:
+    """The model's output for the batch's prompts: the last position's logits (B, 1, V) and the cache."""
     return lm(
         input_ids=batch.prompt,
         attention_mask=batch.prompt_mask,
@@ -76,6 +69,19 @@ def _read_prompt(lm: nn.Module, batch: Batch, *, use_cache: bool = True) -> Any:
         use_cache=use_cache,
         logits_to_keep=1,
     )
+
+
+def write_answer(lm: nn.Module, batch: Batch, first: Any) -> Tensor:
+    """Logits (B, N, V) that predict the answer's tokens, from the cache of `first`, what the prompts gave."""
+    mask = torch.cat([batch.prompt_mask, batch.answer_mask[:, :-1]], 1)
+    output = lm(
+        input_ids=batch.answer[:, :-1],
+        attention_mask=mask,
+        position_ids=positions(mask)[:, batch.prompt.shape[1] :],
+        past_key_values=first.past_key_values,
+        use_cache=True,
+    )
+    return torch.cat([first.logits, output.logits], 1)
 
 
 def _one_pass(lm: nn.Module, batch: Batch) -> Tensor:

@@ -160,7 +160,8 @@ class PruningTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
-            adapters = {id(p) for name, p in (model or self.model).named_parameters() if "lora_" in name}
+            trained: Any = self.model if model is None else model
+            adapters = {id(p) for name, p in trained.named_parameters() if "lora_" in name}
             for group in list(optimizer.param_groups):
                 lora = [p for p in group["params"] if id(p) in adapters]
                 if lora:

@@ -56,6 +56,7 @@ def test_train_writes_a_checkpoint_and_says_so(trained):
     assert data["training"]["config"]["alpha"] == [0.02, 0.2]
     assert 0 < data["agent_share"] < 1
     assert (folder / "agents.safetensors").is_file()
+    assert json.loads((folder / "history.json").read_text())[-1]["step"] == 2
 
 
 def test_evaluate_compares_and_writes_records(trained, tmp_path):
@@ -64,6 +65,9 @@ def test_evaluate_compares_and_writes_records(trained, tmp_path):
     data = only_json(result)
     assert data["pruned"]["prompts"] == data["dense"]["prompts"] == 2
     assert "diff_ci95" in data["paired"]
+    assert [len(site) for site in data["pruned"]["heads"]["kept"]] == [8, 8]
+    assert "heads" not in data["dense"]
+    assert "command" in data["circumstances"]
     names = [(r.name, r.extra.get("model")) for r in read_records(tmp_path / "records.jsonl")]
     assert names.count(("accuracy", "pruned")) == names.count(("accuracy_difference", None)) == 1
     assert json.loads((tmp_path / "evaluation-arithmetic.json").read_text()) == data
@@ -73,6 +77,30 @@ def test_evaluate_compares_and_writes_records(trained, tmp_path):
     assert table.exit_code == 0
     assert "accuracy (95 % interval)" in table.stdout
     assert "pruned minus dense" in table.stdout
+
+
+def test_evaluate_and_train_read_the_users_own_file_with_shots(trained, model, tmp_path):
+    rows = [{"ask": f"{n} + {n} =", "say": f"#### {2 * n}"} for n in range(30)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = ["--dataset", "jsonl", "--data-dir", tmp_path / "mine.jsonl", "--question-field", "ask"]
+    flags = [*file, "--answer-field", "say", "--shots", 2, "--limit", 3]
+    data = only_json(run("evaluate", "--model-path", trained[0], *flags, "--max-new-tokens", 3, "--json"))
+    assert (data["dataset"], data["shots"], data["scoring"], data["pruned"]["prompts"]) == ("jsonl", 2, "generation", 3)
+    steps = "--max-steps 1 --batch-size 2 --eval-limit 2 --hidden-dim 8 --json".split()
+    data = only_json(run("train", "--model", model, "--output-dir", tmp_path / "run", *flags, *steps))
+    assert data["dataset"] == "jsonl"
+
+
+def test_evaluate_scores_choices(trained, tmp_path):
+    texts = [{"text": "red", "label": "A"}, {"text": "a longer green", "label": "B"}]
+    rows = [{"id": str(n), "question": {"stem": f"Which {n}?", "choices": texts}, "answerKey": "B"} for n in range(3)]
+    (tmp_path / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = ["--model-path", trained[0], "--dataset", "arc-easy", "--data-dir", tmp_path, "--output-dir", tmp_path]
+    data = only_json(run("evaluate", *place, "--scoring", "likelihood-per-character", "--json"))
+    assert data["scoring"] == "likelihood-per-character"
+    answers = json.loads((tmp_path / "answers-arc-easy.json").read_text())
+    assert [len(row["choices"]) for row in answers["pruned"]] == [2, 2, 2]
+    assert read_records(tmp_path / "records.jsonl")[0].extra["scoring"] == "likelihood-per-character"
 
 
 def test_generate_answers_arguments_or_stdin(trained):
@@ -120,6 +148,9 @@ def test_each_script_calls_its_verb(name):
         ("evaluate --model-path nowhere/", "there is no checkpoint folder nowhere/"),
         ("generate hello --model-path TINY", "holds no microglia_config.json"),
         ("evaluate --model-path RUN --dataset gsm9k", "there is no task 'gsm9k'; choose one of arithmetic"),
+        ("evaluate --model-path RUN --question-field q", "task arithmetic has no option question_field; it has shots"),
+        ("evaluate --model-path RUN --limit 1 --scoring likelihood", "has no choices to score"),
+        ("evaluate --model-path RUN --scoring guess", "scoring='guess' is unknown; choose generation, likelihood"),
         ("evaluate --model-path RUN --split best", "has no split 'best'"),
         ("evaluate --model-path RUN --dataset gsm8k --data-dir TINY", "there is no file"),
         ("evaluate --model-path RUN --output-dir RUN/README.md", "nothing can be written to"),

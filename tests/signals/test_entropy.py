@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from microglia.signals import attention_entropy
+from microglia.signals import Queries, attention_entropy
+from microglia.signals.entropy import by_logits, by_mean_key
 from tests.reference import attention_weights, entropy_of
 
 ONES = torch.ones(3, 13, dtype=torch.bool)
@@ -63,3 +64,24 @@ def test_extreme_logits_stay_between_zero_and_one(spread):
     assert ours.isfinite().all()
     assert ours.min() >= 0
     assert ours.max() <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("tokens", [ONES, LEFT, RIGHT], ids=["whole", "left", "right"])
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_the_mean_key_says_what_the_logits_say(tokens, groups, sliding_window):
+    """The GPU's way, by the kernel that returns the logsumexp: here with the CPU's kernel of the same contract."""
+    query, key = queries_and_keys(6, groups)
+    ((block, visible, weight),) = Queries(tokens, 5).blocks(sliding_window)
+    q = query[:, :, block]
+    slow = by_logits(q, key.transpose(-1, -2), visible, 0.3) * (weight > 0)[:, None]
+    quick = by_mean_key(q, key, visible, 0.3) * (weight > 0)[:, None]
+    torch.testing.assert_close(quick, slow, atol=1e-5, rtol=0)
+
+
+def test_queries_are_found_once_for_all_sites():
+    query, key = queries_and_keys(4, 2)
+    queries = Queries(LEFT, 4)
+    for sliding_window in (None, 3, None):
+        once = attention_entropy(query, key, queries, scale=0.5, sliding_window=sliding_window)
+        assert once.equal(attention_entropy(query, key, LEFT, scale=0.5, window=4, sliding_window=sliding_window))

@@ -2,16 +2,17 @@
 
 import importlib
 import pkgutil
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from microglia import tasks
+from microglia.cli import options
 from microglia.errors import ConfigError
 from microglia.tasks import TASKS, Task, get_task
-from microglia.tasks.prompts import generated_answer_prefix, render_prompt, uses_chat_template
+from microglia.tasks.prompts import example_prompt, generated_answer_prefix, render_prompt, uses_chat_template
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -35,6 +36,40 @@ def test_every_task_of_the_folder_is_registered_under_its_name() -> None:
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no task 'gsm9k'; choose one of arithmetic, gsm8k"):
         get_task("gsm9k")
+
+
+def test_the_help_names_every_task() -> None:
+    words = get_args(options.Dataset)[1].help.replace(",", " ").replace(".", " ").split()
+    assert sorted({*TASKS} - {*words}) == []
+
+
+def test_a_task_is_handed_back_as_it_is() -> None:
+    task = get_task("arithmetic", shots=2)
+    assert get_task(task) is task
+    with pytest.raises(ConfigError, match="shots is -1 but cannot be negative"):
+        get_task("arithmetic", shots=-1)
+
+
+def test_shots_are_the_first_of_train_and_are_not_trained_on() -> None:
+    plain, shown = get_task("arithmetic"), get_task("arithmetic", shots=3)
+    first = plain.load("train", limit=3)
+    test = shown.load("test", limit=4)
+    assert [e.question for e in test] == [e.question for e in plain.load("test", limit=4)]
+    assert all(list(e.shots) == first for e in test)
+    assert [e.id for e in shown.load("train", limit=8)] == [e.id for e in plain.load("train", limit=8)[3:]]
+
+
+def test_shots_stand_before_the_question_as_it_would_be_asked() -> None:
+    example = get_task("arithmetic", shots=2).load("test", limit=1)[0]
+    one, two = example.shots
+    assert example_prompt(tokenizer(), example, Task.template) == (
+        f"Question: {one.question}\nAnswer: {one.answer}\n\n"
+        f"Question: {two.question}\nAnswer: {two.answer}\n\n"
+        f"Question: {example.question}\nAnswer:"
+    )
+    turns = [f"<user>{shot.question}<end><assistant>{shot.answer}<end>" for shot in example.shots]
+    chat = example_prompt(tokenizer(chat_template=CHAT), example, "ignored")
+    assert chat == "".join([*turns, f"<user>{example.question}<end><assistant>"])
 
 
 @pytest.mark.parametrize("name", TASKS)

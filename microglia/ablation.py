@@ -1,0 +1,262 @@
+"""What each part of the recipe is worth: train with one thing changed at a time, or all combinations, and compare.
+
+Every cell is judged twice on the same prompts: at the keep ratio that its own training led to, and at one keep ratio
+for all, since accuracies at different keep ratios say little. Differences to the base recipe are paired over prompts
+and seeds.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from microglia.errors import ConfigError
+from microglia.evaluation.bench import Bench, as_json, from_json
+from microglia.evaluation.crossed import crossed_difference, crossed_mean, holm
+from microglia.evaluation.run import Evaluation
+from microglia.evaluation.significance import wilson_ci
+from microglia.gate import Gate, threshold_for
+from microglia.ledger import Ledger
+from microglia.policy import AgentPolicy
+from microglia.sites import find_sites
+from microglia.training import TrainingConfig, train
+from microglia.training.held_out import answer_losses
+from microglia.training.loop import TOLD
+
+Progress = Callable[[str, int, int], None]
+Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
+
+# What is varied unless something else is asked for. alpha is the curriculum's end; bucket None is heads / 8.
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "alpha": (0.1, 0.3, 1.0),
+    "beta": (0.0, 0.01, 0.1),
+    "temperature": (0.5, 1.0, 2.0),
+    "hidden_dim": (32, 128, 512),
+    "features": ("both", "norm", "entropy"),
+    "fill": ("zero", "mean"),
+    "bucket": (None, 1, 4),
+    "lora": ("none", "first", "joint"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training and the agents that are trained."""
+
+    config: TrainingConfig = field(default_factory=TrainingConfig)
+    hidden_dim: int = 128
+    features: str = "both"
+    bucket: int | None = None
+
+    def changed(self, name: str, value: Any) -> "Recipe":
+        """The recipe with one thing changed. Raises ConfigError for an unknown name or a value out of range."""
+        own = ("hidden_dim", "features", "bucket")
+        known = [*own, *(f.name for f in fields(TrainingConfig))]
+        if name not in known:
+            raise ConfigError(f"a recipe has no {name}; choose from {', '.join(known)}")
+        word = isinstance(getattr(self if name in own else self.config, name), str)
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(part is None or isinstance(part, str) == word for part in parts):
+            raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
+        if name in own:
+            return replace(self, **{name: value})
+        if name == "alpha" and not isinstance(value, tuple):
+            value = (min(self.config.alpha[0], value), value)
+        elif name == "temperature" and not isinstance(value, tuple):
+            value = (value, value)
+        return replace(self, config=replace(self.config, **{name: value}))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A recipe and what sets it apart from the base, nothing for the base itself."""
+
+    recipe: Recipe
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{name} {_shown(value)}" for name, value in self.changes.items()) or "base"
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all cells share: the model, prompts to answer (bench) and prompts to set the dial on.
+
+    load: the model once more, for cells that train LoRA into it. at: the keep ratio at which all are compared.
+    """
+
+    load: Load
+    bench: Bench
+    dial: Bench
+    at: float
+    folder: Path
+    data_dir: Path | None = None
+
+
+def variants(base: Recipe, factors: Mapping[str, Sequence[Any]], *, full_grid: bool = False) -> list[Variant]:
+    """The base first, then one change at a time, or every combination; none twice.
+
+    Raises ConfigError for an unknown factor or a value out of range.
+    """
+    found = {base: Variant(base)}
+    for changes in _combinations(factors) if full_grid else _one_at_a_time(factors):
+        recipe = base
+        for name, value in changes.items():
+            recipe = recipe.changed(name, value)
+        told = {name: value for name, value in changes.items() if base.changed(name, value) != base}
+        found.setdefault(recipe, Variant(recipe, told))
+    return list(found.values())
+
+
+def _one_at_a_time(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for name, values in factors.items():
+        yield from ({name: value} for value in values)
+
+
+def _combinations(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    for values in product(*factors.values()):
+        yield dict(zip(factors, values, strict=True))
+
+
+def ablate(
+    ground: Ground,
+    wanted: Sequence[Variant],
+    seeds: Sequence[int],
+    *,
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train and judge every variant with every seed; what is in the ledger is not done again. Returns the summary."""
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds={list(seeds)} was given; give at least one and none twice")
+    if not 0 < ground.at < 1:
+        raise ConfigError(f"keep_ratio={ground.at} was given; the one that all are compared at lies between 0 and 1")
+    ledger, cells = ledger or Ledger(), []
+    for done, (variant, seed) in enumerate(product(wanted, seeds)):
+        if progress:
+            progress("cells", done, len(wanted) * len(seeds))
+        key = {"recipe": json.loads(json.dumps(asdict(variant.recipe))), "seed": seed, "at": ground.at}
+        cells.append(ledger.get(key, lambda v=variant, s=seed: _cell(ground, v.recipe, s, progress)))  # type: ignore[misc]
+    by_variant = [cells[start : start + len(seeds)] for start in range(0, len(cells), len(seeds))]
+    return summarise(list(wanted), by_variant, seeds, ground.at)
+
+
+def _cell(ground: Ground, recipe: Recipe, seed: int, progress: Progress | None) -> dict[str, Any]:
+    """Train agents with one recipe and seed and judge them; the run's folder goes when it is finished."""
+    trains_model = recipe.config.lora != "none"
+    model, tokenizer = ground.load() if trains_model else (ground.bench.model, ground.bench.tokenizer)
+    geometries = [site.geometry for site in find_sites(model)]
+    config = replace(recipe.config, seed=seed)
+    torch.manual_seed(seed)
+    policy = AgentPolicy(geometries, hidden_dim=recipe.hidden_dim, features=recipe.features)
+    run = ground.folder / _name(recipe, seed)
+    result = train(
+        model,
+        tokenizer,
+        ground.bench.task,
+        policy,
+        config,
+        output_dir=run,
+        look=ground.bench.look,
+        bucket=recipe.bucket,
+        data_dir=ground.data_dir,
+        resume=(run / TOLD).is_file(),
+        quiet=True,
+        on_log=lambda row: progress("training", row["step"], max(row["step"], config.max_steps)) if progress else None,
+    )
+    own = replace(ground.bench, model=result.model, tokenizer=tokenizer, fill=config.fill, scope=config.scope)
+    dial = replace(own, examples=ground.dial.examples)
+    gate = Gate(bucket=recipe.bucket)
+    at = replace(gate, threshold=threshold_for(dial.logits(result.policy), geometries, ground.at, recipe.bucket))
+    judged = {name: _judged(own, result.policy, how, progress) for name, how in {"own": gate, "at": at}.items()}
+    shutil.rmtree(run, ignore_errors=True)
+    return {**judged, "seconds": result.seconds, "agent_parameters": sum(p.numel() for p in result.policy.parameters())}
+
+
+def _judged(bench: Bench, policy: Any, gate: Gate, progress: Progress | None) -> dict[str, Any]:
+    update = (lambda done, total: progress("answers", done, total)) if progress else None
+    losses = answer_losses(
+        bench.model,
+        bench.tokenizer,
+        bench.examples,
+        policy,
+        template=bench.task.template,
+        gate=gate,
+        look=bench.look,
+        fill=bench.fill,
+        scope=bench.scope,
+        batch_size=bench.batch_size,
+    )
+    return {**as_json(bench.answers(policy, gate, update)), "losses": losses}
+
+
+def summarise(
+    wanted: Sequence[Variant], cells: Sequence[Sequence[Mapping[str, Any]]], seeds: Sequence[int], at: float
+) -> dict[str, Any]:
+    """`rows`, one per variant, the base first: at the common keep ratio, at its own, and against the base.
+
+    `cells` holds one cell per seed of each variant.
+    """
+    tables = [{name: _tables(part, name) for name in ("at", "own")} for part in cells]
+    rows = [
+        {
+            "variant": variant.name,
+            "changes": dict(variant.changes),
+            **_figures(*table["at"]),
+            **{f"own_{name}": value for name, value in _figures(*table["own"]).items()},
+            "seconds": float(np.mean([cell["seconds"] for cell in part])),
+            "agent_parameters": part[0]["agent_parameters"],
+        }
+        for variant, table, part in zip(wanted, tables, cells, strict=True)
+    ]
+    tests = [crossed_difference(table["at"][1], tables[0]["at"][1]) for table in tables[1:]]
+    losses = [crossed_difference(table["at"][2], tables[0]["at"][2]) for table in tables[1:]]
+    adjusted = holm([test.p_value for test in tests])
+    for row, test, loss, p_holm in zip(rows[1:], tests, losses, adjusted, strict=True):
+        row |= {"diff": test.diff, "diff_ci95": list(test.ci95), "p_value": test.p_value, "p_holm": p_holm}
+        row |= {"loss_diff": loss.diff, "loss_diff_ci95": list(loss.ci95)}
+    prompts = len(cells[0][0]["at"]["answers"])
+    return {
+        "rows": rows,
+        "base": asdict(wanted[0].recipe),
+        "at_keep_ratio": at,
+        "seeds": list(seeds),
+        "prompts": prompts,
+    }
+
+
+def _tables(part: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Evaluation], Any, Any]:
+    """Evaluations, right answers (S, N) and losses (S, N) of one variant."""
+    runs = [from_json({key: cell[name][key] for key in ("answers", "seconds")}) for cell in part]
+    correct = np.array([[float(answer.correct) for answer in run.answers] for run in runs])
+    return runs, correct, np.array([cell[name]["losses"] for cell in part])
+
+
+def _figures(runs: Sequence[Evaluation], correct: Any, losses: Any) -> dict[str, Any]:
+    accuracy, loss = crossed_mean(correct), crossed_mean(losses)
+    one = len(runs) == 1 or float(np.ptp(correct)) == 0
+    return {
+        "keep_ratio": float(np.mean([1 - run.sparsity for run in runs])),
+        "accuracy": accuracy.mean,
+        "ci95": list(wilson_ci(int(correct[0].sum()), correct.shape[1]) if one else accuracy.ci95),
+        "loss": loss.mean,
+        "loss_ci95": list(loss.ci95),
+    }
+
+
+def _name(recipe: Recipe, seed: int) -> str:
+    """Of a cell's folder, the same in every run."""
+    return hashlib.sha256(json.dumps([asdict(recipe), seed]).encode()).hexdigest()[:16]
+
+
+def _shown(value: Any) -> str:
+    return "heads / 8" if value is None else str(value)

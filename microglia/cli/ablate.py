@@ -1,0 +1,169 @@
+"""`microglia ablate`: what each part of the recipe is worth."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.numbers import numbers
+from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+from microglia.errors import ConfigError
+
+CELLS, RECORDS, SUMMARY = "cells.jsonl", "records.jsonl", "ablation.json"
+DIAL_PROMPTS = 200
+STEPS = 200  # of each training unless --set says otherwise
+Many = list[str] | None
+
+
+@verb
+def ablate(
+    *,
+    model: o.Model = "reasoner",
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for cells and records.")] = Path(
+        "runs/ablation"
+    ),
+    vary: Annotated[
+        Many,
+        typer.Option(
+            "--vary",
+            help="beta=0,0.1; repeat it for more.",
+            show_default="alpha, beta, temperature, hidden-dim, features, fill, bucket, lora",
+        ),
+    ] = None,
+    base: Annotated[
+        Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="200 steps")
+    ] = None,
+    full_grid: Annotated[
+        bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
+    ] = False,
+    seeds: Annotated[Many, typer.Option("--seeds", help="Of the trainings: 0,1,2.", show_default="0")] = None,
+    keep_ratio: Annotated[float, typer.Option("--keep-ratio", help="All are compared at it.")] = 0.75,
+    dataset: o.Dataset = "arithmetic",
+    data_dir: o.DataDir = None,
+    split: Annotated[str, typer.Option(help="Prompts to judge on; not those of a final report.")] = "validation",
+    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the prompts to judge on.")] = 32,
+    max_new_tokens: o.MaxNewTokens = 256,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Train with one thing changed at a time and compare; what is finished is not done again.
+
+    microglia ablate --vary features=both,norm,entropy --vary beta=0,0.01 --seeds 0,1,2 --limit 500
+    """
+    from microglia.ablation import FACTORS, Ground, Recipe, variants
+    from microglia.ablation import ablate as measure
+    from microglia.checkpoint import check_writable
+    from microglia.evaluation.bench import Bench
+    from microglia.ledger import Ledger
+    from microglia.models import load_model
+    from microglia.record import append_records, circumstances
+    from microglia.tasks import get_task
+
+    recipe = Recipe().changed("max_steps", STEPS)
+    for name, values in pairs("--set", base).items():
+        recipe = recipe.changed(name, tuple(values) if len(values) > 1 else values[0])
+    wanted = variants(recipe, pairs("--vary", vary) or FACTORS, full_grid=full_grid)
+    check_writable(output_dir)
+    how, task = o.loading(device, dtype, trust_remote_code), get_task(dataset)
+    lm, tokenizer = load_model(model or "reasoner", **how)
+    held_out = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
+    bench = Bench(lm, tokenizer, task, held_out, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    others = task.load("train", limit=DIAL_PROMPTS, seed=seed + 1, data_dir=data_dir)
+    ground = Ground(
+        lambda: load_model(model or "reasoner", **how),
+        bench,
+        replace(bench, examples=others),
+        keep_ratio,
+        output_dir / "runs",
+        data_dir,
+    )
+    about = {"model": model, "dataset": dataset, "split": split, "limit": limit, "seed": seed}
+    ledger = Ledger(output_dir / CELLS, {**about, "max_new_tokens": max_new_tokens, "data_dir": str(data_dir or "")})
+    try:
+        with progress("ablating") as update:
+            all_seeds = numbers("--seeds", seeds, int) or [0]
+            found = measure(ground, wanted, all_seeds, ledger=ledger, progress=update)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; {output_dir / CELLS} keeps the finished cells: go on with the same command"
+        ) from None
+    around = circumstances(lm.device)
+    data = finite({**found, **about, **around})
+    append_records(output_dir / RECORDS, records(data, around))
+    (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return Outcome(data, views(data))
+
+
+def pairs(option: str, given: Many) -> dict[str, list[Any]]:
+    """`["beta=0,0.1", "lora=none"]` → `{"beta": [0, 0.1], "lora": ["none"]}`; `default` as a bucket is heads / 8."""
+    found: dict[str, list[Any]] = {}
+    for text in given or ():
+        name, equals, values = text.partition("=")
+        if not equals or not values.strip():
+            raise ConfigError(f"{option} {text} was given; write NAME=VALUE or NAME=VALUE,VALUE")
+        found[name.strip().replace("-", "_")] = [_value(value.strip()) for value in values.split(",")]
+    return found
+
+
+def _value(word: str) -> Any:
+    if word == "default":
+        return None
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word
+
+
+def records(data: dict[str, Any], around: dict[str, Any]) -> list[Any]:
+    """One record per variant: accuracy at the common keep ratio."""
+    from microglia.record import Record
+
+    about = {name: data[name] for name in ("model", "dataset", "split", "at_keep_ratio", "seeds", "base")}
+    return [
+        Record(
+            "ablation_accuracy",
+            row["accuracy"],
+            "ratio",
+            n=data["prompts"],
+            seed=data["seed"],
+            extra={**about, **row},
+            **around,
+        )
+        for row in data["rows"]
+    ]
+
+
+def views(data: dict[str, Any]) -> list[Any]:
+    """One line per variant, and how to read it."""
+    title = f"{data['dataset']}, {data['split']}, {data['prompts']} prompts, {len(data['seeds'])} seeds"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("", no_wrap=True)
+    for name in ("right", "to base", "95 %", "p", "loss", "own kept", "right"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in data["rows"]:
+        difference = ["", "", ""]
+        if row.get("diff") is not None:
+            low, high = row["diff_ci95"]
+            ends = "" if low is None else f"{100 * low:+.1f} {100 * high:+.1f}"
+            difference = [f"{100 * row['diff']:+.1f}", ends, f"{row['p_holm']:.2g}"]
+        table.add_row(
+            row["variant"],
+            f"{row['accuracy']:.1%}",
+            *difference,
+            f"{row['loss']:.3f}",
+            f"{row['own_keep_ratio']:.1%}",
+            f"{row['own_accuracy']:.1%}",
+        )
+    return [
+        table,
+        f"Right, loss and differences with {data['at_keep_ratio']:.0%} of the heads kept; p is Holm-corrected. "
+        "Own: at the keep ratio that the training itself led to.",
+    ]

@@ -1,0 +1,226 @@
+"""`microglia compare`: agents, their static twin and criteria on one bench, over keep ratios and seeds."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.numbers import numbers
+from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+from microglia.errors import ConfigError
+
+CELLS, RECORDS, SUMMARY = "cells.jsonl", "records.jsonl", "comparison.json"
+DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a threshold
+Many = list[str] | None
+
+
+@verb
+def compare(
+    *,
+    model_path: Annotated[
+        Many, typer.Option("--model-path", "--checkpoint", help="Checkpoint with agents; one, or one per seed.")
+    ] = None,
+    policies: Annotated[
+        Many,
+        typer.Option("--policies", help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random"),
+    ] = None,
+    keep_ratios: Annotated[
+        Many, typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5")
+    ] = None,
+    at_keep_ratio: Annotated[
+        float | None,
+        typer.Option("--at-keep-ratio", help="Where adaptivity is judged.", show_default="what the agents keep"),
+    ] = None,
+    seeds: Annotated[Many, typer.Option("--seeds", help="Of the policies: 0,1,2.", show_default="0")] = None,
+    dataset: o.Dataset = "arithmetic",
+    data_dir: o.DataDir = None,
+    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: o.MaxNewTokens = 256,
+    path: o.GenerationPath = "compact",
+    num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="Folder for cells (to go on after an interruption) and records.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Picture to write: .png, .svg or .pdf.")] = None,
+    model: o.Model = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Compare agents with their static twin and with criteria on the same prompts.
+
+    microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
+    """
+    from microglia.checkpoint import check_writable
+    from microglia.compare import at_keep_ratio as choose
+    from microglia.compare import compare as measure
+    from microglia.compare import contenders, draw, summarise
+    from microglia.compare.plot import check_plot
+    from microglia.ledger import Ledger
+    from microglia.record import append_records, circumstances
+
+    if plot is not None:
+        check_plot(plot)
+    if output_dir is not None:
+        check_writable(output_dir)
+    ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
+    all_seeds = numbers("--seeds", seeds, int) or [0]
+    system, own = load(model_path, model, o.loading(device, dtype, trust_remote_code))
+    arena, examples = arena_of(system, dataset, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
+    arena = replace(arena, num_runs=num_runs)
+    trained = system.training.get("config")
+    found = contenders(policies or ["random"], arena.bench, own, examples, bucket=system.gate.bucket, trained=trained)
+    at = choose(arena, own[0], ratios, at_keep_ratio)
+    about = {"dataset": dataset, "split": split, "limit": limit, "seed": seed, "path": path, "fill": system.fill}
+    about |= {"scope": system.scope, "look": asdict(system.look), "max_new_tokens": max_new_tokens}
+    about |= {"base_model": system.source, "bucket": system.gate.bucket}
+    ledger = Ledger(None if output_dir is None else output_dir / CELLS, about)
+    try:
+        with progress("comparing") as update:
+            cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
+    except KeyboardInterrupt:
+        if output_dir is None:
+            raise Interrupted("interrupted; nothing was kept, as --output-dir was not given") from None
+        raise Interrupted(
+            f"interrupted; {output_dir / CELLS} keeps the finished cells: go on with the same command"
+        ) from None
+    around = circumstances(next(system.model.parameters()).device)
+    data = finite({**summarise(cells, at), **about, **around})
+    if output_dir is not None:
+        append_records(output_dir / RECORDS, records(data, around, seed))
+        (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if plot is not None:
+        draw(data, plot, title=f"{Path(str(system.source)).name}, {dataset}")
+    return Outcome(data, views(data))
+
+
+def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The system of the first checkpoint, and the agents of all of them."""
+    from microglia.checkpoint import Checkpoint
+
+    names = [name for text in folders or () for name in text.split(",") if name]
+    system = o.load(names[0] if names else None, model, **how)
+    checkpoints = [Checkpoint.from_pretrained(name) for name in names]
+    for name, checkpoint in zip(names, checkpoints, strict=True):
+        checkpoint.check(system.model)
+        if checkpoint.config.policy == "static":
+            raise ConfigError(f"{name} holds a static mask; give agents, and the mask as --policies gate={name}")
+        if checkpoint.config.lora and len(names) > 1:
+            raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
+    device = next(system.model.parameters()).device
+    return system, [system.policy, *(checkpoint.policy.to(device).eval() for checkpoint in checkpoints[1:])]
+
+
+def arena_of(
+    system: Any,
+    dataset: str,
+    data_dir: Path | None,
+    split: str,
+    limit: int | None,
+    seed: int,
+    path: str,
+    batch_size: int,
+    max_new_tokens: int,
+) -> tuple[Any, Any]:
+    """The bench and its dial, and a function that draws training examples for criteria."""
+    from microglia.compare import Arena
+    from microglia.evaluation.bench import Bench
+    from microglia.tasks import get_task
+
+    task = get_task(dataset)
+    bench = Bench(
+        system.model,
+        system.tokenizer,
+        task,
+        task.load(split, limit=limit, seed=seed, data_dir=data_dir),
+        system.look,
+        system.fill,
+        system.scope,
+        path,
+        batch_size,
+        max_new_tokens,
+    )
+    held_out = "validation" if split != "validation" else "train"
+    dial = replace(bench, examples=task.load(held_out, limit=DIAL_PROMPTS, seed=seed, data_dir=data_dir))
+
+    def examples(count: int | None, at: int) -> Any:
+        return task.load("train", limit=count, seed=at, data_dir=data_dir)
+
+    return Arena(bench, dial, replace(system.gate, threshold=0.0)), examples
+
+
+def records(data: dict[str, Any], around: dict[str, Any], seed: int) -> list[Any]:
+    """One record per row, and one for what adaptivity adds."""
+    from microglia.record import Record
+
+    about = {name: data[name] for name in ("dataset", "split", "path", "base_model")}
+    rows = [
+        Record("accuracy", row["accuracy"], "ratio", n=row["prompts"], seed=seed, extra={**about, **row}, **around)
+        for row in data["rows"]
+    ]
+    gain = data["adaptivity"]
+    n = data["rows"][0]["prompts"]
+    return [*rows, Record("adaptivity", gain["gain"], "ratio", n=n, seed=seed, extra={**about, **gain}, **around)]
+
+
+def views(data: dict[str, Any]) -> list[Any]:
+    """The table, and what it shows in sentences."""
+    first = data["rows"][0]
+    table = Table(
+        title=f"{data['dataset']}, {data['split']}, {first['prompts']} prompts",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    timed = first["ms_per_token"] is not None
+    table.add_column("", no_wrap=True)
+    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * timed), "p", ""):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in data["rows"]:
+        time = []
+        if timed:
+            time = [f"{row['ms_per_token']:.2f}", f"{row['ratio_to_dense']:.2f}×", f"{row['kv_bytes'] / 1024:,.0f}"]
+        low, high = row["ci95"]
+        table.add_row(
+            row["policy"],
+            f"{row['keep_ratio']:.1%}",
+            f"{100 * row['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})",
+            f"{row['loss']:.3f}",
+            f"{row['mean_tokens']:.0f}",
+            *time,
+            f"{row['agents_p_holm']:.2g}" if "agents_p_holm" in row else "",
+            "*" if row.get("pareto_latency", row["pareto_sparsity"]) else "",
+        )
+    return [table, *sentences(data)]
+
+
+def sentences(data: dict[str, Any]) -> list[str]:
+    """What adaptivity adds, and whether sparsity follows difficulty and family."""
+    gain, (low, high) = data["adaptivity"]["gain"], data["adaptivity"]["ci95"]
+    kept = data["adaptivity"]["keep_ratios"]
+    found = "supports" if low is not None and low > 0 else "does not support"
+    ends = "" if low is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    lines = [
+        "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
+        + ("small." if data["rows"][0]["ms_per_token"] is None else "fast. ms: of a step; faster: dense time ÷ this."),
+        f"Adapting to the input adds {100 * gain:+.1f} points{ends}, at {kept['agents']:.1%} of the heads against "
+        f"{kept['gate']:.1%} of the static twin's: this run {found} a gain.",
+    ]
+    follows = data["follows_difficulty"]
+    if follows["rank_correlation"] is None:
+        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
+    else:
+        rho, (low, high) = follows["rank_correlation"], follows["ci95"]
+        lines.append(f"Rank correlation of steps and sparsity: {rho:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}.")
+    families = {name: value for name, value in data["sparsity_by_family"].items() if name}
+    if families:
+        lines.append("Heads pruned by family: " + ", ".join(f"{name} {value:.1%}" for name, value in families.items()))
+    return lines

@@ -1,0 +1,152 @@
+"""`microglia export`: one keep plan frozen into a smaller model for other runtimes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from microglia.cli import options as o
+from microglia.cli.verb import Outcome, facts, progress, verb
+from microglia.errors import ConfigError
+
+
+@verb
+def export(
+    checkpoint: Annotated[str | None, typer.Argument(help="Folder that `train` wrote, or a hub id.")] = None,
+    *,
+    format: Annotated[str, typer.Option(help="hf, onnx or gguf.")] = "hf",
+    plan: Annotated[str, typer.Option(help="mean, task or prompt: on what is decided, once.")] = "mean",
+    output_dir: Annotated[Path, typer.Option("--output-dir", help="An empty or a new folder.")] = Path("exported"),
+    prompt: Annotated[str | None, typer.Option(help="The question of --plan prompt.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Task of --plan task and of --evaluate.", show_default="what it was trained on")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Prompts of --plan task.")] = 64,
+    keep_ratio: Annotated[
+        float | None, typer.Option(help="Share of heads to keep.", show_default="as the checkpoint decides")
+    ] = None,
+    evaluate: Annotated[int, typer.Option(min=0, help="Test examples on which to compare with the dense model.")] = 0,
+    max_new_tokens: o.MaxNewTokens = 256,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Read the export back and compare.")] = True,
+    model_path: o.CheckpointPath = None,
+    model: o.Model = None,
+    data_dir: o.DataDir = None,
+    seed: o.Seed = 0,
+    device: o.Device = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights, loaded and written.", show_default="as stored; onnx: float32")
+    ] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+) -> Outcome:
+    """Freeze one keep plan into a smaller model: for transformers, lm-eval and vLLM, ONNX Runtime or llama.cpp.
+
+    microglia export checkpoints --format hf --plan mean --output-dir exported
+
+    microglia export checkpoints --format gguf --plan task --dataset gsm8k --evaluate 200
+    """
+    from microglia.export import accuracy_kept
+    from microglia.export import export as write
+    from microglia.export.run import check_folder, check_format
+    from microglia.tasks import get_task
+
+    check_format(format)
+    check_plan(plan, prompt)
+    check_folder(output_dir)
+    how = o.loading(device, dtype or ("float32" if format == "onnx" else None), trust_remote_code)
+    system = o.load(checkpoint or model_path, model, **{**how, "dtype": how["dtype"] or "auto"})
+    task = get_task(dataset or system.training.get("dataset", "arithmetic"))
+    if plan == "task":
+        found = task.load("validation", limit=limit, seed=seed, data_dir=data_dir)
+        questions = [example.question for example in found]
+    else:
+        questions = [] if prompt is None else [prompt]
+    chosen = keep_plan(system, plan, questions, keep_ratio)
+    accuracy = None
+    if evaluate:
+        examples = task.load("test", limit=evaluate, seed=seed, data_dir=data_dir)
+        with progress("evaluating") as update:
+            accuracy = accuracy_kept(
+                system.model,
+                system.tokenizer,
+                task,
+                examples,
+                chosen,
+                system.policy,
+                progress=update,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                gate=system.gate,
+                look=system.look,
+                fill=system.fill,
+                scope=system.scope,
+            )
+    about = {"base_model": system.source, "template": system.template, "accuracy": accuracy}
+    exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, about=about)
+    data = {**exported.summary(), **chosen.summary(), **about}
+    return Outcome(data, views(data))
+
+
+def check_plan(kind: str, prompt: str | None) -> None:
+    """Raise ConfigError for a plan that does not exist, and for a prompt too many or too few."""
+    from microglia.export import PLANS
+
+    if kind not in PLANS:
+        raise ConfigError(f"plan={kind!r} is unknown; choose one of {', '.join(PLANS)}")
+    if (prompt is not None) != (kind == "prompt"):
+        raise ConfigError(
+            f"plan={kind!r} was given {'no' if prompt is None else 'a'} prompt; --prompt goes with --plan prompt"
+        )
+
+
+def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None) -> Any:
+    """The plan of this kind for a system, whose dial is turned to `ratio` if one is given."""
+    from microglia.export import KeepPlan
+    from microglia.generation import prompt_logits
+    from microglia.tasks.prompts import render_prompt
+
+    if system.fill != "zero":
+        raise ConfigError(
+            f"this checkpoint fills pruned heads with their {system.fill} over each prompt, which cannot be frozen; "
+            "train with fill zero"
+        )
+    if ratio is not None:
+        system.set_keep_ratio(ratio, questions if kind == "task" else None)
+    geometries = [site.geometry for site in system.sites]
+    if kind == "mean":
+        return KeepPlan.of_prompts(kind, system.calibration, geometries, system.gate)
+    prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
+    logits = prompt_logits(system.model, system.tokenizer, prompts, system.policy, look=system.look)
+    if kind == "task":
+        return KeepPlan.of_prompts(kind, logits, geometries, system.gate)
+    return KeepPlan.of_prompt(logits, geometries, system.gate)
+
+
+def views(data: dict[str, Any]) -> list[Any]:
+    """What was written, how it compares, and what is lost."""
+    kept = f"{data['keep_ratio']:.1%} for every prompt"
+    rows = {
+        "written": f"{data['folder']} ({', '.join(data['files'][:4])}{', …' if len(data['files']) > 4 else ''})",
+        "heads kept": f"{kept}, by plan {data['plan']} over {data['prompts']} prompts",
+        "parameters": f"{data['parameters']:,} of {data['dense_parameters']:,}",
+        "weights": f"{data['bytes'] / 2**20:,.1f} of {data['dense_bytes'] / 2**20:,.1f} MiB",
+        "read back": "not compared" if data["difference"] is None else f"largest difference {data['difference']:.3g}",
+        "lost": "\n".join(data["lost"]),
+    }
+    return [facts(rows), *([accuracy_table(data["accuracy"])] if data["accuracy"] else [])]
+
+
+def accuracy_table(accuracy: dict[str, Any]) -> Table:
+    """Dense, adaptive and frozen side by side, and the paired difference of the frozen model to the dense one."""
+    names = ("dense", "adaptive", "frozen")
+    pair = [100 * value for value in (accuracy["paired"]["diff"], *accuracy["paired"]["diff_ci95"])]
+    table = Table(
+        "",
+        *names,
+        title=f"{accuracy['dataset']}, {accuracy['dense']['prompts']} problems",
+        caption=f"frozen minus dense: {pair[0]:+.1f} points, 95 % interval {pair[1]:+.1f} to {pair[2]:+.1f}",
+    )
+    table.add_row("accuracy", *(f"{accuracy[name]['accuracy']:.1%}" for name in names))
+    table.add_row("sparsity", *(f"{accuracy[name]['sparsity']:.1%}" for name in names))
+    return table

@@ -1,0 +1,27 @@
+"""`microglia report`: one self-contained page from what runs left behind."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from microglia.cli.verb import Outcome, facts, verb
+
+
+@verb
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that microglia wrote, or files of records.")],
+    *,
+    output: Annotated[Path, typer.Option("--output", help="Page to write.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="What the microglia kept")] = None,
+) -> Outcome:
+    """Write one HTML page of records: accuracy, fronts, heads, training, time and memory. Needs no network.
+
+    microglia report runs/demo --output report.html
+
+    microglia report checkpoints results/gsm8k results/cpu.jsonl
+    """
+    from microglia.report import write_report
+
+    data = write_report(runs, output, **({} if title is None else {"title": title}))
+    return Outcome(data, [facts({"page": output, "shows": ", ".join(data["sections"])})])

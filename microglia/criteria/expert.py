@@ -1,0 +1,41 @@
+"""Heads as experts: how often a trained router calls them, frozen into one mask."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from microglia.criteria.base import Criterion
+from microglia.criteria.calibration import Calibration
+from microglia.criteria.trained import RECIPE, trained
+from microglia.gate import Gate
+from microglia.policy import AgentPolicy
+from microglia.training import TrainingConfig
+
+ROUTER = replace(RECIPE, learning_rate=3e-3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expert(Criterion):
+    """Share of the prompts for which trained agents keep the head; equal shares are told apart by the mean gate."""
+
+    config: TrainingConfig = ROUTER
+    hidden_dim: int = 128
+
+    name: ClassVar[str] = "expert"
+    score: ClassVar[str] = "share of prompts that a trained router sends to the head"
+    paper: ClassVar[str] = "Su et al. 2025, SHRP; Peng et al. 2020, a mixture of h − 1 heads"
+    departs: ClassVar[str] = "the router is the agents, per prompt and not per token; the model is frozen"
+
+    def scores(self, calibration: Calibration) -> list[Tensor]:
+        router = AgentPolicy(calibration.geometries, hidden_dim=self.hidden_dim)
+        trained(calibration, router, self.config)
+        gate = Gate(bucket=calibration.bucket)
+        logits = calibration.logits(router)
+        return [usage(gate(x, g), x) for x, g in zip(logits, calibration.geometries, strict=True)]
+
+
+def usage(keep: Tensor, logits: Tensor) -> Tensor:
+    """Number of prompts that keep each head, plus the mean soft gate in (0, 1): (N, H) twice → (H,)."""
+    return keep.sum(0) + torch.sigmoid(logits).mean(0)

@@ -1,0 +1,32 @@
+"""Learned gates that see no input: the agents' static twin."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from microglia.criteria.base import Criterion
+from microglia.criteria.calibration import Calibration
+from microglia.criteria.trained import RECIPE, trained
+from microglia.policy import Policy, StaticPolicy
+from microglia.training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedGate(Criterion):
+    """One free logit per head, trained with the loss of the agents; 0 is where training would cut."""
+
+    config: TrainingConfig = RECIPE
+
+    name: ClassVar[str] = "gate"
+    score: ClassVar[str] = "the head's own logit, trained with the agents' loss and no input"
+    paper: ClassVar[str] = "Voita et al. 2019 and Louizos et al. 2018, gates learned with an L0 penalty"
+    departs: ClassVar[str] = (
+        "straight-through gates and the agents' loss in place of hard concrete; the model is frozen"
+    )
+
+    def static(self, calibration: Calibration) -> Policy:
+        return trained(calibration, StaticPolicy.all_kept(calibration.geometries), self.config)
+
+    def scores(self, calibration: Calibration) -> list[Tensor]:
+        return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]

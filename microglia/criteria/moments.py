@@ -1,0 +1,40 @@
+"""Mean and variance of what every head writes at the answers' tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from microglia.criteria.calibration import Calibration
+from microglia.sites import Site
+
+
+@dataclass(frozen=True)
+class Moments:
+    """mean and variance (H, D) in float64 of one site's head outputs over `count` tokens."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    def joined(self, outputs: Tensor) -> "Moments":
+        """With (N, H, D) more outputs; merged as in Chan et al. 1983, for sums of squares would lose the digits."""
+        new = outputs.double()
+        mean, variance, n = new.mean(0), new.var(0, correction=0), len(new)
+        total = self.count + n
+        shift = mean - self.mean
+        spread = self.variance * self.count + variance * n + shift**2 * self.count * n / total
+        return Moments(total, self.mean + shift * n / total, spread / total)
+
+
+def moments(calibration: Calibration) -> list[Moments]:
+    """Moments of every site's head outputs, on the CPU."""
+    found = [
+        Moments(0, torch.zeros(g.heads, g.head_dim), torch.zeros(g.heads, g.head_dim)) for g in calibration.geometries
+    ]
+
+    def add(site: Site, outputs: Tensor) -> None:
+        found[site.index] = found[site.index].joined(outputs.cpu())
+
+    calibration.visit_outputs(add)
+    return found

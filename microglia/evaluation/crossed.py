@@ -1,0 +1,105 @@
+"""Means and differences over prompts and seeds at once: values (S, N) of S seeds on the same N prompts.
+
+Intervals: the pigeonhole bootstrap (Owen 2007), which resamples seeds and prompts independently, so that what varies
+from training to training counts beside what varies from prompt to prompt. With a handful of seeds it is still somewhat
+too narrow in that direction. Tests: signs of the prompts' differences, averaged over seeds, are flipped; this is exact
+for these seeds. Several tests at once: Holm (1979).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from microglia.errors import DataError
+from microglia.evaluation.significance import bootstrap_ci, mcnemar_exact, paired_difference
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean with its 95 % interval."""
+
+    mean: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of a - b with its 95 % interval, and the p-value of no difference."""
+
+    diff: float
+    ci95: tuple[float, float]
+    p_value: float
+
+
+def crossed_mean(values: ArrayLike, *, resamples: int = 2_000, seed: int = 0) -> Mean:
+    """Mean of (S, N) values. One seed alone, or seeds that all agree, leave the prompts' own interval."""
+    x = _table(values, "the values")
+    if bool((x == x[:1]).all()):
+        return Mean(float(x[0].mean()), bootstrap_ci(x[0], resamples=resamples, seed=seed))
+    return Mean(float(x.mean()), _pigeonhole(x, resamples, seed))
+
+
+def crossed_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, seed: int = 0) -> Difference:
+    """Mean of a - b, (S, N) each, or (1, N) for what depends on no seed. Raises DataError for other prompts."""
+    x, y = _table(a, "the first values"), _table(b, "the second values")
+    if x.shape[1] != y.shape[1] or (len(x) != len(y) and 1 not in (len(x), len(y))):
+        raise DataError(f"values of the shapes {x.shape} and {y.shape} cannot be paired; give (seeds, prompts) of both")
+    difference = x - y
+    if bool((difference == difference[:1]).all()):
+        found = paired_difference(x[0], y[0], resamples=resamples, seed=seed)
+        zero_one = set(np.unique([x[0], y[0]])) <= {0.0, 1.0}
+        p_value = mcnemar_exact(x[0], y[0]) if zero_one else sign_flip(difference[0], seed=seed)
+        return Difference(found.diff, found.ci95, p_value)
+    return Difference(
+        float(difference.mean()), _pigeonhole(difference, resamples, seed), sign_flip(difference.mean(0), seed=seed)
+    )
+
+
+def sign_flip(differences: ArrayLike, *, flips: int = 9_999, seed: int = 0) -> float:
+    """Two-sided p-value that paired differences (N,) are as likely to be positive as negative (Fisher 1935).
+
+    By random flips, so never below 1 / (flips + 1).
+    """
+    x = _table([differences], "the differences")[0]
+    x = x[x != 0]
+    rng = np.random.default_rng(seed)
+    seen, observed = 1, abs(x.sum()) - 1e-9
+    for start in range(0, flips, 500):
+        signs = rng.integers(0, 2, (min(500, flips - start), x.size)) * 2 - 1
+        seen += int((np.abs(signs @ x) >= observed).sum())
+    return seen / (flips + 1)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for having made all these tests at once: below 0.05 still means so, for any of them."""
+    order = np.argsort(p_values)
+    adjusted, largest = [1.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _pigeonhole(x: Floats, resamples: int, seed: int) -> tuple[float, float]:
+    seeds, prompts = x.shape
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, 500):
+        many = min(500, resamples - start)
+        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), many)
+        of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), many)
+        means.append(((of_seeds @ x) * of_prompts).sum(1) / (seeds * prompts))
+    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _table(values: Any, name: str) -> Floats:
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 2 or not x.size or not np.isfinite(x).all():
+        raise DataError(f"{name} have the shape {x.shape}; give finite numbers for (seeds, prompts), at least one each")
+    return x

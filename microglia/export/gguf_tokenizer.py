@@ -1,0 +1,87 @@
+"""A tokenizer in GGUF's words: byte-level BPE and SentencePiece-like BPE, as llama.cpp tells them apart."""
+
+import json
+import re
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+NORMAL, CONTROL, USER, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's token types
+# How text is split before merging: the regular expressions of tokenizer.json → llama.cpp's name for them.
+_LIKE_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}{1,3}"): "llama-bpe",
+    _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}"): "qwen2",
+}
+LEFT_OUT = "the tokenizer is of a kind that the file cannot hold; tokenise with the original one"
+
+
+def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
+    """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rows: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
+    model = rows["model"]
+    kind = _kind(rows)
+    if model["type"] != "BPE" or kind is None:
+        writer.add_tokenizer_model("none")
+        return [LEFT_OUT]
+    merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    added = {entry["content"]: CONTROL if entry["special"] else USER for entry in rows["added_tokens"]}
+    vocabulary = {**model["vocab"], **{entry["content"]: entry["id"] for entry in rows["added_tokens"]}}
+    names = {index: token for token, index in vocabulary.items()}
+    tokens = [names.get(index, f"[PAD{index}]") for index in range(max(size, len(names)))]
+    writer.add_token_list(tokens)
+    writer.add_token_types([_type_of(token, index in names, added, kind) for index, token in enumerate(tokens)])
+    if kind == "llama":
+        writer.add_tokenizer_model("llama")
+        ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
+        writer.add_token_scores([ranks.get(token, -1e6) for token in tokens])  # merged in the order of their scores
+        writer.add_add_space_prefix(_prepends_space(rows))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(kind)
+        writer.add_token_merges([" ".join(pair) for pair in merges])
+    for name in ("bos", "eos", "pad", "unk"):
+        if (index := getattr(tokenizer, f"{name}_token_id")) is not None:
+            getattr(writer, f"add_{name}_token_id")(index)
+    first = tokenizer("a").input_ids[:1]
+    writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
+    if isinstance(tokenizer.chat_template, str):
+        writer.add_chat_template(tokenizer.chat_template)
+    return []
+
+
+def _kind(rows: dict[str, Any]) -> str | None:
+    """`llama` for SentencePiece-like BPE, else llama.cpp's name of the pre-tokenizer, None when it has none."""
+    if rows["model"].get("byte_fallback"):
+        return "llama"
+    pre = rows.get("pre_tokenizer") or {}
+    steps = pre.get("pretokenizers", [pre])
+    kinds = [step.get("type") for step in steps]
+    last = steps[-1]
+    if rows.get("normalizer") not in (None, {"type": "NFC"}) or last.get("add_prefix_space"):
+        return None
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        return SPLITS.get(steps[0]["pattern"].get("Regex"))
+    return None
+
+
+def _type_of(token: str, known: bool, added: dict[str, int], kind: str) -> int:
+    if not known:
+        return UNUSED
+    if kind == "llama" and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", token):
+        return BYTE
+    return added.get(token, NORMAL)
+
+
+def _prepends_space(rows: dict[str, Any]) -> bool:
+    """Whether text gets a space in front before it is tokenised."""
+    normalizer = rows.get("normalizer") or {}
+    steps = [*normalizer.get("normalizers", [normalizer]), rows.get("pre_tokenizer") or {}]
+    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)

@@ -1,0 +1,181 @@
+"""One GGUF file for llama.cpp, of architecture `deci`: the one whose layers may differ in their head counts."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from microglia.errors import MicrogliaError, UnsupportedModelError
+from microglia.export.gguf_tokenizer import add_tokenizer
+from microglia.export.to_hf import class_name, weights_and_config
+from microglia.geometry import HeadGeometry
+from microglia.sites import find_sites
+
+NAME = "model.gguf"
+ARCHITECTURE = "deci"
+CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM")
+TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+OF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+OF_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
+    """Write the frozen model `lm` as model.gguf. Returns the largest difference of its tensors read back (None
+    unchecked), and what llama.cpp cannot hold.
+
+    Raises UnsupportedModelError for families and rotary embeddings that the architecture has not.
+    """
+    _check(lm)
+    try:
+        import gguf
+    except ImportError as error:
+        raise MicrogliaError("format gguf needs gguf; pip install 'microglia[export]'") from error
+    state, config = weights_and_config(lm)
+    tensors = dict(named_tensors(state, [site.geometry for site in find_sites(lm)]))
+    if (factors := _rope_factors(lm)) is not None:
+        tensors["rope_freqs.weight"] = factors
+    writer = gguf.GGUFWriter(folder / NAME, ARCHITECTURE)
+    lost = _describe(writer, lm, config)
+    lost += add_tokenizer(writer, tokenizer, lm.config.vocab_size)
+    for name, tensor in tensors.items():
+        kind = gguf.GGMLQuantizationType[_type(tensor)]
+        writer.add_tensor(name, _stored(tensor), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"difference": _difference(gguf.GGUFReader(folder / NAME), tensors) if check else None, "lost": lost}
+
+
+def _check(lm: Any) -> None:
+    if class_name(lm) not in CLASSES:
+        raise UnsupportedModelError(
+            f"{type(lm).__name__} cannot become GGUF: llama.cpp's architecture {ARCHITECTURE}, the only one with head "
+            "counts per layer, has neither q/k-norms, soft caps, two kinds of rotary embedding nor learned positions; "
+            f"export it with --format hf, or one of {', '.join(CLASSES)}"
+        )
+    if lm.config.hidden_act not in ("silu", "swish"):
+        raise UnsupportedModelError(
+            f"the model's activation is {lm.config.hidden_act}, and architecture {ARCHITECTURE} has silu only; export "
+            "it with --format hf"
+        )
+
+
+def named_tensors(state: dict[str, Tensor], geometries: list[HeadGeometry]) -> Iterator[tuple[str, Tensor]]:
+    """Weights (out, in) and biases (out,) under llama.cpp's names, rows of q and k in its order."""
+    for name, tensor in state.items():
+        owner, _, kind = name.rpartition(".")
+        if owner in OF_MODEL:
+            yield f"{OF_MODEL[owner]}.{kind}", tensor
+            continue
+        layer, _, part = owner.removeprefix("model.layers.").partition(".")
+        if part not in OF_LAYER:
+            raise UnsupportedModelError(
+                f"the model has {name}, which architecture {ARCHITECTURE} does not; export it with --format hf"
+            )
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):
+            tensor = in_pairs(tensor, geometries[int(layer)].head_dim)
+        yield f"blk.{layer}.{OF_LAYER[part]}.{kind}", tensor
+
+
+def in_pairs(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of q or k, (H·D, …), from transformers' order of a head (first halves, second halves of the rotated pairs)
+    to llama.cpp's, in which the two of a pair are neighbours.
+    """
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def _describe(writer: Any, lm: Any, config: dict[str, Any]) -> list[str]:
+    """Write sizes and rotary embedding; returns what of them is lost."""
+    import gguf
+
+    layers = [config["per_layer_config"][str(index)] for index in range(config["num_hidden_layers"])]
+    context, lost = config["max_position_embeddings"], []
+    window = config.get("sliding_window")
+    if window is not None and window < context:
+        context = window
+        lost.append(f"the context ends at {window} tokens, where the sliding window began to forget")
+    writer.add_name(Path(lm.config._name_or_path).name or type(lm).__name__)
+    writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[lm.dtype], f"MOSTLY_{TYPES[lm.dtype]}")])
+    writer.add_vocab_size(config["vocab_size"])
+    writer.add_context_length(context)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length([config["intermediate_size"]] * len(layers))
+    writer.add_head_count([own["num_attention_heads"] for own in layers])
+    writer.add_head_count_kv([own["num_key_value_heads"] for own in layers])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    return lost
+
+
+def _rope_factors(lm: Any) -> Tensor | None:
+    """What llama.cpp divides the plain rotary frequencies by, (D/2,); None when they are plain.
+
+    Raises UnsupportedModelError for frequencies that change with the length or scale the attention.
+    """
+    rope = lm.config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise UnsupportedModelError(
+            f"the rotary embedding is of type {kind}, which is not fixed; gguf is written for default, linear and "
+            "llama3, export it with --format hf"
+        )
+    actual, _ = ROPE_INIT_FUNCTIONS[kind](lm.config)  # the model's own may have been rounded to its dtype
+    plain = rope["rope_theta"] ** (-torch.arange(len(actual)).float() / len(actual))
+    return plain / actual.cpu()
+
+
+def _type(tensor: Tensor) -> str:
+    """Matrices as they are; vectors (norms, biases), of which llama.cpp computes with no other, in float32."""
+    return TYPES[tensor.dtype] if tensor.dim() > 1 else "F32"
+
+
+def _stored(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor as the writer takes them; numpy has no bfloat16, which goes as pairs of bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    if _type(tensor) == "BF16":
+        return tensor.view(torch.uint8).numpy()
+    return (tensor if tensor.dim() > 1 else tensor.float()).numpy()
+
+
+def read_tensor(entry: Any) -> Tensor:
+    """A tensor of a GGUFReader, (out, in) or (out,)."""
+    data = torch.from_numpy(np.array(entry.data))
+    return data.view(torch.bfloat16) if entry.tensor_type.name == "BF16" else data
+
+
+def _difference(reader: Any, tensors: dict[str, Tensor]) -> float:
+    """0.0. Raises MicrogliaError, naming the tensor, when the file holds anything else than it should."""
+    found = {entry.name: read_tensor(entry) for entry in reader.tensors}
+    wrong = [name for name in tensors.keys() ^ found.keys()]
+    wrong += [
+        name
+        for name in found.keys() & tensors.keys()
+        if not torch.equal(found[name].float(), tensors[name].cpu().float())
+    ]
+    if wrong:
+        raise MicrogliaError(
+            f"{sorted(wrong)[0]} reads back differently from the file; write it again, on another disk"
+        )
+    return 0.0

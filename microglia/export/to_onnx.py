@@ -1,0 +1,156 @@
+"""One ONNX graph that reads prompts and writes answers: its key/value cache comes in and goes out as tensors."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
+
+from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.export.frozen import probe
+from microglia.sites import find_sites
+
+GRAPH = "model.onnx"
+OPSET = 20
+TOLERANCE = 1e-5  # of the largest logit: what float32 leaves between two runtimes
+STEPS = 3  # decode steps of the comparison, after the prompt
+
+
+def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
+    """Write the frozen model `lm` as model.onnx. Returns ONNX Runtime's largest difference in logits (None unchecked).
+
+    Raises UnsupportedModelError for sliding windows, ConfigError for other types than float32, MicrogliaError when
+    ONNX Runtime answers differently.
+    """
+    if getattr(lm.config, "sliding_window", None) is not None:
+        raise UnsupportedModelError(
+            f"{type(lm).__name__} has a sliding window of {lm.config.sliding_window} tokens, which the exported graph "
+            "does not have; export it with --format hf"
+        )
+    if lm.dtype != torch.float32:
+        raise ConfigError(
+            f"the model is in {lm.dtype}, but the graph is written in float32; load it with dtype float32"
+        )
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MicrogliaError(f"format onnx needs {error.name}; pip install 'microglia[export]'") from error
+
+    backend = lm.config._attn_implementation
+    lm.set_attn_implementation("eager")
+    try:
+        step = _Step(lm, [site.layer for site in find_sites(lm)])
+        _save(step, folder / GRAPH)
+        tokenizer.save_pretrained(folder)
+        difference = _difference(lm, onnxruntime.InferenceSession(folder / GRAPH)) if check else None
+    finally:
+        lm.set_attn_implementation(backend)
+    return {"difference": difference, "lost": []}
+
+
+class _Step(nn.Module):
+    """One forward pass whose cache is a flat list of tensors, key and value (B, G, P, D) of each site in turn."""
+
+    def __init__(self, lm: Any, layers: list[int]) -> None:
+        super().__init__()
+        self.lm, self.layers = lm, layers
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
+        """Ids and positions (B, T), mask (B, P + T) → logits (B, T, V), then keys and values (B, G, P + T, D)."""
+        layers: list[Any] = [_filled(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
+        output = self.lm(
+            input_ids=input_ids,
+            attention_mask=_mask(attention_mask, input_ids.shape[1], self.lm.dtype),
+            position_ids=position_ids,
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+        )
+        return output.logits, [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
+
+
+def _filled(key: Tensor, value: Tensor) -> DynamicLayer:
+    layer = DynamicLayer()
+    layer.lazy_initialization(key, value)
+    layer.keys, layer.values = key, value
+    return layer
+
+
+def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """Which keys each new token sees, (B, P + T) → (B, 1, T, P + T), additive; made here, as a part of the graph."""
+    total = attention_mask.shape[1]
+    keys = torch.arange(total, device=attention_mask.device)
+    queries = keys[total - length :]
+    seen = (keys[None, :] <= queries[:, None])[None, None] & attention_mask[:, None, None, :].bool()
+    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def empty_past(lm: Any, rows: int = 1) -> list[Tensor]:
+    """A cache without a token: (rows, G, 0, D) twice per site."""
+    sizes = [(rows, s.geometry.kv_heads, 0, s.geometry.head_dim) for s in find_sites(lm) for _ in range(2)]
+    return [torch.zeros(size, dtype=lm.dtype) for size in sizes]
+
+
+def _save(step: _Step, path: Path) -> None:
+    rows, past, new = 2, 3, 5  # of the example; none of them 0 or 1, which torch would take for fixed
+    example = [x.new_zeros(rows, x.shape[1], past, x.shape[3]) for x in empty_past(step.lm)]
+    ids = torch.ones(rows, new, dtype=torch.long)
+    mask, positions = torch.ones(rows, past + new, dtype=torch.long), torch.arange(past, past + new).expand(rows, new)
+    batch, before, length, total = (torch.export.Dim.DYNAMIC for _ in range(4))
+    shapes = {
+        "input_ids": {0: batch, 1: length},
+        "attention_mask": {0: batch, 1: total},
+        "position_ids": {0: batch, 1: length},
+        "past": [{0: batch, 2: before} for _ in example],
+    }
+    sites = range(len(step.layers))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns of its own deprecated calls
+        program = torch.onnx.export(
+            step.eval(),
+            (ids, mask, positions, example),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["input_ids", "attention_mask", "position_ids", *_cache_names("past_key_values", sites)],
+            output_names=["logits", *_cache_names("present", sites)],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=True)
+
+
+def _cache_names(prefix: str, sites: range) -> list[str]:
+    return [f"{prefix}.{index}.{kind}" for index in sites for kind in ("key", "value")]
+
+
+def run_step(session: Any, ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """One pass of the graph over unpadded ids (1, T): logits (1, T, V) and the longer cache."""
+    before, length = past[0].shape[2], ids.shape[1]
+    given = [ids, torch.ones(1, before + length, dtype=torch.long), torch.arange(before, before + length)[None], *past]
+    names = [entry.name for entry in session.get_inputs()]
+    logits, *present = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+    return torch.from_numpy(logits), [torch.from_numpy(x) for x in present]
+
+
+@torch.inference_mode()
+def _difference(lm: Any, session: Any) -> float:
+    """The largest difference in logits over a prompt and some decode steps, each runtime on its own cache."""
+    ids, cache, past = probe(lm).cpu(), None, empty_past(lm)
+    largest, scale = 0.0, 0.0
+    for _ in range(1 + STEPS):
+        output = lm(input_ids=ids, past_key_values=cache, use_cache=True)
+        logits, cache = output.logits, output.past_key_values
+        found, past = run_step(session, ids, past)
+        largest, scale = max(largest, float((logits - found).abs().max())), max(scale, float(logits.abs().max()))
+        ids = logits[:, -1:].argmax(-1)
+    if not largest <= TOLERANCE * max(1.0, scale):
+        raise MicrogliaError(
+            f"ONNX Runtime's logits differ from torch's by {largest:.3g} (the largest is {scale:.3g}); do not use the "
+            "graph, and report this with the model's name"
+        )
+    return largest

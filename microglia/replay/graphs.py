@@ -1,0 +1,130 @@
+"""Capturing work once and replaying it on the same tensors: CUDA graphs, and a tape that does the same anywhere."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from microglia.errors import MicrogliaError
+
+# Operations by which Python would see values. A replay does not run Python, so it could never see the new ones.
+LOOKING = {"_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
+
+
+class Graph(Protocol):
+    """Everything done between `begin` and `end`; `replay` does it again, on the very same tensors."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+
+class Capture(Protocol):
+    """Makes graphs that may share memory. Graphs are captured inside `recording` and replayed in their order."""
+
+    def graph(self) -> Graph: ...
+
+    def recording(self) -> AbstractContextManager[None]: ...
+
+
+class CudaCapture:
+    """CUDA graphs on one stream with one pool of memory: what one piece no longer needs, the next one uses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)
+
+    def graph(self) -> Graph:
+        return _CudaGraph(self.pool)
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        gc.collect()  # a graph that dies of old age while another one is captured would spoil it
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.synchronize(self.device)
+
+
+class _CudaGraph:
+    def __init__(self, pool: Any) -> None:
+        self.pool, self.inner = pool, torch.cuda.CUDAGraph()
+
+    def begin(self) -> None:
+        self.inner.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+
+    def end(self) -> None:
+        self.inner.capture_end()
+
+    def replay(self) -> None:
+        self.inner.replay()
+
+
+class TapeCapture:
+    """Tapes: for tests, and for machines without CUDA. They save no time."""
+
+    def graph(self) -> Graph:
+        return Tape()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        yield
+
+
+class Tape:
+    """The operations that reach the kernels, in order; a replay gives their results to the tensors of the first time.
+
+    As with a CUDA graph, Python does not run again: a number that Python kept, a branch that it took and a tensor that
+    was not static stay what they were. A step that looks at values raises, as it would there.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._recorder = _Recorder(self.calls)
+
+    def begin(self) -> None:
+        self._recorder.__enter__()
+
+    def end(self) -> None:
+        self._recorder.__exit__(None, None, None)
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        for function, args, kwargs, output in self.calls:
+            again = function(*args, **kwargs)
+            for old, new in zip(_tensors(output), _tensors(again), strict=True):
+                if new.data_ptr() != old.data_ptr():  # else a view, or written in place
+                    old.copy_(new)
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, calls: list[Any]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name in LOOKING:
+            raise MicrogliaError(
+                f"a captured step may not look at values, but {name} does; keep the decision on tensors"
+            )
+        output = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, output))
+        return output
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def capture_for(device: torch.device) -> Capture:
+    """CUDA graphs on a CUDA device, else tapes."""
+    return CudaCapture(device) if device.type == "cuda" else TapeCapture()

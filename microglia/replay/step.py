@@ -1,0 +1,366 @@
+"""The decode step of one batch size and one length of cache: static tensors, and the pieces that were captured on them.
+
+A step is a head (embedding, mask, positions), one piece per stretch of layers, and a tail (last norm, logits, the next
+token, what has ended). The pieces come from the model's own forward pass, cut where a stretch begins and ends; nothing
+of the model is rewritten. Each stretch is captured once per *kind* and level:
+
+- `dense`: every head, the model's own weights;
+- `masked`: the same, each head's output multiplied by its gate (for decisions between the full level and the next, and
+  for comparison);
+- `shared`: compact weights, for rows that agree;
+- `rows`: dense projections, each row's own heads in the cache.
+
+Next to it stands its *switch*: the copies that a new decision needs, captured like the step itself.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.cache import take_rows
+from microglia.fill import left_behind
+from microglia.replay.graphs import Capture, Graph
+from microglia.replay.kv import Rows, StaticHeads, StaticKV
+from microglia.replay.levels import Level, covering, placed
+from microglia.replay.weights import CompactWeights
+from microglia.sites import Site, View, stock_attention, with_attention
+
+WARM_UP = 2  # runs before a capture: a compiler works in the first and may settle only in the second
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a piece was captured for: a kind and a level."""
+
+    kind: str
+    level: Level
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is the same for all rooms of a model: its sites, layers, levels and compact weights."""
+
+    lm: Any
+    sites: Sequence[Site]
+    layers: Sequence[nn.Module]
+    levels: Sequence[Level]
+    weights: Sequence[CompactWeights]
+    stretch: int
+    compiler: Callable[..., Any] | None
+
+    @property
+    def stretches(self) -> list[range]:
+        """The layers of each stretch."""
+        count = len(self.layers)
+        return [range(i, min(i + self.stretch, count)) for i in range(0, count, self.stretch)]
+
+
+class Room:
+    """Static tensors for `batch` rows of at most `length` tokens, and everything captured on them."""
+
+    def __init__(self, parts: Parts, capture: Capture, batch: int, length: int, *, fill: bool) -> None:
+        self.parts, self.capture, self.batch, self.length = parts, capture, batch, length
+        lm, sites, device = parts.lm, parts.sites, parts.lm.device
+        with torch.inference_mode(False):
+            zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
+            self.cache = StaticHeads([s.geometry for s in sites], batch, length, dtype=lm.dtype, device=device)
+            self.token, self.positions = zeros(batch, 1), zeros(batch, 1)
+            self.tokens = torch.ones(batch, length, dtype=torch.bool, device=device)  # false at the prompt's padding
+            self.logits = torch.zeros(batch, len(lm.get_output_embeddings().weight), device=device)
+            self.answer, self.count = zeros(batch, length), zeros(1)
+            self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+            self.stop, self.pad = zeros(8) - 1, zeros(1)
+            self.keep = [torch.ones(batch, s.geometry.heads, device=device) for s in sites]
+            self.groups = [zeros(batch, s.geometry.kv_heads) for s in sites]
+            self.heads = [zeros(batch, s.geometry.heads) for s in sites]
+            self.asked = [torch.zeros_like(k) for k in self.keep]
+            self.left: list[Tensor] | None = None
+            if fill:
+                self.left = [torch.zeros(batch, 1, lm.config.hidden_size, dtype=lm.dtype, device=device) for _ in sites]
+        for site in sites:
+            self.kv(site).stock = stock_attention(site.attention)
+        self.edges: list[Tensor] = []  # what goes into each stretch, and out of the last
+        self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
+        self.pieces: dict[tuple[int, Form], Graph] = {}
+        self.switches: dict[tuple[int, Form], Graph] = {}
+        self.captures = 0
+        self.dense = Form("dense", parts.levels[0])
+        self.forms = [self.dense] * len(parts.stretches)
+        self._record_first()
+
+    def kv(self, site: Site) -> StaticKV:
+        """The site's keys and values."""
+        layer: Any = self.cache.layers[site.layer]
+        return layer
+
+    # --- a prompt ---------------------------------------------------------------------------------------------------
+
+    def clear(self, stop: Sequence[int], pad: int) -> None:
+        """Ready for a new prompt; `stop` are the tokens that end an answer, `pad` what follows them."""
+        self.cache.place.seen = 0
+        self.forms = [self.dense] * len(self.forms)
+        self.stop.fill_(-1)
+        self.stop[: len(stop)] = torch.tensor(list(stop), dtype=torch.long)
+        self.pad.fill_(pad)
+        self.ended.zero_()
+        self.count.zero_()
+
+    def read(self, mask: Tensor) -> None:
+        """The prompts of `mask` (B, T), left-padded, have just been read into the cache."""
+        length = mask.shape[1]
+        self.tokens.fill_(True)
+        self.tokens[:, :length] = mask.bool()
+        self.positions.copy_(mask.sum(1, keepdim=True))
+        self.cache.place.position.fill_(length)
+        self.cache.place.seen = length
+
+    def decide(self, keep: Sequence[Tensor], fill: Sequence[Tensor] | None, *, masked: bool = False) -> None:
+        """Continue with decisions (B, H) or (1, H) per site: choose each stretch's level and copy its heads in.
+
+        masked: multiply by the gates instead, at the full level.
+        """
+        whole = torch.stack([k.expand(self.batch, -1).float() for k in keep]).cpu()  # (sites, B, H), the one wait
+        forms = [self._form(whole[stretch.start : stretch.stop], masked) for stretch in self.parts.stretches]
+        for form in dict.fromkeys(forms):
+            self.prepare(form)
+        for site, buffer, k in zip(self.parts.sites, self.keep, keep, strict=True):
+            buffer.copy_(k.expand(self.batch, -1))
+            if self.left is not None and fill is not None:
+                self.left[site.index].copy_(left_behind(site, k, fill[site.index]))
+        self.forms = forms
+        for stretch, form in enumerate(forms):
+            if (stretch, form) in self.switches:
+                self.switches[stretch, form].replay()
+
+    def _form(self, keep: Tensor, masked: bool) -> Form:
+        """The form of a stretch for the decisions (sites, B, H) of its sites."""
+        full = self.parts.levels[0]
+        if bool((keep > 0).all()):
+            return self.dense
+        grouped = self.parts.sites[0].geometry.by_group(keep > 0)
+        groups, queries = int(grouped.any(-1).sum(-1).max()), int(grouped.sum(-1).max())
+        level = covering(self.parts.levels, groups, queries)
+        if masked or level == full:
+            return Form("masked", full)
+        return Form("shared" if bool((keep == keep[:, :1]).all()) else "rows", level)
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
+        self._head.replay()
+        for stretch, form in enumerate(self.forms):
+            self.pieces[stretch, form].replay()
+        self._tail.replay()
+        self.cache.place.seen += 1
+
+    def choose(self) -> None:
+        """The likeliest token of `logits`, unless the row has ended, into `token` and the answer."""
+        token = torch.where(self.ended, self.pad, self.logits.argmax(-1))
+        self.ended |= (token[:, None] == self.stop).any(-1)
+        self.token.copy_(token[:, None])
+        self.answer.index_copy_(1, self.count, self.token)
+        self.count += 1
+
+    # --- capturing --------------------------------------------------------------------------------------------------
+
+    def prepare(self, form: Form) -> None:
+        """Capture every stretch at a form, unless that is done; the model runs to warm up, and once to be captured.
+
+        May be called while a prompt waits: what a warm-up writes is written again by the step, and with every head kept
+        a switch moves nothing.
+        """
+        if (0, form) in self.pieces:
+            return
+        for buffer in self.keep:
+            buffer.fill_(1)
+        with self.capture.recording(), self._as(form):
+            for _ in range(WARM_UP):
+                self._cut_forward(form, None)
+            self._cut_forward(form, self.capture)
+        if form.kind in ("shared", "rows"):
+            with self.capture.recording():
+                for stretch in range(len(self.parts.stretches)):
+                    self._switch(stretch, form)
+                    graph = self.capture.graph()
+                    graph.begin()
+                    self._switch(stretch, form)
+                    graph.end()
+                    self.switches[stretch, form] = graph
+        self.captures += 1
+
+    def _record_first(self) -> None:
+        """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
+        with self.capture.recording(), self._as(self.dense):
+            for _ in range(WARM_UP):
+                self.logits.copy_(self._cut_forward(self.dense, None, first=True))
+                self.choose()
+            self._head = self.capture.graph()
+            self._head.begin()
+            self.logits.copy_(self._cut_forward(self.dense, self.capture, first=True))
+            self.choose()
+            self.positions += 1
+            self.cache.place.position += 1
+            self._tail.end()
+        self.captures += 1
+
+    def _forward(self) -> Tensor:
+        """Logits (B, V) of the model's own forward pass on the static tensors."""
+        lm = self.parts.lm
+        output = type(lm).forward(  # its class's: while a decoder serves, the model's own attribute replays
+            lm,
+            input_ids=self.token,
+            attention_mask=self.tokens,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits[:, -1]
+
+    def _cut_forward(self, form: Form, capture: Capture | None, *, first: bool = False) -> Tensor:
+        """`_forward`, cut into pieces; without a capture it only warms up."""
+        stretches = self.parts.stretches
+        if first:
+            self.edges, self.inputs = [], []
+        starts, ends = {s.start: i for i, s in enumerate(stretches)}, {s.stop - 1: i for i, s in enumerate(stretches)}
+        open_: list[Graph] = []
+
+        def layer(index: int, own: Callable[..., Any], hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor:
+            if index in starts:
+                if first and index == 0:
+                    if capture is not None:
+                        self._head.end()
+                    self.edges.append(hidden)
+                hidden = self.edges[starts[index]]
+                if capture is not None:
+                    open_.append(capture.graph())
+                    open_[-1].begin()
+            if first:
+                self.inputs.append((args, kwargs))
+            args, kwargs = self.inputs[index]
+            hidden = own(hidden, *args, **kwargs)
+            if index in ends:
+                if first:
+                    self.edges.append(hidden)
+                else:
+                    self.edges[ends[index] + 1].copy_(hidden)
+                if capture is not None:
+                    open_[-1].end()
+                    self.pieces[ends[index], form] = open_[-1]
+                if first and capture is not None and ends[index] == len(stretches) - 1:
+                    self._tail = capture.graph()
+                    self._tail.begin()
+                hidden = self.edges[ends[index] + 1]
+            return hidden
+
+        with ExitStack() as stack:
+            for index, module in enumerate(self.parts.layers):
+                own = module.forward if self.parts.compiler is None else self.parts.compiler(module.forward)
+                swap(stack, module, "forward", _calls(layer, index, own))
+            return self._forward()
+
+    def _switch(self, stretch: int, form: Form) -> None:
+        for index in self.parts.stretches[stretch]:
+            site = self.parts.sites[index]
+            placement = placed(self.keep[index], site.geometry, form.level)
+            self.kv(site).move(placement)
+            if form.kind == "shared":
+                self.parts.weights[index].gather(form.level, placement)
+            else:
+                for buffer, values in zip(
+                    (self.groups[index], self.heads[index], self.asked[index]),
+                    (placement.slots, placement.heads, placement.asked),
+                    strict=True,
+                ):
+                    buffer[:, : values.shape[1]].copy_(values)
+
+    @contextmanager
+    def _as(self, form: Form) -> Iterator[None]:
+        """While inside, the model's forward pass is a step of this form."""
+        with ExitStack() as stack:
+            if self.parts.compiler is not None:  # one code for all layers, but one for every form
+                import torch._dynamo.config as limits  # slow to import, and needed here only
+
+                stack.enter_context(limits.patch(recompile_limit=256))
+            stack.callback(setattr, self.cache.place, "stepping", False)
+            self.cache.place.stepping = True
+            for site in self.parts.sites:
+                self._install(stack, site, form)
+            yield
+
+    def _install(self, stack: ExitStack, site: Site, form: Form) -> None:
+        kv, attention, level = self.kv(site), site.attention, form.level
+        kv.groups = level.groups
+        kv.gate = self.keep[site.index] if form.kind == "masked" else None
+        kv.rows = None
+        changes: dict[str, int] = {}
+        if form.kind == "rows":
+            buffers = self.groups[site.index], self.heads[site.index], self.asked[site.index]
+            sizes = (level.groups, level.heads, level.heads)
+            kv.rows = Rows(*(buffer[:, :size] for buffer, size in zip(buffers, sizes, strict=True)))
+        elif form.kind == "shared":
+            attributes, config = site.layout.rewritten(site.geometry.kept(level.heads, level.groups))
+            for name, value in attributes.items():
+                swap(stack, attention, name, value)
+            changes.update(config)
+            for name, module in self.parts.weights[site.index].projections(level).items():
+                swap(stack, attention, name, module)
+        if self.left is not None and form.kind != "dense":
+            swap(stack, attention, site.layout.o, _WithLeft(site.output, self.left[site.index]))
+        function = step_attention if self.parts.compiler is None else _uncompiled()
+        swap(stack, attention, "config", with_attention(attention.config, function, **changes))
+        swap(stack, attention, "layer_idx", kv)  # a number would make every layer another one for the compiler
+
+
+def swap(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until the stack closes; what the object itself did not have is taken away again."""
+    own = name in vars(owner) or name in getattr(owner, "_modules", {})
+    stack.callback(setattr, owner, name, getattr(owner, name)) if own else stack.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def _calls(layer: Callable[..., Tensor], index: int, own: Callable[..., Any]) -> Callable[..., Tensor]:
+    return lambda hidden, *args, **kwargs: layer(index, own, hidden, args, kwargs)
+
+
+def step_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """The stock attention of a step, with what its form adds: q (B, H, 1, D) → (B, 1, H, D).
+
+    One function for all layers; what differs between them hangs on the StaticKV that stands for the layer's number.
+    """
+    kv: Any = module.layer_idx
+    if kv.rows is None:
+        output, _ = kv.stock(module, query, key, value, mask, **kwargs)
+        return (output if kv.gate is None else output * kv.gate[:, None, :, None].to(output.dtype)), None
+    heads, asked = kv.rows.heads, kv.rows.asked
+    kept = View(module, num_key_value_groups=heads.shape[1] // kv.rows.groups.shape[1])
+    output, _ = kv.stock(kept, take_rows(query, heads), key, value, mask, **kwargs)  # (B, 1, k, D)
+    output = output * asked[:, None, :, None].to(output.dtype)
+    whole = output.new_zeros(len(output), output.shape[1], query.shape[1], output.shape[3])
+    return whole.scatter(2, heads[:, None, :, None].expand(-1, output.shape[1], -1, output.shape[3]), output), None
+
+
+@functools.cache
+def _uncompiled() -> Callable[..., Any]:
+    """`step_attention` outside compiled code, where the library would copy keys once per query head of a group."""
+    function: Callable[..., Any] = torch.compiler.disable(step_attention)
+    return function
+
+
+class _WithLeft(nn.Module):
+    """An output projection, and what the pruned heads left behind added to it."""
+
+    def __init__(self, inner: nn.Module, left: Tensor) -> None:
+        super().__init__()
+        self.inner, self.left = inner, left
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)
+        return output + self.left

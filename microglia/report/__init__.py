@@ -1,0 +1,6 @@
+"""One self-contained page from records; reads what runs wrote and measures nothing."""
+
+from microglia.report.page import check_page, page, write_report
+from microglia.report.sources import Findings, Result, Run, gather
+
+__all__ = ["Findings", "Result", "Run", "check_page", "gather", "page", "write_report"]

@@ -1,0 +1,365 @@
+"""The sections of the page: which figure shows which finding, with its caption, alternative text and table."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from microglia.report import charts, words
+from microglia.report.sources import Findings, Result, Run
+
+MIB = 2**20
+CURVES = (  # (title, {key of the history: name}, form)
+    ("Task loss", {"task": "task loss", "eval_loss": "validation"}, "{:.2f}"),
+    ("Sparsity", {"keep_ratio": "sparsity", "target": "target"}, "{:.0%}"),
+    ("Weight of mean(keep)", {"alpha": "α", "multiplier": "multiplier λ"}, "{:.2f}"),
+    ("Temperature and noise of the gates", {"temperature": "temperature", "noise": "noise"}, "{:.1f}"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its numbers: `columns` and `rows` are the table below it; `legend` is (style, name)."""
+
+    title: str
+    svg: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    legend: Sequence[tuple[int, str]] = ()
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, what it means, and its figures; `table` stands open where there is no chart."""
+
+    name: str
+    title: str
+    intro: str = ""
+    figures: Sequence[Figure] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    listings: Sequence[tuple[str, str]] = ()
+    narrow: bool = False
+
+
+def sections(findings: Findings) -> list[Section]:
+    """Every section that has something to show."""
+    found: list[Section] = []
+    for number, run in enumerate(findings.runs):
+        suffix = f"-{number + 1}" if len(findings.runs) > 1 else ""
+        found.append(compared(run, suffix))
+        parts = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
+        found += [replace(part, title=f"{part.title}: {run.title}") if suffix else part for part in parts]
+    found += [training(findings), cost(findings), origin(findings)]
+    return [s for s in found if s.figures or s.rows or s.listings]
+
+
+def compared(run: Run, suffix: str) -> Section:
+    """Dense against pruned, one line per policy."""
+    titles = ["", "right", "95 % interval", "heads pruned", "points to dense", "95 % interval", "p", "answer tokens"]
+    rows = [
+        [
+            words.label(r.policy),
+            words.percent(r.accuracy),
+            words.interval(r.ci95),
+            words.percent(r.sparsity),
+            words.points(r.diff),
+            words.interval(r.diff_ci95, "{:+.1f}"),
+            words.small(r.p_value),
+            "" if r.mean_tokens is None else f"{r.mean_tokens:.0f}",
+        ]
+        for r in run.results
+    ]
+    used = [i for i in range(len(titles)) if i == 0 or any(row[i] for row in rows)]
+    return Section(
+        f"compared{suffix}",
+        f"{run.title}: dense against pruned",
+        words.verdict(run),
+        columns=[titles[i] for i in used],
+        rows=[[row[i] for i in used] for row in rows],
+    )
+
+
+def fronts(run: Run, suffix: str) -> Section:
+    """Accuracy against sparsity, and against measured speed where every mark has one."""
+    figures = []
+    names = [r.policy for r in run.results]
+    dense = next((r.accuracy for r in run.results if r.policy == "dense"), None)
+    if len(run.results) > 1:
+        marks = [_mark(r, r.sparsity, None, names) for r in run.results]
+        figures.append(_front("Accuracy and sparsity", marks, run.results, "heads pruned", "{:.0%}", dense))
+    timed = [r for r in run.results if r.timing]
+    if len(timed) > 1:
+        marks = [_mark(r, r.timing["ratio_to_dense"], r.timing["ratio_ci95"], names) for r in timed if r.timing]
+        label = "decode speed-up, dense time ÷ this time"
+        figures.append(_front("Accuracy and latency", marks, timed, label, "{:.2f}×", dense))
+    intro = (
+        "Up and to the right is better. Whiskers are 95 % intervals; the dashed line joins the marks that no other "
+        "beats in both; the dotted line is the dense model."
+    )
+    return Section(f"fronts{suffix}", "What accuracy costs", intro, figures)
+
+
+def _mark(r: Result, x: float, x_ends: Any, names: Sequence[str]) -> charts.Point:
+    ends = tuple(x_ends) if x_ends else None
+    return charts.Point(words.label(r.policy), x, r.accuracy, ends, r.ci95, words.style(r.policy, names))
+
+
+def _front(
+    title: str,
+    marks: Sequence[charts.Point],
+    results: Sequence[Result],
+    label: str,
+    form: str,
+    dense: float | None,
+) -> Figure:
+    told = "; ".join(f"{m.name} {m.y:.1%} right at {form.format(m.x)}" for m in marks[:8])
+    alt = f"{title}: accuracy upwards, {label} to the right. {told}."
+    rows = [
+        [
+            words.label(r.policy),
+            words.percent(r.accuracy),
+            words.interval(r.ci95),
+            words.percent(r.sparsity),
+            f"{r.timing['ms_per_token']:.2f}" if r.timing else "",
+            f"{r.timing['ratio_to_dense']:.3f}" if r.timing else "",
+            words.interval(tuple(r.timing["ratio_ci95"]), "{:.3f}", 1) if r.timing else "",
+        ]
+        for r in results
+    ]
+    titles = ["", "right", "95 %", "heads pruned", "ms/token", "speed-up", "95 %"]
+    used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
+    legend = list(dict.fromkeys((m.style, "random masks" if m.style == 3 else m.name) for m in marks))
+    svg = charts.front(marks, alt, label, form, dense=dense)
+    return Figure(title, svg, [titles[i] for i in used], [[row[i] for i in used] for row in rows], legend=legend)
+
+
+def groups(run: Run, suffix: str) -> Section:
+    """Sparsity by difficulty and by family; accuracy beside it."""
+    pruned = _decided(run)
+    figures = []
+    for kind, label in (("difficulty", "steps of the worked answer"), ("family", "")):
+        for value in ("sparsity", "accuracy"):
+            key = f"{value}_by_{kind}"
+            shown = [r for r in run.results if (r is pruned or (value == "accuracy" and r.policy == "dense"))]
+            series = {words.label(r.policy): (words.STYLES.get(r.policy, 1), r.by[key]) for r in shown if r.by.get(key)}
+            if not series:
+                continue
+            title = {"sparsity": "Heads pruned", "accuracy": "Right answers"}[value] + f" by {kind}"
+            figures.append(_grouped(title, series, label, sideways=kind == "family"))
+    return Section(
+        f"groups{suffix}",
+        "Does effort follow the problem?",
+        "If the agents adapt, easy problems lose more heads than hard ones. " + words.follows(run),
+        figures,
+    )
+
+
+def _grouped(title: str, series: dict[str, tuple[int, dict[str, float]]], label: str, *, sideways: bool) -> Figure:
+    names = list(dict.fromkeys(group for _, values in series.values() for group in values))
+    first = next(iter(series.values()))[1]
+    told = ", ".join(f"{group}: {value:.1%}" for group, value in first.items())
+    rows = [[group, *(words.percent(values.get(group)) for _, values in series.values())] for group in names]
+    svg = charts.columns(series, f"{title}. {told}.", label, sideways=sideways)
+    legend = [(number, name) for name, (number, _) in series.items()] if len(series) > 1 else []
+    return Figure(title, svg, ["", *series], rows, legend=legend)
+
+
+def heads(run: Run, suffix: str) -> Section:
+    """Site × head: how often kept, and the two signals."""
+    pruned = _decided(run)
+    if pruned is None or not pruned.heads.get("kept"):
+        return Section(f"heads{suffix}", "")
+    kept, figures = pruned.heads["kept"], []
+    often = [(value, site, head) for site, row in enumerate(kept) for head, value in enumerate(row)]
+    always, never = sum(v == 1 for v, *_ in often), sum(v == 0 for v, *_ in often)
+    told = f"Of {len(often)} heads {always} are kept for every prompt and {never} for none."
+    alt = f"How often each head is kept, site by head. {told}"
+    form = "kept for {:.1%} of the prompts"
+    svg = charts.heat(kept, alt, kept, form, row_means=True, ends=("never", "always"))
+    note = told + " At the right: the site's mean."
+    figures.append(Figure("How often each head is kept", svg, *_matrix(kept, "{:.1%}"), note))
+    if entropy := pruned.heads.get("entropy"):
+        most = max(max(row) for row in entropy)
+        alt = f"Attention entropy per head, site by head; the highest is {most:.2f}."
+        svg = charts.heat(entropy, alt, entropy, "entropy {:.3f}", ends=("one key", "all keys"))
+        note = "Mean over prompts; 0: a head looks at one token, 1: at all visible tokens alike."
+        figures.append(Figure("Attention entropy", svg, *_matrix(entropy, "{:.3f}"), note))
+    if norm := pruned.heads.get("norm"):
+        shade = [[value / (max(row) or 1) for value in row] for row in norm]
+        alt = "Activation norm per head, site by head, shaded relative to the largest of its site."
+        svg = charts.heat(norm, alt, shade, "norm {:.4g}", ends=("0", "site's largest"))
+        note = "Mean over prompts of the norm of a head's output; shaded relative to the largest of its site."
+        figures.append(Figure("Activation norm", svg, *_matrix(norm, "{:.4g}"), note))
+    intro = f"What {words.label(pruned.policy)} decided on {pruned.prompts:,} prompts, and the signals it decided from."
+    return Section(f"heads{suffix}", "Which heads stay", intro, figures, narrow=True)
+
+
+def _matrix(values: Sequence[Sequence[float]], form: str) -> tuple[list[str], list[list[str]]]:
+    titles = ["site", *(f"head {head}" for head in range(max(map(len, values))))]
+    return titles, [[str(site), *(form.format(value) for value in row)] for site, row in enumerate(values)]
+
+
+def _decided(run: Run) -> Result | None:
+    """The result of the agents, or of whatever else pruned in this run."""
+    found = [r for r in run.results if r.policy in ("pruned", "agents")] or run.results[1:]
+    return next(iter(found), None)
+
+
+def training(findings: Findings) -> Section:
+    """Task loss, sparsity, what steers it, and the gates' temperature over the steps."""
+    figures = []
+    for name, history in findings.histories.items():
+        for title, keys, form in CURVES:
+            series = dict(_curves(history, keys))
+            if not series:
+                continue
+            last = "; ".join(f"{key} ends at {form.format(pairs[-1][1])}" for key, (_, pairs) in series.items())
+            where = f" ({name})" if len(findings.histories) > 1 else ""
+            steps = sorted({step for _, pairs in series.values() for step, _ in pairs})
+            table = {key: dict(pairs) for key, (_, pairs) in series.items()}
+            rows = [
+                [f"{step:g}", *(f"{found[step]:.4g}" if step in found else "" for found in table.values())]
+                for step in steps
+            ]
+            top = (
+                (0.0, 1.05 * max(v for _, pairs in series.values() for _, v in pairs) or 1.0)
+                if title != "Task loss"
+                else None
+            )
+            svg = charts.lines(series, f"{title} over training steps; {last}.", form, y_range=top)
+            legend = [(8 if number >= 8 else -1, key) for key, (number, _) in series.items()]
+            figures.append(Figure(title + where, svg, ["step", *series], rows, legend=legend))
+    return Section("training", "How the agents were trained", "Values are means since the line before.", figures)
+
+
+def _curves(
+    history: Sequence[dict[str, Any]], keys: dict[str, str]
+) -> Iterator[tuple[str, tuple[int, list[tuple[float, float]]]]]:
+    drawn = 0
+    for key, name in keys.items():
+        pairs = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
+        if key in ("keep_ratio", "target"):
+            pairs = [(step, 1 - value) for step, value in pairs]
+        if len(pairs) > 1:
+            yield name, (8 if drawn else 1, pairs)
+            drawn += 1
+
+
+def cost(findings: Findings) -> Section:
+    """Speed beside its ceiling, bytes of a decode step, and memory."""
+    models = {row.get("model") for row in findings.timings}
+    rows = [{**row, "shown": f"{row.get('model')}, " if len(models) > 1 else ""} for row in findings.timings]
+    pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
+    if not pruned:
+        return Section("cost", "")
+    several = len({_case(row) for row in pruned}) > 1
+    shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
+    speeds = [
+        charts.Speed(
+            _named(row, several), row["ratio_to_dense"], tuple(row["ratio_ci95"]), row["ceiling"], row["realised_share"]
+        )
+        for row in shown
+    ]
+    told = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
+    figures = [
+        Figure(
+            "Speed-up beside its ceiling",
+            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling: {told}."),
+            ["", "batch", "context", "kept", "ms/token", "speed-up", "95 %", "ceiling", "share", "paid back after"],
+            [_timing(row) for row in rows],
+            "Hollow: what the bytes saved would allow. Filled: what was measured. Thin line: 95 % interval.",
+        )
+    ]
+    both = [row for row in rows if row["variant"] in ("dense", "compact")]
+    steps = _stacks(both, several, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
+    kinds = [(0, "weights"), (1, "KV cache")]
+    alt = "Bytes that a decode step reads: " + "; ".join(
+        f"{n} {sum(p[2] for p in parts):,.1f} MiB" for n, parts in steps[:8]
+    )
+    titles = ["", "weights, MiB", "KV cache, MiB"]
+    table = [[name, *(f"{amount:,.2f}" for *_, amount in parts)] for name, parts in steps]
+    figures.append(
+        Figure("Bytes of a decode step", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
+    )
+    if peaks := [row for row in both if row.get("peak_bytes")]:
+        memory = _stacks(peaks, several, ("peak", "peak_bytes"))
+        alt = "Peak memory of a request: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
+        table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
+        figures.append(Figure("Peak memory of a request", charts.stacked(memory, alt, "MiB"), ["", "MiB"], table))
+    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
+    intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. " + words.speed(
+        best
+    )
+    return Section("cost", "Time and memory", intro, figures)
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        row.get("model"),
+        row["batch_size"],
+        row["context"],
+        row.get("keep_ratio") if row["variant"] != "dense" else None,
+    )
+
+
+def _named(row: dict[str, Any], several: bool) -> str:
+    if not several:
+        return words.label(row["variant"])
+    kept = "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept"
+    return f"{row['shown']}{kept}, batch {row['batch_size']}, context {row['context']:,}"
+
+
+def _stacks(
+    rows: Sequence[dict[str, Any]], several: bool, *parts: tuple[str, str]
+) -> list[tuple[str, list[tuple[str, int, float]]]]:
+    """Bars in MiB, without the repetition of equal dense ones."""
+    bars = [
+        (_named(row, several), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
+        for row in rows
+    ]
+    return list(dict(bars).items())
+
+
+def _timing(row: dict[str, Any]) -> list[str]:
+    pruned, tokens = row["variant"] != "dense", row.get("break_even_tokens")
+    return [
+        words.label(row["variant"]),
+        str(row["batch_size"]),
+        f"{row['context']:,}",
+        words.percent(row["keep_ratio"], 0),
+        f"{row['ms_per_token']:.2f}",
+        f"{row['ratio_to_dense']:.3f}" if pruned else "",
+        words.interval(tuple(row["ratio_ci95"]), "{:.3f}", 1) if pruned else "",
+        f"{row['ceiling']:.3f}" if pruned else "",
+        words.percent(row["realised_share"], 0) if pruned else "",
+        f"{tokens} tokens" if tokens else "",
+    ]
+
+
+def origin(findings: Findings) -> Section:
+    """Devices, versions, commits, commands and settings."""
+    rows = [
+        [
+            found.get("device", ""),
+            ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items()),
+            str(found.get("commit") or "")[:12],
+        ]
+        for found in findings.circumstances
+    ]
+    listings = [("Commands", "\n".join(dict.fromkeys(f["command"] for f in findings.circumstances if "command" in f)))]
+    for name, config in findings.checkpoints.items():
+        told = config.get("training", {}).get("config") or {}
+        settings = [f"base model: {config['base_model']}", *(f"{key}: {value}" for key, value in told.items())]
+        listings.append((f"Settings of {name}", "\n".join(settings)))
+    if findings.agents:
+        count, share = findings.agents["agent_parameters"], findings.agents["agent_share"]
+        listings.append(("Agents", f"{count:,} parameters, {share:.3%} of the model"))
+    unique = list(dict.fromkeys(map(tuple, rows)))
+    return Section(
+        "origin",
+        "Where these figures come from",
+        columns=["device", "versions", "commit"] if rows else [],
+        rows=unique,
+        listings=[listing for listing in listings if listing[1]],
+    )

@@ -1,0 +1,104 @@
+"""SVAMP: elementary word problems in variations that catch shallow readers (Patel et al. 2021, arXiv:2103.07191).
+
+All 1,000 problems are for testing; what the authors train on is MAWPS and ASDiv-A, in their repository and not on the
+hub.
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import Any, ClassVar
+
+from microglia.errors import DataError
+from microglia.tasks.answers import normalise_answer
+from microglia.tasks.base import Example, Task, without_validation
+from microglia.tasks.rows import hub_rows, read_json
+
+HUB_ID = "ChilleD/SVAMP"
+TEST_FILE, TRAIN_FOLDER = "SVAMP.json", "mawps-asdiv-a_svamp"
+FIELDS = ("ID", "Body", "Question", "Equation", "Answer")
+TRAIN_FIELDS = ("Question", "Numbers", "Equation", "Answer")
+
+
+class SvampTask(Task):
+    """1,000 problems to test on; 3,138 (500 held out) to train on, from the authors' files only."""
+
+    name: ClassVar[str] = "svamp"
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
+        """The examples of a split, from `data_dir` (the authors' repository or its data folder) or from the hub.
+
+        Answers are the equation and `#### number`; there are no worked texts.
+        Raises DataError when files or fields are missing or the hub cannot be reached, and for train from the hub.
+        """
+        if split == "test":
+            rows = _test_rows(data_dir)
+            try:
+                return [_test_example(row) for row in rows]
+            except (KeyError, TypeError, ValueError) as error:
+                raise DataError(
+                    f"SVAMP holds a row without usable {', '.join(FIELDS)} ({error}); download it again"
+                ) from error
+        if data_dir is None:
+            raise DataError(
+                "SVAMP's training problems are not on the hub; clone github.com/arkilpatel/SVAMP and give its folder "
+                "as --data-dir (data_dir=)"
+            )
+        path = _found(Path(data_dir), f"{TRAIN_FOLDER}/train.csv")
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                examples = [_train_example(row, index) for index, row in enumerate(csv.DictReader(file))]
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise DataError(
+                f"{path} holds a row without usable {', '.join(TRAIN_FIELDS)} ({error}); download it again"
+            ) from error
+        return without_validation(examples, split)
+
+
+def _found(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / "data" / name):
+        if path.is_file():
+            return path
+    raise DataError(
+        f"there is no file {folder / name}; data_dir must be a copy of github.com/arkilpatel/SVAMP, so give one or "
+        "leave it out to use the hub"
+    )
+
+
+def _test_rows(data_dir: Path | str | None) -> list[dict[str, Any]]:
+    if data_dir is not None:
+        rows = read_json(_found(Path(data_dir), TEST_FILE))
+        return list(rows) if isinstance(rows, list) else []
+    instead = f"{TEST_FILE} as in github.com/arkilpatel/SVAMP"
+    rows = [row for part in ("train", "test") for row in hub_rows(HUB_ID, None, part, instead)]
+    return sorted(rows, key=lambda row: int(re.sub(r"\D", "", str(row.get("ID"))) or 0))  # chal-1, chal-2, …
+
+
+def _test_example(row: dict[str, Any]) -> Example:
+    body = row["Body"].strip()
+    question = f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {row['Question'].strip()}"
+    return _solved(f"svamp/{row['ID']}", question, row["Equation"], row["Answer"])
+
+
+def _train_example(row: dict[str, str], index: int) -> Example:
+    """Numbers stand apart from the text: number0 in the question and in an equation that is written operator first."""
+    numbers = [normalise_answer(number) for number in row["Numbers"].split()]
+    question = re.sub(r"\bnumber(\d+)\b", lambda match: numbers[int(match[1])], row["Question"])
+    stack: list[str] = []
+    for part in reversed(row["Equation"].split()):
+        if part in "+-*/":
+            stack.append(f"( {stack.pop()} {part} {stack.pop()} )")
+        else:
+            stack.append(numbers[int(part[6:])] if part.startswith("number") else part)
+    question = re.sub(r"\s+([.,?!])", r"\1", question).strip()
+    return _solved(f"svamp/train/{index}", question, stack.pop(), row["Answer"])
+
+
+def _solved(identity: str, question: str, equation: str, answer: Any) -> Example:
+    worked = re.sub(r"\d+\.\d+", lambda match: normalise_answer(match[0]), equation).strip()
+    if worked.startswith("( ") and worked.endswith(" )") and worked.count("(") == 1:
+        worked = worked[2:-2]
+    worked = worked.replace("( ", "(").replace(" )", ")")
+    gold = normalise_answer(str(float(answer)))
+    return Example(identity, question, f"{worked} = {gold}\n#### {gold}", gold, len(re.findall(r" [-+*/] ", worked)))

@@ -1,0 +1,68 @@
+"""Run the notebooks, each in a folder of its own; stop at the first that fails.
+
+python scripts/run_notebooks.py --small                    # offline on the embedded reasoner
+python scripts/run_notebooks.py --small --save             # and keep what they print in the notebooks
+python scripts/run_notebooks.py --small quick_demo         # one of them
+"""
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
+LONGEST = 24 * 3600  # seconds for one cell
+
+
+def run(path: Path, *, save: bool) -> float:
+    """Execute a notebook; returns the seconds that it took. Raises CellExecutionError."""
+    notebook = nbformat.read(path, as_version=4)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        client = NotebookClient(
+            notebook, timeout=LONGEST, kernel_name="python3", resources={"metadata": {"path": folder}}
+        )
+        client.execute()
+    if save:
+        for cell in notebook.cells:
+            tidy(cell)
+        notebook.metadata.pop("widgets", None)
+        nbformat.write(notebook, path)
+    return time.monotonic() - began
+
+
+def tidy(cell: nbformat.NotebookNode) -> None:
+    """Keep what a reader wants to see: no execution times, no progress bars, no colours of a terminal, one text."""
+    cell.metadata.pop("execution", None)
+    if cell.cell_type != "code":
+        return
+    printed = "".join(out.text for out in cell.outputs if out.get("name") == "stdout")
+    shown = [out for out in cell.outputs if out.output_type != "stream"]
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed)
+    cell.outputs = [*([nbformat.v4.new_output("stream", name="stdout", text=plain)] if plain else []), *shown]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of notebooks; all without")
+    parser.add_argument("--small", action="store_true", help="offline on the embedded reasoner")
+    parser.add_argument("--save", action="store_true", help="keep the outputs")
+    options = parser.parse_args()
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `microglia`
+    if options.small:
+        os.environ |= {"MICROGLIA_SMALL": "1", "HF_HUB_OFFLINE": "1"}
+    known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
+    if unknown := sorted(set(options.names) - known.keys()):
+        parser.error(f"there is no notebook {', '.join(unknown)}; choose from {', '.join(known)}")
+    for name in options.names or known:
+        print(f"{name}: {run(known[name], save=options.save):.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

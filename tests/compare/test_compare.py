@@ -1,0 +1,163 @@
+"""A whole comparison on a tiny model: the same prompts for all, seeds, going on from a ledger, table and picture."""
+
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from microglia.attach import gated
+from microglia.cli.main import app
+from microglia.compare.contenders import parsed, twin_recipe
+from microglia.compare.run import DENSE
+from microglia.evaluation.bench import Bench
+from microglia.record import read_records
+from microglia.sites import find_sites
+from microglia.system import MicrogliaPruningSystem
+from microglia.tasks import get_task
+from microglia.training import TrainingConfig
+from microglia.training.held_out import answer_losses
+from tests.compare.stub import stub_criteria
+from tests.tiny_folder import checkpoint_for, save_tiny_model
+
+FEW = "--limit 6 --max-new-tokens 2 --batch-size 4 --num-runs 0".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("compare")
+    system = MicrogliaPruningSystem(save_tiny_model(place / "model"))
+    system.policy = checkpoint_for(system.model).policy
+    return system.save_pretrained(place / "saved")
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What was asked of the criteria."""
+    asked: list = []
+    monkeypatch.setitem(sys.modules, "microglia.criteria", stub_criteria(asked))
+    monkeypatch.setattr("microglia.cli.compare.DIAL_PROMPTS", 6)
+    return asked
+
+
+def run(*arguments: object):
+    return CliRunner().invoke(app, ["compare", *map(str, arguments)])
+
+
+def test_everything_on_one_bench_and_again_from_the_ledger(folder, made, tmp_path) -> None:
+    place = ["--model-path", folder, "--output-dir", tmp_path, "--seeds", "0,1", "--keep-ratios", "0.7"]
+    command = [*place, "--at-keep-ratio", 0.5, "--policies", "random,norm:per-input", *FEW]
+    done = run(*command, "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert [(row["policy"], row["target"]) for row in data["rows"]] == [
+        (DENSE, 1.0),
+        *((name, ratio) for name in ("agents", "gate", "random", "norm:per-input") for ratio in (0.7, 0.5)),
+    ]
+    assert data["adaptivity"]["at_keep_ratio"] == 0.5
+    assert [row["seeds"] for row in data["rows"][:4]] == [[0], [0], [0], [0, 1]]
+    assert sorted({(kind, seed, per_input) for kind, seed, _, per_input, _ in made}) == [
+        ("gate", 0, False),
+        ("gate", 1, False),
+        ("norm", 0, True),
+        ("norm", 1, True),
+        ("random", 0, False),
+        ("random", 1, False),
+    ]
+    assert all(row["keep_ratio"] >= 0.4 for row in data["rows"])
+    assert json.loads((tmp_path / "comparison.json").read_text())["rows"] == data["rows"]
+    names = [record.name for record in read_records(tmp_path / "records.jsonl")]
+    assert (names.count("accuracy"), names.count("adaptivity")) == (9, 1)
+
+    made.clear()
+    again = json.loads(run(*command, "--json").stdout)
+    assert again["rows"] == data["rows"]
+    assert made == []  # nothing was trained or answered again
+
+    table = run(*command)
+    assert "Adapting to the input adds" in table.stdout
+    assert "norm:per-input" in table.stdout
+
+
+def test_time_and_memory_are_measured_and_drawn(folder, made, tmp_path) -> None:
+    flags = "--keep-ratios 0.5 --at-keep-ratio 0.5 --limit 2 --max-new-tokens 2 --num-runs 1".split()
+    picture = tmp_path / "front.png"
+    done = run("--model-path", folder, *flags, "--plot", picture, "--json")
+    assert done.exit_code == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    dense = rows[0]
+    assert all(row["ms_per_token"] > 0 for row in rows)
+    assert all(row["kv_bytes"] < dense["kv_bytes"] for row in rows[1:])
+    assert all("pareto_latency" in row for row in rows)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_static_twin_may_be_a_checkpoint(folder, made) -> None:
+    done = run("--model-path", folder, "--policies", f"gate={folder}", *FEW, "--keep-ratios", 0.6, "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert {row["policy"] for row in data["rows"]} == {DENSE, "agents", "gate"}
+    assert data["adaptivity"]["gain"] == data["adaptivity"]["loss_difference"] == 0  # it is the same policy
+    assert made == []
+
+
+def test_names_are_put_in_order_and_the_twin_is_always_there() -> None:
+    assert parsed(["random,norm", "random"]) == ["agents", "gate", "random", "norm"]
+    assert parsed(["norm", "gate=runs/twin"]) == ["agents", "gate=runs/twin", "gate", "norm"]
+
+
+def test_the_twin_is_trained_as_the_agents_were() -> None:
+    told = {"max_steps": 40, "alpha": [0.02, 0.2], "lora": "joint", "learning_rate": 3e-3, "gone_option": 1}
+    recipe = twin_recipe(told)
+    assert (recipe.max_steps, recipe.alpha, recipe.lora) == (40, (0.02, 0.2), "none")
+    assert recipe.learning_rate > TrainingConfig().learning_rate
+
+
+def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
+    system = MicrogliaPruningSystem.from_pretrained(folder)
+    task = get_task("arithmetic")
+    bench = Bench(system.model, system.tokenizer, task, task.load("test", limit=5))
+    options = {"template": task.template, "gate": system.gate, "look": system.look}
+
+    def losses(policy, **more):
+        return answer_losses(bench.model, bench.tokenizer, bench.examples, policy, **{**options, **more})
+
+    assert losses(system.policy, batch_size=2) == pytest.approx(losses(system.policy, batch_size=5), abs=1e-4)
+    dense = losses(None)
+    assert max(abs(a - b) for a, b in zip(losses(system.policy), dense, strict=True)) > 1e-3
+    example = bench.examples[0]  # the same by hand: one pass, no padding, no cache
+    prompt = system.tokenizer(task.template.format(question=example.question))["input_ids"]
+    answer = [*system.tokenizer(" " + example.answer)["input_ids"], system.tokenizer.eos_token_id]
+    sites = find_sites(system.model)
+    keep = [system.gate(x[:1], site.geometry) for x, site in zip(bench.logits(system.policy), sites, strict=True)]
+    where = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
+
+    def by_hand() -> float:
+        logits = system.model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        return float(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)))
+
+    with torch.no_grad():
+        assert dense[0] == pytest.approx(by_hand(), abs=1e-4)
+        with gated(sites, keep, where=where):
+            pruned = by_hand()
+    assert losses(system.policy)[0] == pytest.approx(pruned, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "no checkpoint was given"),
+        ("--model-path SAVED --policies shap", "there is no criterion 'shap'; choose one of"),
+        ("--model-path SAVED --policies twin=nowhere", "give name=FOLDER with a checkpoint folder"),
+        ("--model-path SAVED --keep-ratios 1.5", "keep_ratios=[1.5"),
+        ("--model-path SAVED --seeds 0,0", "seeds=[0, 0] was given; give at least one and none twice"),
+        ("--model-path SAVED,SAVED --seeds 0,1,2", "agents has 2 policies but 3 seeds were given"),
+        ("--model-path SAVED --plot x.bmp", "x.bmp was given for the plot; it must end in .png"),
+    ],
+)
+def test_a_wrong_request_ends_in_one_sentence(arguments, sentence, folder, made) -> None:
+    done = run(*arguments.replace("SAVED", str(folder)).split(), *FEW, "--json")
+    assert done.exit_code == 2, done.stderr
+    assert done.stdout == ""
+    assert sentence in done.stderr

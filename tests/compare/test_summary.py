@@ -1,0 +1,107 @@
+"""What a comparison says of cells made by hand."""
+
+import numpy as np
+import pytest
+
+from microglia.compare.summary import Cell, Timing, summarise
+from microglia.errors import DataError
+from microglia.evaluation.run import Answer, Evaluation
+from microglia.evaluation.significance import mcnemar_exact, paired_difference
+
+N = 40
+DENSE = [1] * 36 + [0] * 4
+
+
+def cell(policy: str, correct, *, target=0.7, seed=0, kept=0.7, ratio: float | None = None, first=0) -> Cell:
+    rows = [
+        Answer(f"{first + i}", "", bool(c), kept + (i % 4) / 100, 10, i % 4, "ab"[i % 2]) for i, c in enumerate(correct)
+    ]
+    losses = tuple(1.0 - c / 2 for c in correct)
+    if ratio is None:
+        return Cell(policy, target, seed, Evaluation(tuple(rows), 1.0), losses)
+    times = {"ratio_ci95": [ratio, ratio], "ceiling": 2.0, "realised_share": 0.5, "kv_bytes": 100, "keep_ratio": kept}
+    dense = {**times, "ms_per_token": 10.0, "ratio_to_dense": 1.0}
+    timing = Timing(dense, {**times, "ms_per_token": 10 / ratio, "ratio_to_dense": ratio})
+    return Cell(policy, target, seed, Evaluation(tuple(rows), 1.0), losses, timing)
+
+
+def flipped(*indices: int) -> list[int]:
+    return [1 - c if i in indices else c for i, c in enumerate(DENSE)]
+
+
+CELLS = [
+    cell("dense", DENSE, target=1.0, kept=1.0),
+    cell("agents", flipped(0, 1), ratio=1.3),
+    cell("gate", flipped(*range(8)), ratio=1.3, seed=0),
+    cell("gate", flipped(*range(10)), seed=1),
+    cell("random", flipped(*range(20)), ratio=1.2),
+]
+
+
+def test_a_row_has_what_the_interface_promises() -> None:
+    found = summarise(CELLS, 0.7)
+    promised = {"policy", "keep_ratio", "accuracy", "ci95", "loss", "ms_per_token", "kv_bytes"}
+    assert all(promised <= row.keys() for row in found["rows"])
+    assert [row["policy"] for row in found["rows"]] == ["dense", "agents", "gate", "random"]
+    dense, agents, gate, _ = found["rows"]
+    assert dense["ms_per_token"] == 10.0
+    assert agents["accuracy"] == 34 / 40
+    assert agents["loss"] == pytest.approx(1 - 34 / 80)
+    assert gate["accuracy"] == pytest.approx((28 + 26) / 80)
+    assert gate["seeds"] == [0, 1]
+    assert agents["diff"] == pytest.approx(-2 / 40)
+    assert agents["p_value"] == mcnemar_exact(flipped(0, 1), DENSE)
+    assert agents["keep_ratio"] == pytest.approx(0.715)
+
+
+def test_what_adaptivity_adds_is_one_paired_number() -> None:
+    found = summarise([c for c in CELLS if c.seed == 0], 0.7)["adaptivity"]
+    paired = paired_difference(flipped(0, 1), flipped(*range(8)), resamples=2_000)
+    assert (found["gain"], tuple(found["ci95"])) == (paired.diff, paired.ci95)
+    assert found["at_keep_ratio"] == 0.7
+    assert found["loss_difference"] == pytest.approx(-paired.diff / 2)
+    over_seeds = summarise(CELLS, 0.7)["adaptivity"]
+    assert over_seeds["gain"] == pytest.approx(7 / 40)
+    assert over_seeds["ci95"][0] < 7 / 40 < over_seeds["ci95"][1]
+
+
+def test_several_tests_are_corrected_together() -> None:
+    rows = summarise(CELLS, 0.7)["rows"]
+    p = sorted(row["p_value"] for row in rows[1:])
+    worst = min(rows[1:], key=lambda row: row["p_value"])
+    assert worst["p_holm"] == pytest.approx(min(1, 3 * p[0]))
+    assert "agents_p_holm" not in rows[1]
+    assert rows[3]["agents_p_holm"] >= rows[3]["agents_p_value"]
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    rows = summarise(CELLS, 0.7)["rows"]
+    assert [row["pareto_latency"] for row in rows] == [True, True, False, False]
+    untimed = summarise([Cell(c.policy, c.target, c.seed, c.run, c.losses) for c in CELLS], 0.7)["rows"]
+    assert "pareto_latency" not in untimed[0]
+    assert untimed[1]["pareto_sparsity"]
+
+
+def test_sparsity_by_difficulty_and_family() -> None:
+    found = summarise(CELLS, 0.7)
+    assert found["follows_difficulty"]["rank_correlation"] == pytest.approx(-1)
+    by_family = found["sparsity_by_family"]
+    assert list(by_family) == ["a", "b"]
+    assert by_family["a"] - by_family["b"] == pytest.approx(0.01)
+
+
+def test_other_prompts_or_a_missing_twin_are_refused() -> None:
+    with pytest.raises(DataError, match="answered different prompts"):
+        summarise([*CELLS, cell("norm", DENSE, first=5)], 0.7)
+    with pytest.raises(DataError, match=r"no cell of gate at the keep ratio 0.7; measure it there"):
+        summarise([c for c in CELLS if c.policy != "gate"], 0.7)
+    with pytest.raises(DataError, match=r"no cell of agents at the keep ratio 0.5"):
+        summarise(CELLS, 0.5)
+
+
+def test_a_twin_as_good_as_the_agents_adds_nothing() -> None:
+    cells = [CELLS[0], CELLS[1], cell("gate", flipped(0, 1), ratio=1.3)]
+    found = summarise(cells, 0.7)["adaptivity"]
+    assert found["gain"] == 0
+    assert found["ci95"][0] < 0 < found["ci95"][1]
+    assert np.isfinite(found["p_value"])

@@ -1,0 +1,62 @@
+"""What holds for every criterion: the model untouched, the same seed the same scores, saved and loaded alike."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from microglia.checkpoint import Checkpoint, MicrogliaConfig
+from microglia.criteria import CRITERIA, get_criterion
+from microglia.errors import ConfigError
+from tests.criteria.calibrated import calibration
+from tests.criteria.test_gate import SHORT
+
+QUICK = {"steps": 3, "permutations": 1, "probes": 1, "config": replace(SHORT, max_steps=2)}
+PER_INPUT = [name for name in CRITERIA if CRITERIA[name].per_input]
+
+
+def quick(name):
+    """The criterion with few steps."""
+    known = {f.name for f in fields(CRITERIA[name])}
+    return get_criterion(name, **{option: value for option, value in QUICK.items() if option in known})
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("family", ["phi3", "gpt2"])
+def test_the_model_stays_as_it_was_and_the_seed_decides(name, family, snapshot):
+    cal = calibration(family, batch_size=3)
+    attributes = [set(vars(m)) for m in cal.model.modules()]
+    before, state = snapshot(cal.model), torch.random.get_rng_state()
+    policy = quick(name).policy(cal)
+    assert torch.random.get_rng_state().equal(state)
+    assert snapshot(cal.model) == before
+    assert [set(vars(m)) for m in cal.model.modules()] == attributes
+    assert all(p.grad is None for p in cal.model.parameters())
+    again = quick(name).policy(cal)
+    assert all(a.equal(b) for a, b in zip(policy.logits, again.logits, strict=True))
+    flat = torch.cat(list(policy.logits))
+    assert flat.isfinite().all()
+    assert flat.unique().numel() >= 8
+    assert not any(p.requires_grad for p in policy.parameters())
+
+
+@pytest.mark.parametrize("name", PER_INPUT)
+def test_a_policy_that_looks_comes_back_from_disk(name, tmp_path):
+    cal = calibration("qwen2")
+    policy = quick(name).policy(cal, per_input=True)
+    before = cal.logits(policy)
+    assert not all(x.equal(x[:1].expand_as(x)) for x in before)
+    config = MicrogliaConfig.describing(cal.model, policy, base_model="tiny", look=cal.look)
+    Checkpoint(policy, config, before).save_pretrained(tmp_path)
+    loaded = Checkpoint.from_pretrained(tmp_path)
+    assert type(loaded.policy) is type(policy)
+    assert all(a.equal(b) for a, b in zip(cal.logits(loaded.policy), before, strict=True))
+    kind = "predictor" if name == "predictor" else "own signal"
+    assert kind in (tmp_path / "README.md").read_text()
+    if name != "predictor":
+        with pytest.raises(ConfigError, match="'both' is not one signal; choose norm or entropy"):
+            replace(config, features="both")
+
+
+def test_three_criteria_look_at_prompts():
+    assert PER_INPUT == ["norm", "entropy", "predictor"]

@@ -1,0 +1,27 @@
+"""What happened to every head: means over all prompts, however they were batched."""
+
+import pytest
+import torch
+
+from microglia.evaluation.heads import HeadMeans
+
+
+def test_means_do_not_depend_on_the_batches():
+    keep = [(torch.rand(5, h, generator=torch.Generator().manual_seed(h)) > 0.4).float() for h in (4, 6)]
+    norm = [torch.rand(5, h) for h in (4, 6)]
+    whole, parts = HeadMeans(), HeadMeans()
+    whole.add(keep, [{"norm": x} for x in norm])
+    for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
+        parts.add([x[rows] for x in keep], [{"norm": x[rows]} for x in norm])
+    expected = {"kept": keep, "norm": norm}
+    for found in (whole.as_json(), parts.as_json()):
+        assert found.keys() == expected.keys()
+        for name, tensors in expected.items():
+            for shown, tensor in zip(found[name], tensors, strict=True):
+                assert shown == pytest.approx(tensor.mean(0).tolist(), abs=1e-6)
+
+
+def test_a_dense_model_says_nothing_of_heads():
+    means = HeadMeans()
+    means.add([], [])
+    assert means.as_json() == {}

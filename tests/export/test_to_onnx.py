@@ -1,0 +1,54 @@
+"""ONNX Runtime and torch agree on the frozen model: logits to 1e-5, greedy tokens exactly."""
+
+import pytest
+import torch
+
+from microglia.errors import ConfigError, UnsupportedModelError
+from microglia.export import export
+from microglia.export.frozen import frozen
+from microglia.export.to_onnx import empty_past, run_step
+from tests.export.plans import uneven_plan
+from tests.tiny import tiny_model, tiny_tokenizer
+
+for package in ("onnx", "onnxscript"):
+    pytest.importorskip(package, reason=f"{package} is not installed; pip install microglia[export]")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; pip install microglia[export]")
+
+
+def greedy(session, ids, past, count):
+    tokens = []
+    for _ in range(count):
+        logits, past = run_step(session, ids, past)
+        ids = logits[:, -1:].argmax(-1)
+        tokens.append(int(ids))
+    return tokens
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_onnx_runtime_agrees_with_torch(family, tmp_path):
+    model = tiny_model(family)
+    plan = uneven_plan(model)
+    exported = export(model, tiny_tokenizer(), plan, tmp_path / "exported", format="onnx")
+    assert exported.difference <= 1e-5
+    assert model.config._attn_implementation == "sdpa"  # as it was
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    ids = torch.arange(3, 14)[None]
+    with frozen(model, plan) as small:
+        past = empty_past(small)
+        assert [x.shape[1] for x in past[::2]] == ([3, 1] if family == "qwen2" else [5, 1])
+        logits, _ = run_step(session, ids, past)
+        with torch.no_grad():
+            expected = small(input_ids=ids).logits
+        assert (logits - expected).abs().max() <= 1e-5 * max(1, float(expected.abs().max()))
+        wanted = small.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert greedy(session, ids, past, 8) == wanted[0, ids.shape[1] :].tolist()
+    assert (exported.folder / "model.onnx.data").stat().st_size < exported.dense_bytes
+
+
+def test_what_the_graph_cannot_hold_is_refused(tmp_path):
+    model = tiny_model("mistral")
+    with pytest.raises(UnsupportedModelError, match="has a sliding window of 7 tokens"):
+        export(model, tiny_tokenizer(), uneven_plan(model), tmp_path / "a", format="onnx")
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"is in torch\.bfloat16, but the graph is written in float32"):
+        export(model, tiny_tokenizer(), uneven_plan(model), tmp_path / "b", format="onnx")

@@ -1,0 +1,131 @@
+"""The page without a browser: its figures are the records', it loads nothing, and every picture has words."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from microglia.cli.main import app
+from microglia.errors import MicrogliaError
+from microglia.report import gather, page, write_report
+from microglia.report.charts import Point, best
+from microglia.report.svg import Scale, round_step
+from tests.report import made
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def having(self, *names: str) -> list[dict[str, str]]:
+        return [attributes for _, attributes in self.found if all(name in attributes for name in names)]
+
+
+@pytest.fixture
+def demo(tmp_path) -> str:
+    return page(gather([made.demo_folder(tmp_path)]))
+
+
+def test_marks_carry_the_figures_of_the_records(demo):
+    found, record = Elements(demo), made.demo()
+    marks = [(m["data-name"], float(m["data-x"]), float(m["data-y"])) for m in found.having("data-x", "data-y")]
+    named = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin"}
+    expected = [(label, record[name]["sparsity"], record[name]["accuracy"]) for name, label in named.items()]
+    expected += [(f"random {i}", m["sparsity"], m["accuracy"]) for i, m in enumerate(record["random"]["masks"], 1)]
+    expected += [("dense", 1.0, record["dense"]["accuracy"]), ("pruned (agents)", 1.1, record["pruned"]["accuracy"])]
+    assert marks == expected
+
+    cells = found.having("data-site", "data-head")
+    for name, third in zip(("kept", "entropy", "norm"), range(3), strict=True):
+        part = cells[third * 48 : (third + 1) * 48]
+        shown = [[float(c["data-value"]) for c in part if c["data-site"] == str(s)] for s in range(made.SITES)]
+        assert shown == record["pruned"]["heads"][name]
+
+    bars = {(b["data-name"], b["data-group"]): float(b["data-value"]) for b in found.having("data-group")}
+    for group, value in record["pruned"]["sparsity_by_family"].items():
+        assert bars["pruned (agents)", group] == value
+    parts = {(p["data-name"], p["data-part"]): float(p["data-value"]) for p in found.having("data-part")}
+    assert parts["compact", "KV cache"] == record["latency"][2]["kv_bytes"] / 2**20
+    ceilings = {c["data-name"]: float(c["data-ceiling"]) for c in found.having("data-ceiling")}
+    assert ceilings["compact"] == record["latency"][2]["ceiling"]
+
+
+def test_curves_are_the_history(demo):
+    curves = {c["data-name"]: c for c in Elements(demo).having("data-steps")}
+    last = made.history()[-1]
+    assert float(curves["task loss"]["data-last"]) == last["task"]
+    assert float(curves["sparsity"]["data-last"]) == pytest.approx(1 - last["keep_ratio"])
+    assert {"target", "multiplier λ", "temperature", "noise"} <= curves.keys()
+    assert {c["data-steps"] for c in curves.values()} == {str(len(made.history()))}
+
+
+def test_every_picture_has_an_alternative_text_and_a_table(demo):
+    found = Elements(demo).found
+    pictures = [attributes for tag, attributes in found if tag == "svg" and "aria-hidden" not in attributes]
+    assert len(pictures) == 15
+    assert all(p["role"] == "img" and len(p["aria-label"]) > 30 for p in pictures)
+    assert sum(tag == "details" for tag, _ in found) == len(pictures)
+
+
+def test_nothing_is_loaded_from_elsewhere(demo):
+    assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<img|<iframe", demo)
+    assert "default-src 'none'" in demo
+
+
+def test_what_records_say_is_text_and_not_markup(tmp_path):
+    folder = made.demo_folder(tmp_path)
+    record = made.demo()
+    record["circumstances"]["command"] = "microglia demo <script>alert(1)</script> & more"
+    record["pruned"]["sparsity_by_family"] = {'<b onload="x">': 0.2}
+    (folder / "summary.json").write_text(json.dumps(record))
+    text = page(gather([folder]), title="<i>")
+    tags = {tag for tag, _ in Elements(text).found}
+    assert not {"script", "b", "i"} & tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more" in text
+
+
+def test_what_is_not_recorded_is_left_out(tmp_path):
+    sections = write_report([made.evaluation_folder(tmp_path, details=False)], tmp_path / "page.html")["sections"]
+    assert sections == ["compared", "fronts", "origin"]
+
+
+def test_the_verb_writes_the_page_and_says_so(tmp_path):
+    folder, output = made.demo_folder(tmp_path / "demo"), tmp_path / "out" / "report.html"
+    done = CliRunner().invoke(app, ["report", str(folder), "--output", str(output), "--json"])
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["sections"] == ["compared", "fronts", "groups", "heads", "training", "cost", "origin"]
+    assert data["bytes"] == output.stat().st_size
+    wrong = CliRunner().invoke(app, ["report", str(folder), "--output", str(tmp_path / "report.pdf")])
+    assert wrong.exit_code == 2
+    assert "it must end in .html" in wrong.stderr
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MicrogliaError, match=r"cannot be written .* give another --output"):
+        write_report([made.demo_folder(tmp_path / "demo")], tmp_path / "file" / "report.html")
+
+
+def test_a_front_holds_what_no_other_mark_beats():
+    marks = [
+        Point(n, x, y)
+        for n, x, y in (("a", 0, 0.9), ("b", 0.2, 0.8), ("c", 0.2, 0.7), ("d", 0.1, 0.7), ("e", 0.1, 0.8))
+    ]
+    assert [p.name for p in best(marks)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("raw", "step"), [(0.19, 0.2), (0.21, 0.25), (3, 5), (0, 1), (1000, 1000)])
+def test_ticks_are_round(raw, step):
+    assert round_step(raw) == pytest.approx(step)
+    scale = Scale(0, 10 * step, 0, 100)
+    assert all(0 <= tick <= 10 * step for tick in scale.ticks())
