@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs reasoner bench clean
+.PHONY: help setup demo test check format docs reasoner bench wheel clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -57,6 +57,18 @@ reasoner: setup ## train the embedded reasoner again from scratch (long)
 bench: setup ## measure latency and memory, dense against pruned
 	@echo "bench: microglia benchmark $(ARGS)"
 	@$(BIN)/microglia benchmark $(ARGS)
+
+# Run from elsewhere, in an environment that knows the wheel and what the command line itself imports, nothing else.
+wheel: setup ## build the wheel and run it from an empty environment
+	@echo "wheel: building and installing in build/wheel"
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w build/wheel .
+	@$(BIN)/python -m venv build/wheel/env
+	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt typer rich
+	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check --no-deps build/wheel/*.whl
+	@cd / && $(CURDIR)/build/wheel/env/bin/microglia --version && $(CURDIR)/build/wheel/env/bin/microglia --help >/dev/null
+	@cd / && $(CURDIR)/build/wheel/env/bin/python -c "from importlib.resources import files; \
+		assert (files('microglia.reasoner') / 'model' / 'model.safetensors').is_file(), 'the wheel lacks the reasoner'"
 
 clean: ## remove .venv, caches and build products; runs and checkpoints stay
 	@echo "clean: removing .venv, caches and build products"

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint
-from microglia.checkpoint.files import checksum
+from microglia.checkpoint.files import checksum, read_all
 from microglia.errors import CheckpointError
 from tests.tiny import tiny_model
 from tests.tiny_folder import checkpoint_for
@@ -120,6 +120,20 @@ def test_many_may_save_and_load_at_once(tmp_path):
     for loaded in [*found, Checkpoint.from_pretrained(tmp_path)]:
         assert all(loaded.policy.state_dict()[name].equal(x) for name, x in truth[loaded.config.fill].items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
+
+
+def test_a_reader_that_is_overtaken_reads_the_newer(folder, monkeypatch):
+    newer = checkpoint_for(tiny_model("llama"), seed=1, fill="mean")
+
+    def overtaken(*arguments):
+        monkeypatch.undo()
+        newer.save_pretrained(folder)
+        return read_all(*arguments)
+
+    monkeypatch.setattr("microglia.checkpoint.checkpoint.read_all", overtaken)
+    found = Checkpoint.from_pretrained(folder)
+    assert found.config.fill == "mean"
+    assert all(found.policy.state_dict()[name].equal(x) for name, x in newer.policy.state_dict().items())
 
 
 class Bomb:

@@ -1,6 +1,7 @@
 """A training run from start to end: statistics, optional LoRA stage, agents; interruptible and exactly resumable."""
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from microglia.checkpoint import write_atomically
@@ -25,7 +26,7 @@ from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
-from microglia.training.trainer import PruningTrainer, Trained
+from microglia.training.trainer import PruningTrainer, Trained, load_trained
 
 STATISTICS_PROMPTS = 256
 TOLD, HISTORY = "training_config.json", "history.json"
@@ -102,7 +103,11 @@ def train(
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Report(on_log, show=not quiet))
         last = _last_whole_checkpoint(folder / stage) if resume else None
-        trainer.train(resume_from_checkpoint=last)
+        if last is None or not _finished(state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        else:  # transformers would do one more step
+            load_trained(trained, Path(state.best_model_checkpoint or last))
+            trainer.state = state
         return trainer
 
     if config.lora == "first":
@@ -128,19 +133,27 @@ def train(
     return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint of a stage that was written to its end, None when there is none.
+def _last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage that was written to its end, None when there is none; the others are removed.
 
     The state is what transformers writes last: a run that was killed while saving left a folder in which it is missing
-    or cut off. Resumed from there, without its optimiser say, it would end with other weights.
+    or cut off. Resumed from there, without its optimiser say, it would end with other weights; and left where it is, it
+    would confuse transformers, which removes the checkpoints whose folders are oldest.
     """
     whole = []
     for path in folder.glob("checkpoint-*"):
         try:
-            whole.append((int(json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]), str(path)))
+            whole.append((int(json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]), path))
         except (OSError, ValueError, KeyError, TypeError):
-            continue
+            shutil.rmtree(path, ignore_errors=True)
     return max(whole)[1] if whole else None
+
+
+def _finished(state: TrainerState) -> bool:
+    """Whether a stage had made its last step, or was stopped early, when this was saved."""
+    callbacks: Any = state.stateful_callbacks or {}  # a dict once it was saved; its annotation says a list
+    control = callbacks.get("TrainerControl", {})
+    return state.global_step >= state.max_steps or bool(control.get("args", {}).get("should_training_stop"))
 
 
 def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> TrainingArguments:

@@ -87,6 +87,16 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, left):
     assert same(whole, tiny_run(tmp_path, SHORT, resume=True)[1].policy)
 
 
+@pytest.mark.parametrize("changes", [{"max_steps": 8}, {"max_steps": 40, "eval_steps": 2, "patience": 1}])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, changes):
+    """Killed between its last save and its end, say; the second kind is stopped early and keeps the best."""
+    config = TrainingConfig(**{**vars(SHORT), "save_steps": 1, **changes})
+    _, first = tiny_run(tmp_path, config)
+    _, again = tiny_run(tmp_path, config, resume=True)
+    assert same(first.policy, again.policy)
+    assert again.history == first.history[: len(again.history)]
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
     first = tiny_run(tmp_path / "a", SHORT)[1].policy
     again = tiny_run(tmp_path / "b", SHORT)[1].policy
