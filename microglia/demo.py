@@ -24,7 +24,7 @@ from microglia.tasks.prompts import render_prompt
 from microglia.training import TrainingConfig, train
 
 RANDOM_MASKS = 2
-DIAL_PROMPTS = 200  # validation problems on which the others are set to the agents' keep ratio
+DIAL_PROMPTS = 200  # validation problems on which all are set to one keep ratio
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,20 @@ def demo(
     prompts = [render_prompt(tokenizer, example.question, task.template) for example in held_out]
 
     def at(policy: Policy, target: float) -> Gate:
-        """The gate that keeps as many heads of the validation problems as the agents do, or a few more."""
+        """The gate that keeps as many heads of the validation problems as the twin does, or a few more."""
         return replace(gate, threshold=threshold_for(logits(policy), geometries, target))
 
     def logits(policy: Policy) -> list[torch.Tensor]:
         return prompt_logits(model, tokenizer, prompts, policy, look=look)
 
-    kept = [gate(x, g) for x, g in zip(logits(agents), geometries, strict=True)]
-    target = float(keep_ratio(kept).mean())
+    # A fixed mask can only lose whole heads, so the twin sets the keep ratio at which all of them meet.
+    own = [gate(x, g) for x, g in zip(logits(twin), geometries, strict=True)]
+    target = float(keep_ratio(own).mean())
     masks = [StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)]
-    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate), "pruned": (agents, gate)}
-    variants["static"] = (twin, at(twin, target))
-    variants |= {f"random {i + 1}": (mask, at(mask, target)) for i, mask in enumerate(masks)}
+    others: dict[str, Policy] = {"pruned": agents, "static": twin}
+    others |= {f"random {i + 1}": mask for i, mask in enumerate(masks)}
+    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate)}
+    variants |= {name: (policy, at(policy, target)) for name, policy in others.items()}
 
     examples = task.load("test", limit=problems, seed=seed)
     runs: dict[str, Evaluation] = {}
@@ -111,7 +113,7 @@ def demo(
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")
     plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
-    subject = text_subject(agents, lambda _: gate, tokenizer, [prompt + "\n" for prompt in prompts], look=look)
+    subject = text_subject(agents, lambda _: variants["pruned"][1], tokenizer, [prompt + "\n" for prompt in prompts], look=look)
     measured = benchmark(model, subject, plan, {"model": REASONER, "seed": seed})
     parameters = sum(p.numel() for p in agents.parameters())
     summary = summarise(runs) | {
@@ -130,7 +132,7 @@ def demo(
         model,
         agents,
         base_model=REASONER,
-        gate=gate,
+        gate=variants["pruned"][1],
         look=look,
         fill="zero",
         scope="answer",
