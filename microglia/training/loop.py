@@ -27,6 +27,7 @@ from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
+from microglia.training.sharding import shard_layers
 from microglia.training.trained import Trained
 from microglia.training.trainer import PruningTrainer, load_trained
 
@@ -88,6 +89,8 @@ def train(
     model.requires_grad_(False)
     if config.lora != "none" and lm is model:
         model = with_lora(model, rank=config.lora_rank)
+    if config.shard and processes.count() > 1:
+        shard_layers(lm, processes.device())
     policy.to(lm.device)  # type: ignore[arg-type]
 
     def run(stage: str, policy: Policy | None, **changes: Any) -> PruningTrainer:
@@ -135,6 +138,7 @@ def train(
     history = trainer.state.log_history
     if processes.is_first():
         (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
+    processes.wait()
     return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
 
 
@@ -204,7 +208,7 @@ def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
 
 def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
     """Write down what this run is told, or check that a resumed run is told the same."""
-    told = {**json.loads(json.dumps(asdict(config))), "processes": processes.count()}
+    told, usual = _told(config, processes.count()), _told(TrainingConfig(), 1)
     path = folder / TOLD
     if resume:
         if not path.is_file():
@@ -212,7 +216,7 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
                 f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run"
             )
         try:
-            before = {"processes": 1, **json.loads(path.read_text())}
+            before = {**usual, **json.loads(path.read_text())}
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); delete {folder} and start the run again") from error
         if changed := sorted(name for name in told if before.get(name) != told[name]):
@@ -233,6 +237,11 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
         raise MicrogliaError(
             f"{folder} cannot be written ({error.strerror}); give an output folder that can"
         ) from error
+
+
+def _told(config: TrainingConfig, processes: int) -> dict[str, Any]:
+    """What a run is told, as JSON gives it back."""
+    return {**json.loads(json.dumps(asdict(config))), "processes": processes}
 
 
 def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, collate: Collator) -> list[Tensor]:

@@ -129,7 +129,7 @@ class PruningTrainer(Trainer):
         still = {name for name, p in model.named_parameters() if not p.requires_grad}
         still |= {name for name, _ in model.named_buffers()}
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(still))
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model)
 
     # --- checkpoints hold what is trained, not the base model ---------------------------------------------------------
 
@@ -152,6 +152,7 @@ def _whole_batches(loader: DataLoader) -> DataLoader:
     sampler = loader.batch_sampler
     if isinstance(sampler, BatchSamplerShard):
         sampler.num_processes, sampler.process_index = 1, 0
+        sampler.even_batches = False  # it would fill up the last batch
     return loader
 
 
