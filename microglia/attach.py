@@ -180,15 +180,21 @@ class _Reader:
 
     def _decide(self, seen: list[Seen]) -> None:
         self.trace.features = [stack_features(entry.signals, self.policy.features) for entry in seen]
-        with torch.set_grad_enabled(self.gate.trains):
+        with self._exactly(self.trace.features[0]):
             self.trace.logits = self.policy(self.trace.features)
             self.trace.keep = [
                 self.gate(logits, site.geometry) for logits, site in zip(self.trace.logits, self.sites, strict=True)
             ]
 
+    @contextmanager
+    def _exactly(self, features: Tensor) -> Iterator[None]:
+        """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""
+        with torch.set_grad_enabled(self.gate.trains), torch.autocast(features.device.type, enabled=False):
+            yield
+
     def _decide_site(self, index: int, signals: dict[str, Tensor]) -> Tensor:
         features = stack_features(signals, self.policy.features)
-        with torch.set_grad_enabled(self.gate.trains):
+        with self._exactly(features):
             logits = self.policy.site_logits(index, features)
             keep = self.gate(logits, self.sites[index].geometry)
         self.trace.features.append(features)

@@ -75,7 +75,7 @@ def _with_entropy(site: Site, entry: Seen, queries: Queries) -> Callable[..., An
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
         scale = kwargs.get("scaling")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             entry.signals["entropy"] = attention_entropy(
                 query,
                 key[:, :, : query.shape[2]],  # a static cache returns its empty places too

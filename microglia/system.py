@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia import processes
 from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.decision import Decision, decide
@@ -130,8 +131,9 @@ class MicrogliaPruningSystem:
         self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
         self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
-        if output_dir is not None:
+        if output_dir is not None and processes.is_first():
             self.save_pretrained(output_dir)
+        processes.wait()
         return result
 
     @overload
