@@ -151,7 +151,7 @@ def _intermediate(rng: random.Random, steps: int) -> tuple[list[str], str, _Chai
 
 
 def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
-    """Shops A, B, ... that each have more, fewer or times as many as the one before; asks for one or for all together."""
+    """Shops A, B, ... that each have more, fewer or times as many as the one before; asks for one or for their sum."""
     together = steps >= 3 and steps % 2 == 0 and rng.random() < 0.5
     relations = steps // 2 if together else steps
     beyond = 0 if together else rng.choice((0, 0, 1))
