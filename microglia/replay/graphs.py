@@ -59,13 +59,23 @@ class _CudaGraph:
         self.pool, self.inner = pool, torch.cuda.CUDAGraph()
 
     def begin(self) -> None:
+        _own_workspace()
         self.inner.capture_begin(pool=self.pool, capture_error_mode="thread_local")
 
     def end(self) -> None:
         self.inner.capture_end()
+        _own_workspace()
 
     def replay(self) -> None:
         self.inner.replay()
+
+
+def _own_workspace() -> None:
+    """Let the next matrix product allocate its workspace anew: within a capture then from the pool of the graphs.
+
+    Else a graph would keep the address of a workspace that others free: torch.compile's own graphs do.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 class TapeCapture:
