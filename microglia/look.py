@@ -53,20 +53,23 @@ def watched(
     tokens: Tensor,
     look: Look,
     *,
+    entropy: bool = True,
     mean_outputs: bool = False,
     on_site: Callable[[int, dict[str, Tensor]], Tensor | None] | None = None,
 ) -> Iterator[list[Seen]]:
     """Gather signals from the one forward pass made inside. The list it yields holds one `Seen` per site.
 
-    `tokens` (B, T) is true at prompt tokens. `on_site(index, signals)` is called when a site has been seen and before
-    its output projection; what it returns (a keep (B, H) or None) gates this very pass.
+    `tokens` (B, T) is true at prompt tokens. `entropy` says whether anybody wants it. `on_site(index, signals)` is
+    called when a site has been seen and before its output projection; what it returns (a keep (B, H) or None) gates
+    this very pass.
     """
     seen = [Seen({}) for _ in sites]
     queries = Queries(tokens, look.window)
     with ExitStack() as stack:
         for site, entry in zip(sites, seen, strict=True):
-            now = on_site is not None
-            stack.enter_context(replaced_attention(site, _with_entropy(site, entry, queries, now=now)))
+            if entropy:
+                watching = _with_entropy(site, entry, queries, now=on_site is not None)
+                stack.enter_context(replaced_attention(site, watching))
             hook = _output_hook(site, entry, tokens, look, mean_outputs, on_site)
             stack.callback(site.output.register_forward_pre_hook(hook).remove)
             if look.norm == "hidden":

@@ -1,6 +1,7 @@
 """Generate with captured decode steps: the prompt dense and watched, then one switch of heads, then replays."""
 
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +19,7 @@ from microglia.replay.rope import rotaries
 from microglia.replay.step import Parts, Room
 from microglia.replay.swap import swap
 from microglia.replay.weights import CompactWeights
-from microglia.sites import Site, causal_lm, find_sites
+from microglia.sites import Site, View, causal_lm, find_sites
 
 ROOM = 64  # lengths of caches are multiples of it, so that requests of similar length share what was captured
 MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile
@@ -113,7 +114,10 @@ class GraphDecoder:
         room = self.room(batch, width + new_tokens, fill=fill)
         room.clear(stop, pad)
         with ExitStack() as stack:
-            swap(stack, self.parts.lm, "forward", _forward(room, mask, self.parts.lm.forward))
+            lm: Any = self.parts.lm
+            swap(stack, lm, "forward", _forward(room, mask, lm.forward))
+            if self.parts.rotaries:  # Phi-3 throws a cache away where a text crosses that length, and none does here
+                swap(stack, lm, "config", View(lm.config, original_max_position_embeddings=sys.maxsize))
             yield room
 
     @contextmanager

@@ -5,6 +5,7 @@ original length they never change, and above it `longrope` has one other set. So
 length, or a `dynamic` one beyond it, has no captured step.
 """
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ class Rotary:
 
     def install(self, stack: ExitStack) -> None:
         """Until the stack closes, the embedding is made from what is held, and nothing looks at lengths."""
-        forward: Any = type(self.module).forward
-        swap(stack, self.module, "forward", partial(forward.__wrapped__, self.module))
+        plain = inspect.unwrap(type(self.module).forward)  # without the update of frequencies around it
+        swap(stack, self.module, "forward", partial(plain, self.module))
         swap(stack, self.module, self.name, self.held)
 
 

@@ -129,6 +129,7 @@ class Room:
             rotary.hold()
         self.cache.place.seen = length
 
+    @torch.inference_mode()
     def decide(self, keep: Sequence[Tensor], fill: Sequence[Tensor] | None, *, masked: bool = False) -> None:
         """Continue with decisions (B, H) or (1, H) per site: choose each stretch's level and copy its heads in.
 
