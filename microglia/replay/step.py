@@ -207,7 +207,11 @@ class Room:
 
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
-        with self.capture.recording(), self._as(self.dense):
+        with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+            if self.parts.compiler is not None and not self.parts.rotaries:
+                for child in self.parts.stack.children():
+                    if not isinstance(child, nn.ModuleList | nn.Embedding):  # the last norm, the rotary embedding
+                        swap(swaps, child, "forward", self.parts.compiler(child.forward))
             for _ in range(WARM_UP):
                 self.logits.copy_(self._cut_forward(self.dense, None, first=True))
                 self.choose()

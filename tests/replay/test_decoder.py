@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
@@ -140,8 +141,9 @@ def test_one_compiled_code_serves_all_layers(attention):
             assert all(shape[1] in (level.groups, 8) for shape in part if shape[2] == 64)
         assert any((3, level.groups, 64, 6) in part for part in graphs)
     assert found[0] == found[1]
-    assert found[0][0] < found[0][1] < found[0][2]
-    assert found[0] == [1, 2, 3] or attention == "stock"  # with products, a layer is one piece of code
+    pieces = [after - before for before, after in itertools.pairwise(found[0])]
+    assert min(pieces) > 0
+    assert pieces == [1, 1] or attention == "stock"  # with products, a layer is one piece of code
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
