@@ -82,7 +82,7 @@ class Room:
             self.logits = torch.zeros(batch, len(lm.get_output_embeddings().weight), device=device)
             self.answer, self.count = zeros(batch, length), zeros(1)
             self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-            self.stop, self.pad = zeros(8) - 1, zeros(1)
+            self.stop, self.pad = zeros(64) - 1, zeros(1)
             self.keep = [torch.ones(batch, s.geometry.heads, device=device) for s in sites]
             self.groups = [zeros(batch, s.geometry.kv_heads) for s in sites]
             self.heads = [zeros(batch, s.geometry.heads) for s in sites]
