@@ -15,6 +15,7 @@ from microglia.gate import Gate, keep_ratio
 from microglia.look import Look, Seen, watched
 from microglia.policy import Policy
 from microglia.signals import stack_features
+from microglia.signals.features import selected
 from microglia.sites import Site, causal_lm, find_sites
 
 SCOPES = ("answer", "all")
@@ -162,7 +163,9 @@ class _Reader:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
         self.trace.features, self.trace.logits, self.trace.keep = [], [], []
         decide = self._decide_site if self.scope == "all" else None
-        watch = watched(self.sites, tokens, self.look, mean_outputs=self.fill == "mean", on_site=decide)
+        entropy = "entropy" in selected(self.policy.features)
+        mean_outputs = self.fill == "mean"
+        watch = watched(self.sites, tokens, self.look, entropy=entropy, mean_outputs=mean_outputs, on_site=decide)
         self.seen = self.watching.enter_context(watch)
 
     def after(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:

@@ -102,7 +102,69 @@ def _latency_row(row: dict[str, Any]) -> str:
     )
 
 
-SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "latency": latency}
+def gpu() -> str:
+    """Captured decode steps on a GPU, beside Hugging Face's; a sentence where nobody has measured them yet."""
+    path = ROOT / "results" / "gpu.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for record in records:
+        if record["name"] == "gpu_decode":
+            extra = record["extra"]
+            cell = extra["shape"], extra["layers"], extra["batch"], extra["context"]
+            cells.setdefault(cell, {})[extra["variant"]] = {"ms": record["value"], **extra}
+    if not cells:
+        return (
+            "**GPU figures are not measured yet.** The path is tested on the CPU, with tapes that replay recorded "
+            "operations as CUDA\ngraphs do; it has not run on a GPU."
+        )
+    looking = [r["extra"] | {"value": r["value"]} for r in records if r["name"] == "gpu_looking"]
+    trained = [r["extra"] | {"value": r["value"]} for r in records if r["name"] == "gpu_training_step"]
+    first = next(r for r in records if r["name"] == "gpu_decode")
+    lines = [
+        f"Milliseconds of a decode step on {first['device']}, bfloat16, medians of interleaved measurements:",
+        "",
+        "| model | batch, context | Hugging Face | static, compiled | ours dense | heads kept | ours compact "
+        "| speed-up | ceiling | share | switch |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, variants in cells.items():
+        pruned = [name for name in variants if name.startswith(("compact", "rows"))]
+        lines += [_gpu_row(cell, variants, name) for name in pruned]
+    lines += ["", *(_looked(x) for x in looking), *(_trained(x) for x in trained), ""]
+    return "\n".join([*lines, "```bash", *sorted({r["command"] for r in records}), "```"])
+
+
+def _gpu_row(cell: tuple[Any, ...], variants: dict[str, dict[str, Any]], name: str) -> str:
+    (shape, layers, batch, context), row = cell, variants[name]
+    low, high = row["ratio_ci95"]
+    kind, _, ratio = name.partition(" ")
+    others = (f"{variants[x]['ms']:.2f}" if x in variants else "" for x in ("hf", "hf static compiled", "dense"))
+    share = "" if row["realised_share"] is None else f"{row['realised_share']:.0%}"
+    return (
+        f"| {shape}, {layers} layers | {batch}, {context:,} | {' | '.join(others)} "
+        f"| {float(ratio):.0%}{', per row' if kind == 'rows' else ''} | {row['ms']:.2f} "
+        f"| {row['ratio_to_dense']:.2f}× [{low:.2f}, {high:.2f}] | {row['ceiling']:.2f}× | {share} "
+        f"| {row['switch_ms']:.2f} |"
+    )
+
+
+def _looked(row: dict[str, Any]) -> str:
+    low, high = row["ci95"]
+    return (
+        f"Reading {row['tokens']:,} tokens with {row['shape']}: {row['dense_ms']:.1f} ms; entropies add "
+        f"{row['value']:+.1%} [{low:+.1%}, {high:+.1%}], looking and deciding {row['looking_and_deciding']:+.1%}."
+    )
+
+
+def _trained(row: dict[str, Any]) -> str:
+    peak = f", {row['peak_gib']:.1f} GiB at most" if row["peak_gib"] is not None else ""
+    return (
+        f"A training step of agents on {row['shape']} (frozen, gradient checkpointing, {row['batch']} × "
+        f"{row['tokens']} tokens): {row['value']:,.0f} ms{peak}."
+    )
+
+
+SECTIONS: dict[str, Callable[[], str]] = {"demo": demo, "latency": latency, "gpu": gpu}
 
 
 def rendered(readme: str) -> str:
