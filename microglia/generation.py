@@ -18,7 +18,7 @@ from microglia.look import Look
 from microglia.policy import Policy
 from microglia.replay import GraphDecoder, greedy
 from microglia.signals import split_features
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.prompts import check_characters, uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
@@ -147,8 +147,7 @@ def encode_prompts(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's "
             f"context is {room}; shorten the prompt or lower max_new_tokens"
         )
-    # Weights that accelerate holds elsewhere are on meta; it moves the ids itself.
-    device = lm.device if lm.device.type != "meta" else "cpu"
+    device = input_device(lm)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 

@@ -26,7 +26,7 @@ from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
 from microglia.replay import GraphDecoder
-from microglia.sites import causal_lm, check_head_count, find_sites
+from microglia.sites import causal_lm, check_head_count, find_sites, input_device
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.training import TrainingConfig, TrainingResult, train
@@ -368,7 +368,7 @@ class MicrogliaPruningSystem:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:

@@ -20,7 +20,7 @@ from microglia.gate import Gate, keep_ratio
 from microglia.generation import PATHS, positions
 from microglia.look import Look
 from microglia.policy import Policy
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.prompts import uses_chat_template
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of the text after it
@@ -85,7 +85,7 @@ def likelihoods(
         nonlocal done
         prompt, prompt_mask = _padded([pairs[i][0] for i in rows], pad_token_id or 0, left=True)
         text, text_mask = _padded([pairs[i][1] for i in rows], pad_token_id or 0, left=False)
-        batch = [x.to(lm.device) for x in (prompt, prompt_mask, text, text_mask)]
+        batch = [x.to(input_device(lm)) for x in (prompt, prompt_mask, text, text_mask)]
         context = (
             attached(lm, policy, gate=gate, look=look, fill=fill, scope=scope, pruning=PATHS[path])
             if policy is not None

@@ -20,7 +20,7 @@ from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.look import Look
 from microglia.policy import AgentPolicy, Policy
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
 from microglia.training.data import Batch, Collator, encode
@@ -75,6 +75,11 @@ def train(
     _remember(folder, config, resume)
     set_seed(config.seed)
     lm = causal_lm(model)
+    if any(p.is_meta for p in lm.parameters()):
+        raise ConfigError(
+            "weights of this model are offloaded, and training needs all of them on a device; load it whole, or divide "
+            "it among several processes with shard=True"
+        )
     room = getattr(lm.config, "max_position_embeddings", None)
     train_data = encode(
         tokenizer, task.load("train", limit=config.limit, seed=config.seed, data_dir=data_dir), task.template, room
@@ -91,7 +96,7 @@ def train(
         model = with_lora(model, rank=config.lora_rank)
     if config.shard and processes.count() > 1:
         shard_layers(lm, processes.device())
-    policy.to(lm.device)  # type: ignore[arg-type]
+    policy.to(input_device(lm))
 
     def run(stage: str, policy: Policy | None, **changes: Any) -> PruningTrainer:
         arguments = _arguments(folder / stage, config, **changes)
@@ -249,6 +254,6 @@ def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, colla
     seen: list[list[Tensor]] = []
     rows = [data[i] for i in range(min(STATISTICS_PROMPTS, len(data)))]
     for start in range(0, len(rows), 32):
-        batch = {name: x.to(lm.device) for name, x in collate(rows[start : start + 32]).items()}  # type: ignore[arg-type]
+        batch = {name: x.to(input_device(lm)) for name, x in collate(rows[start : start + 32]).items()}
         seen.append(prompt_features(lm, Batch(**batch), policy, look))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]

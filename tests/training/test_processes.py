@@ -1,13 +1,15 @@
 """Two processes make the run that one makes: the same batches, the same noise, the same weights up to rounding."""
 
+import json
 from dataclasses import replace
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from microglia import processes
+from microglia.errors import ConfigError
 from microglia.training import TrainingConfig
+from microglia.training.loop import TOLD
 from tests.pair import start_pair
 from tests.training.test_training import tiny_run
 
@@ -20,6 +22,8 @@ RUNS = {
     "stopped early": replace(BASE, max_steps=40, eval_steps=2, patience=1, learning_rate=1e-9),
     "checkpointed": replace(BASE, gradient_checkpointing=True, max_steps=2),
     "bf16": replace(BASE, bf16=True, max_steps=2),
+    "sharded": replace(BASE, shard=True),
+    "sharded lora": replace(BASE, shard=True, lora="joint", lora_rank=2, max_steps=2),
 }
 
 
@@ -33,10 +37,8 @@ def run_all(folder):
     for name, config in RUNS.items():
         result = tiny_run(folder / name, config)[1]
         save_file(weights(result), folder / f"{name}-{processes.rank()}.safetensors")
-    last = folder / "agents" / "agents" / "checkpoint-5" / "trainer_state.json"
-    processes.wait()
-    if processes.is_first():
-        last.unlink()  # so that it goes on from the third step
+    if processes.is_first():  # so that it goes on from the third step
+        (folder / "agents" / "agents" / "checkpoint-5" / "trainer_state.json").unlink()
     processes.wait()
     again = tiny_run(folder / "agents", BASE, resume=True)[1]
     save_file(weights(again), folder / f"resumed-{processes.rank()}.safetensors")
@@ -57,3 +59,18 @@ def test_two_processes_end_with_the_weights_of_one(pair, tmp_path, name):
     assert all(second[key].equal(x) for key, x in first.items())
     far = {key: float((first[key] - x).abs().max()) for key, x in alone.items()}
     assert max(far.values()) < 1e-4, far
+
+
+@pytest.mark.slow
+def test_a_resumed_pair_ends_with_the_same_weights(pair):
+    for rank in (0, 1):
+        whole, again = (load_file(pair / f"{name}-{rank}.safetensors") for name in ("agents", "resumed"))
+        assert all(again[key].equal(x) for key, x in whole.items())
+
+
+def test_a_pairs_run_is_not_resumed_alone(tmp_path):
+    tiny_run(tmp_path, replace(BASE, max_steps=1))
+    path = tmp_path / TOLD
+    path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
+    with pytest.raises(ConfigError, match=r"processes was 2 and is now 1\); resume with the same ones"):
+        tiny_run(tmp_path, replace(BASE, max_steps=1), resume=True)
