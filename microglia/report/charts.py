@@ -252,6 +252,41 @@ def ceilings(rows: Sequence[Speed], alt: str) -> str:
     return picture(WIDTH, bottom + 42, alt, *parts)
 
 
+@dataclass(frozen=True)
+class Change:
+    """A difference of accuracies with its interval, as shares."""
+
+    name: str
+    value: float
+    ends: Ends = None
+
+
+def changes(rows: Sequence[Change], alt: str) -> str:
+    """Differences to a base, one below the other; the line is the base."""
+    values = [0.0, *(100 * v for row in rows for v in (row.value, *(row.ends or ())))]
+    scale = Scale(*around(values, at_least=1.0), 14, WIDTH - 14)
+    step, bottom = 38.0, 38.0 * len(rows) + 8
+    parts = []
+    for value in scale.ticks(5):
+        x = scale(value)
+        mark = {"data_axis": "x", "data_tick": repr(value), "data_place": x}
+        parts.append(tag("line", x1=x, x2=x, y1=4, y2=bottom, class_="grid"))
+        parts.append(text(f"{value:+g}".replace("-", "−") if value else "0", x, bottom + 17, class_="tick middle", **mark))
+    parts.append(tag("line", x1=scale(0), x2=scale(0), y1=2, y2=bottom, class_="axis strong"))
+    for i, row in enumerate(rows):
+        y, number = i * step + 8, f"{100 * row.value:+.1f}".replace("-", "−")
+        parts.append(text(row.name, 14, y + 9, class_="tick strong halo"))
+        parts.append(text(number, WIDTH - 14, y + 9, class_="tick strong halo end"))
+        if row.ends:
+            x1, x2 = (scale(100 * end) for end in row.ends)
+            parts.append(tag("line", x1=x1, x2=x2, y1=y + 21, y2=y + 21, class_="whisker s1"))
+        told = tag("title", escape(f"{row.name}: {number} points"))
+        data = {"data_name": row.name, "data_x": repr(row.value)}
+        parts.append(marker(1, scale(100 * row.value), y + 21, told, **data))
+    parts.append(text("points of accuracy, base = 0", WIDTH / 2, bottom + 34, class_="label middle"))
+    return picture(WIDTH, bottom + 42, alt, *parts)
+
+
 def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, int, float]]]], alt: str, unit: str) -> str:
     """Amounts that add up: a bar per row, in parts of (name, style, amount)."""
     most = max(sum(amount for *_, amount in parts) for _, parts in rows)

@@ -1,10 +1,13 @@
 """The sections of the page: which figure shows which finding, with its caption, alternative text and table."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from microglia.report import charts, words
+from microglia.report.ablation import ablations
+from microglia.report.promise import promises
+from microglia.report.section import Figure, Section
 from microglia.report.sources import Findings, Result, Run
 
 MIB = 2**20
@@ -16,32 +19,6 @@ CURVES = (  # (title, {key of the history: name}, form)
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its numbers: `columns` and `rows` are the table below it; `legend` is (style, name)."""
-
-    title: str
-    svg: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    legend: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what it means, and its figures; `table` stands open where there is no chart."""
-
-    name: str
-    title: str
-    intro: str = ""
-    figures: Sequence[Figure] = ()
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    listings: Sequence[tuple[str, str]] = ()
-    narrow: bool = False
-
-
 def sections(findings: Findings) -> list[Section]:
     """Every section that has something to show."""
     found: list[Section] = []
@@ -50,7 +27,7 @@ def sections(findings: Findings) -> list[Section]:
         found.append(compared(run, suffix))
         parts = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
         found += [replace(part, title=f"{part.title}: {run.title}") if suffix else part for part in parts]
-    found += [training(findings), cost(findings), origin(findings)]
+    found += [promises(findings), *ablations(findings), training(findings), cost(findings), origin(findings)]
     return [s for s in found if s.figures or s.rows or s.listings]
 
 
