@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs reasoner bench wheel clean
+.PHONY: help setup demo test check format docs notebooks reasoner bench wheel clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -50,6 +50,11 @@ docs: setup ## build the documentation into build/docs; warnings are errors
 	@$(BIN)/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+notebooks: setup ## run the notebooks offline in small mode; make notebooks ARGS=--save keeps what they print
+	@echo "notebooks: scripts/run_notebooks.py --small $(ARGS)"
+	@$(BIN)/python -c 'import nbclient, nbformat, ipykernel' 2>/dev/null || $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[notebooks]"
+	@$(BIN)/python scripts/run_notebooks.py --small $(ARGS)
+
 reasoner: setup ## train the embedded reasoner again from scratch (long)
 	@echo "reasoner: scripts/train_reasoner.py $(ARGS)"
 	@$(BIN)/python scripts/train_reasoner.py $(ARGS)
@@ -68,7 +73,8 @@ wheel: setup ## build the wheel and run it from an empty environment
 	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check --no-deps build/wheel/*.whl
 	@cd / && $(CURDIR)/build/wheel/env/bin/microglia --version && $(CURDIR)/build/wheel/env/bin/microglia --help >/dev/null
 	@cd / && $(CURDIR)/build/wheel/env/bin/python -c "from importlib.resources import files; \
-		assert (files('microglia.reasoner') / 'model' / 'model.safetensors').is_file(), 'the wheel lacks the reasoner'"
+		assert (files('microglia.reasoner') / 'model' / 'model.safetensors').is_file(), 'the wheel lacks the reasoner'; \
+		assert all((files('microglia.report') / name).is_file() for name in ('page.html', 'page.css')), 'the wheel lacks the page'"
 
 clean: ## remove .venv, caches and build products; runs and checkpoints stay
 	@echo "clean: removing .venv, caches and build products"

@@ -10,6 +10,8 @@ from microglia.cli import options as o
 from microglia.cli.verb import Outcome, facts, progress, verb
 from microglia.errors import ConfigError
 
+NOT_MEASURED = "not measured, and not the checkpoint's; say --evaluate N to compare on N test problems"
+
 
 @verb
 def export(
@@ -132,6 +134,7 @@ def views(data: dict[str, Any]) -> list[Any]:
         "parameters": f"{data['parameters']:,} of {data['dense_parameters']:,}",
         "weights": f"{data['bytes'] / 2**20:,.1f} of {data['dense_bytes'] / 2**20:,.1f} MiB",
         "read back": "not compared" if data["difference"] is None else f"largest difference {data['difference']:.3g}",
+        "accuracy": "of the frozen model, below" if data["accuracy"] else NOT_MEASURED,
         "lost": "\n".join(data["lost"]),
     }
     return [facts(rows), *([accuracy_table(data["accuracy"])] if data["accuracy"] else [])]

@@ -24,7 +24,7 @@ RECORD = "microglia_export.json"
 LOST = {
     "all": (
         "every prompt is answered with the same heads: nothing is decided from the input, and there is no dial",
-        "the prompt is read with the kept heads as well, not with every head",
+        "the prompt is read with the kept heads as well, not with every head; agents were not trained for that",
     ),
     "hf": ("it loads with trust_remote_code only: stock classes have one head count for all layers",),
     "onnx": ("no training: the graph is fixed, in float32",),

@@ -10,6 +10,7 @@ WIDTH = 420.0
 HEAT_WIDTH = 350.0
 SHAPES = ("circle", "square", "diamond", "triangle", "down", "bar")
 SIZE = 5.5
+LETTERS = 56  # that a line of a chart holds beside each other, on a phone too
 Ends = tuple[float, float] | None
 
 
@@ -195,7 +196,8 @@ def _upright(
 
 
 def _sideways(series: Mapping[str, tuple[int, Mapping[str, float]]], groups: list[str], most: float, alt: str) -> str:
-    each, step = 11.0, len(series) * 11.0 + 13
+    each = 11.0 if len(series) == 1 else 14.0  # so that the numbers of neighbours do not touch
+    step = len(series) * each + 13
     left = 14 + 7.6 * min(20, max(map(len, groups)))
     scale = Scale(0, most, left, WIDTH - 54)
     parts = [tag("line", x1=left, x2=left, y1=4, y2=6 + step * len(groups), class_="axis")]
@@ -207,7 +209,7 @@ def _sideways(series: Mapping[str, tuple[int, Mapping[str, float]]], groups: lis
                 continue
             wide = max(scale(values[group]) - left, 0.0)
             parts.append(_bar(name, group, values[group], style, x=left, y=y + row * each, width=wide, height=each - 2))
-            parts.append(text(f"{values[group]:.1%}", left + wide + 6, y + row * each + 9, class_="tick"))
+            parts.append(text(f"{values[group]:.1%}", left + wide + 6, y + row * each + each / 2 + 3, class_="tick"))
     return picture(WIDTH, 14 + step * len(groups), alt, *parts)
 
 
@@ -239,7 +241,9 @@ def ceilings(rows: Sequence[Speed], alt: str) -> str:
         share = "" if row.share is None else f", {row.share:.0%} of it"
         words = f"{row.name}: {row.ratio:.2f}×, ceiling {row.ceiling:.2f}×{share}"
         parts.append(text(row.name, 14, y + 11, class_="tick strong halo"))
-        figures = f"{row.ratio:.2f}× of at most {row.ceiling:.2f}×"
+        figures = f"{row.ratio:.2f}×, ceiling {row.ceiling:.2f}×"
+        if len(row.name) + len(figures) > LETTERS:
+            figures = f"{row.ratio:.2f}× | {row.ceiling:.2f}×"
         parts.append(text(figures, WIDTH - 14, y + 11, class_="tick strong halo end"))
         track = {"x": min(zero, scale(row.ceiling)), "width": abs(scale(row.ceiling) - zero), "y": y + 17, "height": 14}
         parts.append(tag("rect", class_="ceiling", data_name=row.name, data_ceiling=repr(row.ceiling), **track))
@@ -249,6 +253,42 @@ def ceilings(rows: Sequence[Speed], alt: str) -> str:
         at = {"y1": y + 24, "y2": y + 24, "class_": "whisker ink"}
         parts.append(tag("line", x1=scale(row.ends[0]), x2=scale(row.ends[1]), **at))
     parts.append(text("decode speed-up, dense = 1", WIDTH / 2, bottom + 34, class_="label middle"))
+    return picture(WIDTH, bottom + 42, alt, *parts)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A difference of accuracies with its interval, as shares."""
+
+    name: str
+    value: float
+    ends: Ends = None
+
+
+def changes(rows: Sequence[Change], alt: str) -> str:
+    """Differences to a base, one below the other; the line is the base."""
+    values = [0.0, *(100 * v for row in rows for v in (row.value, *(row.ends or ())))]
+    scale = Scale(*around(values, at_least=1.0), 14, WIDTH - 14)
+    step, bottom = 38.0, 38.0 * len(rows) + 8
+    parts = []
+    for value in scale.ticks(5):
+        x = scale(value)
+        mark = {"data_axis": "x", "data_tick": repr(value), "data_place": x}
+        parts.append(tag("line", x1=x, x2=x, y1=4, y2=bottom, class_="grid"))
+        parts.append(
+            text(f"{value:+g}".replace("-", "−") if value else "0", x, bottom + 17, class_="tick middle", **mark)
+        )
+    parts.append(tag("line", x1=scale(0), x2=scale(0), y1=2, y2=bottom, class_="axis strong"))
+    for i, row in enumerate(rows):
+        y, number = i * step + 8, f"{100 * row.value:+.1f}".replace("-", "−")
+        parts.append(text(f"{row.name}: {number}", 14, y + 9, class_="tick strong halo"))
+        if row.ends:
+            x1, x2 = (scale(100 * end) for end in row.ends)
+            parts.append(tag("line", x1=x1, x2=x2, y1=y + 21, y2=y + 21, class_="whisker s1"))
+        told = tag("title", escape(f"{row.name}: {number} points"))
+        data = {"data_name": row.name, "data_x": repr(row.value)}
+        parts.append(marker(1, scale(100 * row.value), y + 21, told, **data))
+    parts.append(text("points of accuracy, base = 0", WIDTH / 2, bottom + 34, class_="label middle"))
     return picture(WIDTH, bottom + 42, alt, *parts)
 
 

@@ -1,10 +1,13 @@
 """The sections of the page: which figure shows which finding, with its caption, alternative text and table."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from microglia.report import charts, words
+from microglia.report.ablation import ablations
+from microglia.report.promise import promises
+from microglia.report.section import Figure, Section
 from microglia.report.sources import Findings, Result, Run
 
 MIB = 2**20
@@ -16,32 +19,6 @@ CURVES = (  # (title, {key of the history: name}, form)
 )
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its numbers: `columns` and `rows` are the table below it; `legend` is (style, name)."""
-
-    title: str
-    svg: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-    legend: Sequence[tuple[int, str]] = ()
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading, what it means, and its figures; `table` stands open where there is no chart."""
-
-    name: str
-    title: str
-    intro: str = ""
-    figures: Sequence[Figure] = ()
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    listings: Sequence[tuple[str, str]] = ()
-    narrow: bool = False
-
-
 def sections(findings: Findings) -> list[Section]:
     """Every section that has something to show."""
     found: list[Section] = []
@@ -49,8 +26,8 @@ def sections(findings: Findings) -> list[Section]:
         suffix = f"-{number + 1}" if len(findings.runs) > 1 else ""
         found.append(compared(run, suffix))
         parts = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
-        found += [replace(part, title=f"{part.title}: {run.title}") if suffix else part for part in parts]
-    found += [training(findings), cost(findings), origin(findings)]
+        found += [replace(part, title=f"{part.title} · {run.title}") if suffix else part for part in parts]
+    found += [promises(findings), *ablations(findings), training(findings), cost(findings), origin(findings)]
     return [s for s in found if s.figures or s.rows or s.listings]
 
 
@@ -248,8 +225,8 @@ def _curves(
 
 def cost(findings: Findings) -> Section:
     """Speed beside its ceiling, bytes of a decode step, and memory."""
-    models = {row.get("model") for row in findings.timings}
-    rows = [{**row, "shown": f"{row.get('model')}, " if len(models) > 1 else ""} for row in findings.timings]
+    rows = findings.timings
+    differs = {key for key in ("model", "batch_size", "context") if len({row.get(key) for row in rows}) > 1}
     pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
     if not pruned:
         return Section("cost", "")
@@ -257,7 +234,11 @@ def cost(findings: Findings) -> Section:
     shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
     speeds = [
         charts.Speed(
-            _named(row, several), row["ratio_to_dense"], tuple(row["ratio_ci95"]), row["ceiling"], row["realised_share"]
+            _named(row, several, differs),
+            row["ratio_to_dense"],
+            tuple(row["ratio_ci95"]),
+            row["ceiling"],
+            row["realised_share"],
         )
         for row in shown
     ]
@@ -272,7 +253,7 @@ def cost(findings: Findings) -> Section:
         )
     ]
     both = [row for row in rows if row["variant"] in ("dense", "compact")]
-    steps = _stacks(both, several, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
+    steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
     kinds = [(0, "weights"), (1, "KV cache")]
     alt = "Bytes that a decode step reads: " + "; ".join(
         f"{n} {sum(p[2] for p in parts):,.1f} MiB" for n, parts in steps[:8]
@@ -283,7 +264,7 @@ def cost(findings: Findings) -> Section:
         Figure("Bytes of a decode step", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
     )
     if peaks := [row for row in both if row.get("peak_bytes")]:
-        memory = _stacks(peaks, several, ("peak", "peak_bytes"))
+        memory = _stacks(peaks, several, differs, ("peak", "peak_bytes"))
         alt = "Peak memory of a request: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
         table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
         figures.append(Figure("Peak memory of a request", charts.stacked(memory, alt, "MiB"), ["", "MiB"], table))
@@ -303,19 +284,25 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _named(row: dict[str, Any], several: bool) -> str:
+def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
+    """What sets a measurement apart from the others on its chart; the table has the rest."""
     if not several:
         return words.label(row["variant"])
-    kept = "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept"
-    return f"{row['shown']}{kept}, batch {row['batch_size']}, context {row['context']:,}"
+    parts = {
+        "model": str(row.get("model")),
+        "kept": "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept",
+        "batch_size": f"batch {row['batch_size']}",
+        "context": f"context {row['context']:,}",
+    }
+    return ", ".join(part for key, part in parts.items() if key in {*differs, "kept"})
 
 
 def _stacks(
-    rows: Sequence[dict[str, Any]], several: bool, *parts: tuple[str, str]
+    rows: Sequence[dict[str, Any]], several: bool, differs: set[str], *parts: tuple[str, str]
 ) -> list[tuple[str, list[tuple[str, int, float]]]]:
     """Bars in MiB, without the repetition of equal dense ones."""
     bars = [
-        (_named(row, several), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
+        (_named(row, several, differs), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
         for row in rows
     ]
     return list(dict(bars).items())

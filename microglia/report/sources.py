@@ -48,6 +48,29 @@ class Run:
     follows: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Variant:
+    """One recipe of an ablation at the common keep ratio; `own`: accuracy and sparsity at what its training led to."""
+
+    name: str
+    accuracy: float
+    loss: float
+    own: tuple[float, float]
+    diff: float | None
+    diff_ci95: tuple[float, float] | None
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Recipes on the same prompts, the base first."""
+
+    variants: tuple[Variant, ...]
+    keep_ratio: float
+    prompts: int
+    seeds: int
+
+
 @dataclass
 class Findings:
     """Everything that a page can show, in the order it was given."""
@@ -56,6 +79,7 @@ class Findings:
     timings: list[dict[str, Any]] = field(default_factory=list)
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ablations: list[Ablation] = field(default_factory=list)
     circumstances: list[dict[str, Any]] = field(default_factory=list)
     agents: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +146,8 @@ def _value(value: Any, path: Path, findings: Findings) -> bool:
         _demo(value, findings)
     elif "pruned" in value and "dataset" in value:
         _evaluation(value, findings)
+    elif "rows" in value and "base" in value:
+        _ablation(value, findings)
     elif "rows" in value and "variant" in value["rows"][0]:
         findings.timings += [{**value.get("subject", {}), **row} for row in value["rows"]]
         findings.made(value)
@@ -176,6 +202,23 @@ def _comparison(value: dict[str, Any], findings: Findings) -> None:
         )
     run = Run(f"Comparison: {_title(value)}", tuple(results), value.get("adaptivity"), value.get("follows_difficulty"))
     findings.runs.append(run)
+    findings.made(value)
+
+
+def _ablation(value: dict[str, Any], findings: Findings) -> None:
+    variants = tuple(
+        Variant(
+            name=row["variant"],
+            accuracy=row["accuracy"],
+            loss=row["loss"],
+            own=(row["own_accuracy"], 1 - row["own_keep_ratio"]),
+            diff=row.get("diff"),
+            diff_ci95=_pair(row.get("diff_ci95")),
+            p_value=row.get("p_holm"),
+        )
+        for row in value["rows"]
+    )
+    findings.ablations.append(Ablation(variants, value["at_keep_ratio"], value["prompts"], len(value["seeds"])))
     findings.made(value)
 
 

@@ -123,7 +123,7 @@ class PruningTrainer(Trainer):
         return _whole_batches(super().get_eval_dataloader(*args, **kwargs))
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        """DistributedDataParallel around what trains. What is frozen, most of it, needs neither copying nor comparing."""
+        """DistributedDataParallel around what trains. What is frozen, most of it, is neither copied nor compared."""
         if not training or processes.count() == 1 or isinstance(model, DistributedDataParallel):
             return model
         still = {name for name, p in model.named_parameters() if not p.requires_grad}

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError, UnsupportedModelError
-from microglia.export import export
+from microglia.export import KeepPlan, export
 from microglia.export.frozen import frozen
 from microglia.export.to_onnx import empty_past, run_step
+from microglia.models import load_model
+from microglia.sites import find_sites
 from tests.export.plans import uneven_plan
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -43,6 +45,19 @@ def test_onnx_runtime_agrees_with_torch(family, tmp_path):
         wanted = small.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert greedy(session, ids, past, 8) == wanted[0, ids.shape[1] :].tolist()
     assert (exported.folder / "model.onnx.data").stat().st_size < exported.dense_bytes
+
+
+@pytest.mark.slow
+def test_the_embedded_reasoner_answers_alike(tmp_path):
+    model, tokenizer = load_model("reasoner")
+    first = torch.tensor([1.0] * 6 + [0.0] * 2)
+    plan = KeepPlan("mean", (first,) * len(find_sites(model)), prompts=1, threshold=0.0, adaptive_keep_ratio=0.75)
+    exported = export(model, tokenizer, plan, tmp_path / "exported", format="onnx")
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    ids = tokenizer("Question: What is 12 plus 30?\nAnswer:", return_tensors="pt").input_ids
+    with frozen(model, plan) as small:
+        wanted = small.generate(ids, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+        assert greedy(session, ids, empty_past(small), 24) == wanted[0, ids.shape[1] :].tolist()
 
 
 def test_what_the_graph_cannot_hold_is_refused(tmp_path):

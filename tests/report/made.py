@@ -140,6 +140,54 @@ def _cell(policy: str, keep: float, accuracy: float) -> dict:
     }
 
 
+def ablation() -> dict:
+    base = {"variant": "base", "accuracy": 0.86, "loss": 0.071, "own_keep_ratio": 0.74, "own_accuracy": 0.85}
+    changed = [("features norm", -0.021, [-0.038, -0.004], 0.03), ("gate soft", -0.4, [-0.45, -0.35], 1e-9)]
+    rows = [
+        {**base, "variant": name, "accuracy": round(0.86 + diff, 4), "diff": diff, "diff_ci95": ends, "p_holm": p}
+        for name, diff, ends, p in changed
+    ]
+    about = {"base": {}, "at_keep_ratio": 0.75, "prompts": 500, "seeds": [0, 1, 2]}
+    return {"rows": [base, *rows], **about, **AROUND, "command": "microglia ablate --vary features=both,norm"}
+
+
+def promise() -> dict:
+    tried = [
+        {
+            "target": 0.95,
+            "keep_ratio": 0.951,
+            "accuracy": 0.91,
+            "lost": 2,
+            "won": 1,
+            "drop": 0.002,
+            "drop_bound": 0.011,
+        },
+        {
+            "target": 0.9,
+            "keep_ratio": 0.904,
+            "accuracy": 0.896,
+            "lost": 9,
+            "won": 2,
+            "drop": 0.014,
+            "drop_bound": 0.027,
+        },
+    ]
+    return {"sentence": "95.1% of the heads are kept; with 95% confidence at most 2.0 points are lost", "tried": tried}
+
+
+def ablation_folder(folder: Path) -> Path:
+    """What `microglia ablate` leaves."""
+    _write(folder / "ablation.json", ablation())
+    (folder / "cells.jsonl").write_text('{"key": {}, "value": {}}\n')
+    return folder
+
+
+def calibrated_folder(folder: Path) -> Path:
+    """What `microglia calibrate` leaves."""
+    _write(folder / "microglia_config.json", {"base_model": "reasoner", "sites": [], "promise": promise()})
+    return folder
+
+
 def demo_folder(folder: Path) -> Path:
     """What `microglia demo` leaves."""
     _write(folder / "summary.json", demo())

@@ -38,6 +38,7 @@ def browser():
 def file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     runs = [made.demo_folder(folder / "demo"), made.benchmark_file(folder / "cpu.jsonl")]
+    runs += [made.ablation_folder(folder / "ablation"), made.calibrated_folder(folder / "calibrated")]
     write_report(runs, folder / "report.html")
     return folder / "report.html"
 
@@ -113,6 +114,13 @@ def test_a_ceiling_is_a_hollow_bar_as_long_as_it_says(opened):
         x, _, width, _ = bar.evaluate(CENTRE)
         end = value_at(page, "#cost-1", "x", x + width / 2)
         assert end == pytest.approx(float(bar.get_attribute("data-ceiling")), abs=0.004)
+
+
+def test_a_change_stands_where_the_ablation_says(opened):
+    page = opened()
+    for row in made.ablation()["rows"][1:]:
+        x, *_ = page.locator(f'#ablation-1 [data-name="{row["variant"]}"]').evaluate(CENTRE)
+        assert value_at(page, "#ablation-1", "x", x) == pytest.approx(100 * row["diff"], abs=0.2)
 
 
 def test_a_phone_shows_it_without_scrolling_sideways_and_large_enough(opened):

@@ -68,6 +68,21 @@ def test_curves_are_the_history(demo):
     assert {c["data-steps"] for c in curves.values()} == {str(len(made.history()))}
 
 
+def test_an_ablation_and_a_promise_are_those_of_the_records(tmp_path):
+    runs = [made.ablation_folder(tmp_path / "ablation"), made.calibrated_folder(tmp_path / "calibrated")]
+    text = page(gather(runs))
+    marks = {m["data-name"]: float(m["data-x"]) for m in Elements(text).having("data-name", "data-x")}
+    assert marks == {row["variant"]: row["diff"] for row in made.ablation()["rows"][1:]}
+    assert (
+        "500 prompts, 3 seeds, every variant with 75% of the heads kept. The base recipe answers 86.0% right." in text
+    )
+    assert f"calibrated: {made.promise()['sentence']}." in text
+    for tried in made.promise()["tried"]:
+        cells = [f"{tried['keep_ratio']:.1%}", f"{tried['accuracy']:.1%}", str(tried["lost"]), str(tried["won"])]
+        cells += [f"−{100 * tried['drop']:.1f}", f"{100 * tried['drop_bound']:.1f}"]
+        assert "".join(f"<td>{cell}</td>" for cell in cells) in text
+
+
 def test_every_picture_has_an_alternative_text_and_a_table(demo):
     found = Elements(demo).found
     pictures = [attributes for tag, attributes in found if tag == "svg" and "aria-hidden" not in attributes]

@@ -57,6 +57,7 @@ def test_a_comparison_a_benchmark_and_an_interrupted_training_are_read(tmp_path)
         ("broken.json", "{", "broken.json cannot be read as JSON"),
         ("broken.jsonl", "{", "broken.jsonl cannot be read as JSON"),
         ("old.json", '{"dataset": "gsm8k", "pruned": {"accuracy": 1}}', "old.json lacks what a report needs.*sparsity"),
+        ("ablation.json", '{"base": {}, "rows": [{"variant": "base"}]}', "ablation.json lacks what .*accuracy"),
         ("records.jsonl", '{"name": "x", "unit": "ms"}', "line 1 has no value"),
     ],
 )

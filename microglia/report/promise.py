@@ -1,0 +1,30 @@
+"""What checkpoints promise: the settings of the dial that were tried, and the limit of what each may lose."""
+
+from microglia.report import words
+from microglia.report.section import Section
+from microglia.report.sources import Findings
+
+COLUMNS = ["", "heads kept", "right", "lost", "won", "points to dense", "at most lost"]
+
+
+def promises(findings: Findings) -> Section:
+    """One line per setting of each calibrated checkpoint, and what was concluded, in its own words."""
+    rows, told = [], []
+    for name, config in findings.checkpoints.items():
+        promise = config.get("promise") or {}
+        if not promise.get("sentence"):
+            continue
+        told.append(f"{name}: {promise['sentence']}.")
+        rows += [
+            [
+                name,
+                words.percent(tried["keep_ratio"]),
+                words.percent(tried["accuracy"]),
+                str(tried["lost"]),
+                str(tried["won"]),
+                words.points(-tried["drop"]),
+                f"{100 * tried['drop_bound']:.1f}",
+            ]
+            for tried in promise.get("tried", ())
+        ]
+    return Section("promise", "What is promised", " ".join(told), columns=COLUMNS if rows else [], rows=rows)
