@@ -24,7 +24,7 @@ from microglia.tasks.prompts import render_prompt
 from microglia.training import TrainingConfig, train
 
 RANDOM_MASKS = 2
-KEEP_RATIO = 0.72  # the dial: of all heads and problems, so many are kept
+KEEP_RATIO = 0.75  # the dial: of all heads and problems, so many are kept
 SCARCE = 0.6  # and once more where heads are scarce, agents against twin
 DIAL_PROMPTS = 200  # validation problems on which the dial is set
 TWIN_LEARNING_RATE = 0.1  # of a free logit per head; an MLP's would leave it where it began
