@@ -24,8 +24,8 @@ class Gate:
     threshold: a head is asked for when its logit exceeds it. 0 is keep > 0.5; the dial for a keep ratio moves it.
     bucket: counts per site are rounded up to multiples of it; None means an eighth of the heads.
     noise: scale of logistic noise on the logits while training.
-    rows: which rows of a larger batch of `rows.stop` these are. Noise is then drawn for all of it, so that a row's noise
-        does not depend on how many processes share the batch.
+    rows: which rows of a larger batch of `rows.stop` these are. Noise is then drawn for all of it, so that a row's
+        noise does not depend on how many processes share the batch.
     """
 
     mode: str = "hard"

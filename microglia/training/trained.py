@@ -32,8 +32,8 @@ class Moment:
 class Trained(nn.Module):
     """A frozen (or LoRA-adapted) model, a policy, and the multiplier of the target mode.
 
-    `policy` None means: the dense task only (stage 1 of LoRA). The model stays in evaluation mode, so that training sees
-    what inference sees; only gradient checkpointing, which transformers ties to the training mode, switches it.
+    `policy` None means: the dense task only (stage 1 of LoRA). The model stays in evaluation mode, so that training
+    sees what inference sees; only gradient checkpointing, which transformers ties to the training mode, switches it.
     """
 
     multiplier: Tensor
