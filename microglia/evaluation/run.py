@@ -129,9 +129,9 @@ def evaluate(
 ) -> Evaluation:
     """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
 
-    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch.
-    Several processes (torchrun) answer a share of the batches each, and all of them return the whole; `seconds` are
-    then those of the slowest. Raises DataError when there is no example.
+    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Of
+    several processes (torchrun) each answers a share of the batches, and all return the whole; `seconds` are then those
+    of the slowest. Raises DataError when there is no example.
     """
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")

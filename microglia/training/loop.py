@@ -1,7 +1,6 @@
 """A training run from start to end: statistics, optional LoRA stage, agents; interruptible and exactly resumable."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,9 +26,10 @@ from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
+from microglia.training.saved import last_whole, load_trained
 from microglia.training.sharding import shard_layers
 from microglia.training.trained import Trained
-from microglia.training.trainer import PruningTrainer, load_trained
+from microglia.training.trainer import PruningTrainer
 
 STATISTICS_PROMPTS = 256
 TOLD, HISTORY = "training_config.json", "history.json"
@@ -114,7 +114,7 @@ def train(
         trainer.remove_callback(ProgressCallback)
         if processes.is_first():
             trainer.add_callback(Report(on_log, show=not quiet))
-        last = processes.agreed(lambda: _last_whole_checkpoint(folder / stage)) if resume else None
+        last = processes.agreed(lambda: last_whole(folder / stage)) if resume else None
         if last is None or not _finished(state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:  # transformers would do one more step
@@ -142,25 +142,9 @@ def train(
         model.eval()
     history = trainer.state.log_history
     if processes.is_first():
-        (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
+        _write(folder / HISTORY, history)
     processes.wait()
     return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that was written to its end, None when there is none; the others are removed.
-
-    The state is what transformers writes last: a run that was killed while saving left a folder in which it is missing
-    or cut off. Resumed from there, without its optimiser say, it would end with other weights; and left where it is, it
-    would confuse transformers, which removes the checkpoints whose folders are oldest.
-    """
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((int(json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]), path))
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 def _finished(state: TrainerState) -> bool:
@@ -230,17 +214,20 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
                 f"the run in {folder} was started with other options ({listed}); resume with the same ones"
             )
         return
+    if folder.is_dir() and any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
+        raise ConfigError(
+            f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
+        )
+    if processes.is_first():
+        _write(path, told)
+
+
+def _write(path: Path, value: Any) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
-            raise ConfigError(
-                f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
-            )
-        if processes.is_first():
-            write_atomically(path, json.dumps(told, indent=2).encode() + b"\n")
+        write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")
     except OSError as error:
         raise MicrogliaError(
-            f"{folder} cannot be written ({error.strerror}); give an output folder that can"
+            f"{path} cannot be written ({error.strerror}); make room or give another folder"
         ) from error
 
 

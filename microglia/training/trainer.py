@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from microglia import processes
-from microglia.errors import CheckpointError, MicrogliaError
+from microglia.errors import MicrogliaError
 from microglia.training.config import TrainingConfig
+from microglia.training.saved import WEIGHTS, load_trained, readable, seal
 from microglia.training.schedule import scheduled
 from microglia.training.trained import Moment, Trained
-
-WEIGHTS = "trained.safetensors"
 
 
 class Curriculum(TrainerCallback):
@@ -123,7 +123,7 @@ class PruningTrainer(Trainer):
         return _whole_batches(super().get_eval_dataloader(*args, **kwargs))
 
     def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        """DistributedDataParallel around what trains. What is frozen, most of it, is neither copied nor compared."""
+        """DistributedDataParallel around what trains; what is frozen needs neither copying nor comparing."""
         if not training or processes.count() == 1 or isinstance(model, DistributedDataParallel):
             return model
         still = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -132,6 +132,20 @@ class PruningTrainer(Trainer):
         return DistributedDataParallel(model)
 
     # --- checkpoints hold what is trained, not the base model ---------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            processes.wait()  # each writes the state of its random numbers
+            if processes.is_first():
+                seal(folder)
+        except Exception as error:  # torch, safetensors and the system raise their own kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise MicrogliaError(
+                f"{folder} cannot be written ({reason}); make room there and go on with --resume from the checkpoint "
+                "before it"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -146,6 +160,16 @@ class PruningTrainer(Trainer):
         if self.state.best_model_checkpoint:
             load_trained(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
+    # transformers keeps these in torch's format; it loads them with weights_only, so nothing pickled is run.
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
+
 
 def _whole_batches(loader: DataLoader) -> DataLoader:
     """Let every process read whole batches, of which it takes its rows itself: the batches that one alone would see."""
@@ -154,19 +178,3 @@ def _whole_batches(loader: DataLoader) -> DataLoader:
         sampler.num_processes, sampler.process_index = 1, 0
         sampler.even_batches = False  # it would fill up the last batch
     return loader
-
-
-def load_trained(trained: Trained, folder: Path) -> None:
-    """Load what `PruningTrainer` saved. Raises CheckpointError when the file is missing, broken or of another run."""
-    try:
-        state = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read ({error}); remove {folder} and resume from an earlier checkpoint"
-        ) from error
-    expected = trained.trained_state()
-    if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in expected.items()}:
-        raise CheckpointError(
-            f"{folder} was written by a run with other agents or adapters; resume with the options of that run"
-        )
-    trained.load_state_dict(state, strict=False)
