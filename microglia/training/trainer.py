@@ -80,13 +80,12 @@ class PruningTrainer(Trainer):
                 self._sums[name].append(float(value.detach() if isinstance(value, Tensor) else value))
         return (loss, {}) if return_outputs else loss
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a learning rate of their own for LoRA's parameters."""
         fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
+        optimizer = super().create_optimizer(*model)  # which transformers gives from 5.3 or so
         if fresh:
-            trained: Any = self.model if model is None else model
-            adapters = {id(p) for name, p in trained.named_parameters() if "lora_" in name}
+            adapters = {id(p) for name, p in self.model.named_parameters() if "lora_" in name}
             for group in list(optimizer.param_groups):
                 lora = [p for p in group["params"] if id(p) in adapters]
                 if lora:

@@ -44,7 +44,8 @@ def found():
 
 
 def write(folder):
-    (folder / f"{processes.rank()}.json").write_text(json.dumps(list(found())))
+    text = json.dumps(list(found()))
+    (folder / f"{processes.rank()}.json").write_text(text)
 
 
 @pytest.mark.slow
