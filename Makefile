@@ -7,9 +7,11 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
+# What depends on other people's code most: models, hooks, caches, the Trainer, checkpoints.
+CORE := tests/sites tests/test_attach.py tests/test_compact.py tests/test_generation.py tests/test_checkpoint.py tests/training
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs notebooks reasoner bench wheel clean
+.PHONY: help setup demo test check format docs notebooks reasoner bench wheel lowest clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -63,18 +65,32 @@ bench: setup ## measure latency and memory, dense against pruned
 	@echo "bench: microglia benchmark $(ARGS)"
 	@$(BIN)/microglia benchmark $(ARGS)
 
-# Run from elsewhere, in an environment that knows the wheel and what the command line itself imports, nothing else.
-wheel: setup ## build the wheel and run it from an empty environment
-	@echo "wheel: building and installing in build/wheel"
+# Run from elsewhere and offline, in an environment that knows the wheel and what it asks for, nothing else.
+wheel: setup ## build the wheel, install it in an empty environment and let it answer from there
+	@echo "wheel: building and installing in build/wheel (a minute or two)"
 	@rm -rf build/wheel
 	@$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps -w build/wheel .
 	@$(BIN)/python -m venv build/wheel/env
-	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt typer rich
-	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check --no-deps build/wheel/*.whl
-	@cd / && $(CURDIR)/build/wheel/env/bin/microglia --version && $(CURDIR)/build/wheel/env/bin/microglia --help >/dev/null
-	@cd / && $(CURDIR)/build/wheel/env/bin/python -c "from importlib.resources import files; \
-		assert (files('microglia.reasoner') / 'model' / 'model.safetensors').is_file(), 'the wheel lacks the reasoner'; \
+	@build/wheel/env/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	@cd / && env -u PYTHONPATH $(CURDIR)/build/wheel/env/bin/microglia --version
+	@cd / && env -u PYTHONPATH HF_HUB_OFFLINE=1 $(CURDIR)/build/wheel/env/bin/python -c "from microglia import MicrogliaPruningSystem; \
+		print(MicrogliaPruningSystem().generate('Tom has 3 apples and buys 4 more. How many apples does Tom have?', 40))"
+	@cd / && env -u PYTHONPATH $(CURDIR)/build/wheel/env/bin/python -c "from importlib.resources import files; \
 		assert all((files('microglia.report') / name).is_file() for name in ('page.html', 'page.css')), 'the wheel lacks the page'"
+
+# The newest versions are those of constraints.txt, which `make test` tests with.
+LOWEST := build/lowest/.installed
+$(LOWEST): pyproject.toml constraints.txt scripts/lowest_versions.py
+	@echo "lowest: installing the lowest versions of pyproject.toml in build/lowest"
+	@rm -rf build/lowest
+	@"$(PYTHON)" -m venv build/lowest
+	@$(BIN)/python scripts/lowest_versions.py > build/lowest/constraints.txt
+	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e . pytest hypothesis
+	@touch $@
+
+lowest: setup $(LOWEST) ## test the core with the lowest versions that pyproject.toml allows
+	@echo "lowest: pytest -q $(CORE)"
+	@build/lowest/bin/python -m pytest -q -m "not slow" $(CORE) $(ARGS)
 
 clean: ## remove .venv, caches and build products; runs and checkpoints stay
 	@echo "clean: removing .venv, caches and build products"

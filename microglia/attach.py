@@ -15,6 +15,7 @@ from microglia.gate import Gate, keep_ratio
 from microglia.look import Look, Seen, watched
 from microglia.policy import Policy
 from microglia.signals import stack_features
+from microglia.signals.features import selected
 from microglia.sites import Site, causal_lm, find_sites
 
 SCOPES = ("answer", "all")
@@ -162,7 +163,9 @@ class _Reader:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
         self.trace.features, self.trace.logits, self.trace.keep = [], [], []
         decide = self._decide_site if self.scope == "all" else None
-        watch = watched(self.sites, tokens, self.look, mean_outputs=self.fill == "mean", on_site=decide)
+        entropy = "entropy" in selected(self.policy.features)
+        mean_outputs = self.fill == "mean"
+        watch = watched(self.sites, tokens, self.look, entropy=entropy, mean_outputs=mean_outputs, on_site=decide)
         self.seen = self.watching.enter_context(watch)
 
     def after(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -180,15 +183,21 @@ class _Reader:
 
     def _decide(self, seen: list[Seen]) -> None:
         self.trace.features = [stack_features(entry.signals, self.policy.features) for entry in seen]
-        with torch.set_grad_enabled(self.gate.trains):
+        with self._exactly(self.trace.features[0]):
             self.trace.logits = self.policy(self.trace.features)
             self.trace.keep = [
                 self.gate(logits, site.geometry) for logits, site in zip(self.trace.logits, self.sites, strict=True)
             ]
 
+    @contextmanager
+    def _exactly(self, features: Tensor) -> Iterator[None]:
+        """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""
+        with torch.set_grad_enabled(self.gate.trains), torch.autocast(features.device.type, enabled=False):
+            yield
+
     def _decide_site(self, index: int, signals: dict[str, Tensor]) -> Tensor:
         features = stack_features(signals, self.policy.features)
-        with torch.set_grad_enabled(self.gate.trains):
+        with self._exactly(features):
             logits = self.policy.site_logits(index, features)
             keep = self.gate(logits, self.sites[index].geometry)
         self.trace.features.append(features)

@@ -13,7 +13,7 @@ import torch
 from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.evaluation.run import Evaluation, evaluate, follows_difficulty, paired
-from microglia.gate import Gate, keep_ratio, threshold_for
+from microglia.gate import Gate, threshold_for
 from microglia.generation import prompt_logits
 from microglia.look import Look
 from microglia.models import REASONER, load_model
@@ -23,8 +23,11 @@ from microglia.tasks import get_task
 from microglia.tasks.prompts import render_prompt
 from microglia.training import TrainingConfig, train
 
-RANDOM_MASKS = 2
-DIAL_PROMPTS = 200  # validation problems on which the others are set to the agents' keep ratio
+RANDOM_MASKS = 2  # each answers its share of the problems; they hardly ever stop by themselves, which takes long
+KEEP_RATIO = 0.75  # the dial: of all heads and problems, so many are kept
+SCARCE = 0.6  # and once more where heads are scarce, agents against twin
+DIAL_PROMPTS = 200  # validation problems on which the dial is set
+TWIN_LEARNING_RATE = 0.1  # of a free logit per head; an MLP's would leave it where it began
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,15 @@ class Recipe:
 
 
 FIRST = TrainingConfig(
-    max_steps=100, batch_size=32, limit=3200, learning_rate=0.1, keep_ratio=0.75, ramp=0.7, save_steps=10_000
+    max_steps=100,
+    batch_size=32,
+    limit=3200,
+    learning_rate=TWIN_LEARNING_RATE,
+    keep_ratio=0.6,
+    ramp=0.7,
+    save_steps=10_000,
 )
-RECIPE = Recipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=3e-3, noise=(0.3, 0.0), seed=1))
+RECIPE = Recipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0), seed=1))
 
 
 def demo(
@@ -55,7 +64,8 @@ def demo(
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train; answer the same held-out problems dense, pruned, with the static twin and with random masks of the same
-    sparsity; write `summary.json`, the answers and the agents' checkpoint to `output_dir`. Returns the summary."""
+    sparsity; write `summary.json`, the answers and checkpoints of agents and twin to `output_dir`. Returns the
+    summary."""
     started, folder = time.monotonic(), Path(output_dir)
     check_writable(folder)
     torch.manual_seed(seed)
@@ -72,26 +82,26 @@ def demo(
     twin = StaticPolicy.all_kept(geometries)
     train_policy(twin, recipe.first, "static twin")
     agents = AgentPolicy(geometries)
-    agents.start_from(list(twin.logits))
+    agents.start_from(list(twin.logits), limit=1.0)
     history = train_policy(agents, recipe.second, "agents")
-    train_policy(twin, recipe.second, "static twin, on")
+    train_policy(twin, replace(recipe.second, learning_rate=TWIN_LEARNING_RATE / 2), "static twin, on")
 
     held_out = task.load("validation", limit=DIAL_PROMPTS, seed=seed)
     prompts = [render_prompt(tokenizer, example.question, task.template) for example in held_out]
 
     def at(policy: Policy, target: float) -> Gate:
-        """The gate that keeps as many heads of the validation problems as the agents do, or a few more."""
+        """The gate that keeps so many heads of the validation problems, or a few more."""
         return replace(gate, threshold=threshold_for(logits(policy), geometries, target))
 
     def logits(policy: Policy) -> list[torch.Tensor]:
         return prompt_logits(model, tokenizer, prompts, policy, look=look)
 
-    kept = [gate(x, g) for x, g in zip(logits(agents), geometries, strict=True)]
-    target = float(keep_ratio(kept).mean())
     masks = [StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)]
-    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate), "pruned": (agents, gate)}
-    variants["static"] = (twin, at(twin, target))
-    variants |= {f"random {i + 1}": (mask, at(mask, target)) for i, mask in enumerate(masks)}
+    policies: dict[str, Policy] = {"pruned": agents, "static": twin}
+    policies |= {f"random {i + 1}": mask for i, mask in enumerate(masks)}
+    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate)}
+    variants |= {name: (policy, at(policy, KEEP_RATIO)) for name, policy in policies.items()}
+    variants |= {f"{name}, scarce": (policies[name], at(policies[name], SCARCE)) for name in ("pruned", "static")}
 
     examples = task.load("test", limit=problems, seed=seed)
     runs: dict[str, Evaluation] = {}
@@ -100,7 +110,7 @@ def demo(
             model,
             tokenizer,
             task,
-            examples,
+            examples[: len(examples) // RANDOM_MASKS] if name.startswith("random") else examples,
             policy,
             gate=how,
             look=look,
@@ -111,7 +121,8 @@ def demo(
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")
     plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
-    subject = text_subject(agents, lambda _: gate, tokenizer, [prompt + "\n" for prompt in prompts], look=look)
+    pruning = variants["pruned"][1]
+    subject = text_subject(agents, lambda _: pruning, tokenizer, [prompt + "\n" for prompt in prompts], look=look)
     measured = benchmark(model, subject, plan, {"model": REASONER, "seed": seed})
     parameters = sum(p.numel() for p in agents.parameters())
     summary = summarise(runs) | {
@@ -126,18 +137,19 @@ def demo(
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n")
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
-    config = MicrogliaConfig.describing(
-        model,
-        agents,
-        base_model=REASONER,
-        gate=gate,
-        look=look,
-        fill="zero",
-        scope="answer",
-        template=task.template,
-        training={},
-    )
-    Checkpoint(agents, config, logits(agents)).save_pretrained(folder / "checkpoint")
+    for name, which in {"checkpoint": "pruned", "static-twin": "static"}.items():
+        config = MicrogliaConfig.describing(
+            model,
+            policies[which],
+            base_model=REASONER,
+            gate=variants[which][1],
+            look=look,
+            fill="zero",
+            scope="answer",
+            template=task.template,
+            training={"dataset": task.name, "config": asdict(recipe.second)},
+        )
+        Checkpoint(policies[which], config, logits(policies[which])).save_pretrained(folder / name)
     return summary
 
 
@@ -145,7 +157,7 @@ def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
     """The figures of the demo from its evaluations; every difference is paired on the same problems."""
     dense, pruned, static = runs["dense"], runs["pruned"], runs["static"]
     random = [run for name, run in runs.items() if name.startswith("random")]
-    adaptivity = paired(static, pruned)
+    few, few_static = runs["pruned, scarce"], runs["static, scarce"]
     return {
         "dense": dense.summary(),
         "pruned": pruned.summary() | paired(dense, pruned),
@@ -155,6 +167,17 @@ def summarise(runs: dict[str, Evaluation]) -> dict[str, Any]:
             "sparsity": sum(run.sparsity for run in random) / len(random),
             "masks": [run.summary() for run in random],
         },
-        "adaptivity": {"gain": adaptivity["diff"], "ci95": adaptivity["diff_ci95"], "p_value": adaptivity["p_value"]},
+        "adaptivity": adaptivity(static, pruned),
+        "scarce": {
+            "pruned": few.summary() | paired(dense, few),
+            "static": few_static.summary() | paired(dense, few_static),
+            "adaptivity": adaptivity(few_static, few),
+        },
         "sparsity_follows_difficulty": follows_difficulty(pruned),
     }
+
+
+def adaptivity(static: Evaluation, agents: Evaluation) -> dict[str, Any]:
+    """What looking at the prompt adds to the static twin, in shares of right answers."""
+    found = paired(static, agents)
+    return {"gain": found["diff"], "ci95": found["diff_ci95"], "p_value": found["p_value"]}

@@ -24,6 +24,8 @@ class Gate:
     threshold: a head is asked for when its logit exceeds it. 0 is keep > 0.5; the dial for a keep ratio moves it.
     bucket: counts per site are rounded up to multiples of it; None means an eighth of the heads.
     noise: scale of logistic noise on the logits while training.
+    rows: which rows of a larger batch of `rows.stop` these are. Noise is then drawn for all of it, so that a row's
+        noise does not depend on how many processes share the batch.
     """
 
     mode: str = "hard"
@@ -31,6 +33,7 @@ class Gate:
     threshold: float = 0.0
     bucket: int | None = None
     noise: float = 0.0
+    rows: range | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -48,8 +51,9 @@ class Gate:
     def __call__(self, logits: Tensor, geometry: HeadGeometry) -> Tensor:
         """(B, H) → keep (B, H), float, in {0, 1} unless soft."""
         if self.noise:
-            uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            logits = logits + self.noise * torch.logit(uniform)
+            uniform = torch.rand_like(logits.new_empty(self.rows.stop if self.rows else len(logits), logits.shape[1]))
+            own = uniform if self.rows is None else uniform[self.rows.start :: self.rows.step]
+            logits = logits + self.noise * torch.logit(own.clamp(1e-6, 1 - 1e-6))
         soft = torch.sigmoid((logits - self.threshold) / self.temperature)
         if self.mode == "soft":
             return soft

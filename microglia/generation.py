@@ -18,11 +18,11 @@ from microglia.look import Look
 from microglia.policy import Policy
 from microglia.replay import GraphDecoder, greedy
 from microglia.signals import split_features
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.prompts import check_characters, uses_chat_template
 
 PATHS = {"masked": gated, "compact": compacted}
-PLAIN = {"pad_token_id", "eos_token_id", "bos_token_id"}
+PLAIN = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p", "max_length", "transformers_version", "_from_model_config"}
 
 
@@ -124,8 +124,8 @@ def _on_graphs(
 def _is_plain(config: GenerationConfig, options: dict[str, Any]) -> bool:
     """Whether an answer is the likeliest token after token, and nothing else was asked for."""
     asked = {name: value for name, value in options.items() if value is not None}
-    told = {name: value for name, value in config.to_diff_dict().items() if value is not None}
-    return asked.pop("do_sample") is False and asked.keys() <= PLAIN and told.keys() <= PLAIN | SAMPLING
+    told = {name for name, value in config.to_diff_dict().items() if value is not None and value is not False}
+    return asked.pop("do_sample") is False and asked.keys() <= PLAIN and told <= PLAIN | SAMPLING
 
 
 def encode_prompts(
@@ -147,8 +147,7 @@ def encode_prompts(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's "
             f"context is {room}; shorten the prompt or lower max_new_tokens"
         )
-    # Weights that accelerate holds elsewhere are on meta; it moves the ids itself.
-    device = lm.device if lm.device.type != "meta" else "cpu"
+    device = input_device(lm)
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 

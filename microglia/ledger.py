@@ -38,12 +38,15 @@ class Ledger:
 
 
 def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        start = b"\n" if file.tell() else b""  # before, not after: a line that was cut short then stands alone
-        file.write(start + line.encode())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            start = b"\n" if file.tell() else b""  # before, not after: a line that was cut short then stands alone
+            file.write(start + line.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}); make room and start again") from error
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from microglia.errors import ConfigError
 from microglia.signals import Queries, attention_entropy, mean_norm
+from microglia.signals.entropy import Glance, by_kernel, entropies, glance
 from microglia.sites import Site, replaced_attention, stock_attention
 
 NORMS = ("head", "hidden")
@@ -36,10 +37,14 @@ class Look:
 
 @dataclass
 class Seen:
-    """Signals (B, H) by name, and each head's mean output over the prompt (B, H, D), of one site."""
+    """Signals (B, H) by name, and each head's mean output over the prompt (B, H, D), of one site.
+
+    glance: what becomes the entropy when the whole prompt was seen.
+    """
 
     signals: dict[str, Tensor]
     mean_output: Tensor | None = None
+    glance: Glance | None = None
 
 
 @contextmanager
@@ -48,42 +53,60 @@ def watched(
     tokens: Tensor,
     look: Look,
     *,
+    entropy: bool = True,
     mean_outputs: bool = False,
     on_site: Callable[[int, dict[str, Tensor]], Tensor | None] | None = None,
 ) -> Iterator[list[Seen]]:
     """Gather signals from the one forward pass made inside. The list it yields holds one `Seen` per site.
 
-    `tokens` (B, T) is true at prompt tokens. `on_site(index, signals)` is called when a site has been seen and before
-    its output projection; what it returns (a keep (B, H) or None) gates this very pass.
+    `tokens` (B, T) is true at prompt tokens. `entropy` says whether anybody wants it. `on_site(index, signals)` is
+    called when a site has been seen and before its output projection; what it returns (a keep (B, H) or None) gates
+    this very pass.
     """
     seen = [Seen({}) for _ in sites]
     queries = Queries(tokens, look.window)
     with ExitStack() as stack:
         for site, entry in zip(sites, seen, strict=True):
-            stack.enter_context(replaced_attention(site, _with_entropy(site, entry, queries)))
+            if entropy:
+                watching = _with_entropy(site, entry, queries, now=on_site is not None)
+                stack.enter_context(replaced_attention(site, watching))
             hook = _output_hook(site, entry, tokens, look, mean_outputs, on_site)
             stack.callback(site.output.register_forward_pre_hook(hook).remove)
             if look.norm == "hidden":
                 stack.callback(site.output.register_forward_hook(_hidden_norm_hook(site, entry, tokens)).remove)
         yield seen
+        _finish(seen)
 
 
-def _with_entropy(site: Site, entry: Seen, queries: Queries) -> Callable[..., Any]:
+def _finish(seen: Sequence[Seen]) -> None:
+    """Glances → entropies, all sites of a kind together: one by one they would be many small kernels."""
+    kinds: dict[Any, list[Seen]] = {}
+    for entry in seen:
+        if entry.glance is not None:
+            kinds.setdefault(entry.glance.kind, []).append(entry)
+    with torch.no_grad():
+        for alike in kinds.values():
+            found = entropies([entry.glance for entry in alike if entry.glance is not None])
+            for entry, entropy in zip(alike, found, strict=True):
+                entry.signals["entropy"], entry.glance = entropy, None
+
+
+def _with_entropy(site: Site, entry: Seen, queries: Queries, *, now: bool) -> Callable[..., Any]:
     stock = stock_attention(site.attention)
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        scale = kwargs.get("scaling")
-        with torch.no_grad():
-            entry.signals["entropy"] = attention_entropy(
-                query,
-                key[:, :, : query.shape[2]],  # a static cache returns its empty places too
-                queries,
-                scale=query.shape[-1] ** -0.5 if scale is None else scale,
-                sliding_window=kwargs.get("sliding_window"),
-                softcap=kwargs.get("softcap"),
-            )
+        scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
+        sliding, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
+        own = key[:, :, : query.shape[2]]  # a static cache returns its empty places too
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            if not now and queries.few and by_kernel(query, softcap):
+                entry.glance = glance(query, own, queries, scale=scale, sliding_window=sliding)
+            else:
+                entry.signals["entropy"] = attention_entropy(
+                    query, own, queries, scale=scale, sliding_window=sliding, softcap=softcap
+                )
         return stock(module, query, key, value, mask, **kwargs)
 
     return attention

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from microglia import processes
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 
 QUANTIZATIONS = ("int8", "int4")
@@ -35,6 +36,7 @@ def load_model(
     stored type elsewhere. `quantize` is int8 or int4: weight-only, by torchao, of the layers' linear weights. Raises
     MicrogliaError when nothing can be loaded from there.
     """
+    processes.join()  # each has a device of its own, which `cuda` then means
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, nn.Module):
         source, lm = getattr(getattr(model, "config", None), "_name_or_path", ""), model

@@ -59,10 +59,13 @@ class AgentPolicy(Policy):
             self.get_buffer(f"std_{index}").copy_(x.std(0, correction=0).clamp(min=1e-6))
 
     @torch.no_grad()
-    def start_from(self, logits: Sequence[Tensor]) -> None:
-        """Start every agent at these logits (H,) per site: the MLP then learns only what the input adds."""
+    def start_from(self, logits: Sequence[Tensor], *, limit: float = float("inf")) -> None:
+        """Start every agent at these logits (H,) per site: the MLP then learns only what the input adds.
+
+        limit: logits are clipped to ±limit; where a gate is sure of itself, hardly any gradient passes.
+        """
         for agent, values in zip(self.agents, logits, strict=True):
-            agent.network[-1].bias.copy_(values)  # type: ignore[union-attr, index]
+            agent.network[-1].bias.copy_(values.clamp(-limit, limit))  # type: ignore[union-attr, index]
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
         mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")

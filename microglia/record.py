@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
     """Append records to a JSON-lines file, all of them or none, on disk when this returns; makes missing folders.
 
     Everything is encoded before the file is touched, so a record that JSON cannot hold leaves the file as it was.
-    Raises DataError for such a record (NaN and infinity are not JSON).
+    Raises DataError for such a record (NaN and infinity are not JSON), and when the file cannot be written.
     """
     path = Path(path)
     block = b"".join(_encode(record) for record in records)
@@ -75,10 +76,16 @@ def append_records(path: Path | str, records: Iterable[Record]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if _ends_in_mid_line(path):
         block = b"\n" + block  # a run that died while writing must not swallow the first record of this one
-    with path.open("ab") as file:
-        file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise DataError(f"{path} cannot be written ({error.strerror}); make room or give another file") from error
 
 
 def read_records(path: Path | str) -> list[Record]:

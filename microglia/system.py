@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia import processes
 from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.decision import Decision, decide
@@ -25,7 +26,7 @@ from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import AgentPolicy, Policy
 from microglia.replay import GraphDecoder
-from microglia.sites import causal_lm, check_head_count, find_sites
+from microglia.sites import causal_lm, check_head_count, find_sites, input_device
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.training import TrainingConfig, TrainingResult, train
@@ -130,8 +131,9 @@ class MicrogliaPruningSystem:
         self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
         self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
-        if output_dir is not None:
+        if output_dir is not None and processes.is_first():
             self.save_pretrained(output_dir)
+        processes.wait()
         return result
 
     @overload
@@ -366,7 +368,7 @@ class MicrogliaPruningSystem:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return input_device(self.model)
 
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save
 from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint
 from microglia.checkpoint.files import checksum, read_all
 from microglia.errors import CheckpointError
+from tests.full_disk import room_for
 from tests.tiny import tiny_model
 from tests.tiny_folder import checkpoint_for
 
@@ -100,6 +101,19 @@ def test_damage_ends_in_one_sentence(folder, kind):
     with pytest.raises(CheckpointError, match=sentence) as caught:
         Checkpoint.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 50_000])
+def test_a_full_disk_leaves_the_previous_one(folder, size):
+    """Without room for the agents, for all of them, and for the configuration, which is larger here."""
+    before = Checkpoint.from_pretrained(folder)
+    larger = checkpoint_for(tiny_model("llama"), seed=1, training={"notes": "x" * 90_000})
+    with room_for(size), pytest.raises(CheckpointError, match=r"nothing can be written to .*saved \(File too large\)"):
+        larger.save_pretrained(folder)
+    again = Checkpoint.from_pretrained(folder)
+    assert again.config == before.config
+    assert all(x.equal(again.policy.state_dict()[name]) for name, x in before.policy.state_dict().items())
+    assert Checkpoint.from_pretrained(larger.save_pretrained(folder)).config == larger.config
 
 
 def test_many_may_save_and_load_at_once(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from microglia.cli.demo import comparison, picture, verdict
+from microglia.cli.demo import adds, comparison, picture, verdict
 from microglia.demo import RECIPE, Recipe, demo
 from microglia.system import MicrogliaPruningSystem
 
@@ -56,5 +56,8 @@ def test_what_is_shown_are_the_figures_of_the_summary(ran):
     assert list(table.columns[1].cells)[1] == f"{summary['pruned']['accuracy']:.1%}"
     shown = picture(summary).plain
     assert len(shown.splitlines()) == 1 + len(summary["pruned"]["sparsity_by_difficulty"])
-    ends = summary["adaptivity"]["ci95"]
-    assert ("does not support" in verdict(summary).plain) == (ends[0] <= 0)
+    said = verdict(summary).plain
+    for found in (summary, summary["scarce"]):
+        told = adds(found["adaptivity"], found["static"]["sparsity"])
+        assert told in said
+        assert ("does not support" in told) == (found["adaptivity"]["ci95"][0] <= 0)

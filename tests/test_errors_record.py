@@ -12,6 +12,7 @@ import torch
 from microglia import errors, record
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError, UnsupportedModelError
 from microglia.record import Record, append_records, circumstances, read_records
+from tests.full_disk import room_for
 
 FULL = Record(
     name="decode_latency",
@@ -80,6 +81,18 @@ def test_a_line_that_was_cut_off_does_not_swallow_the_next_record(tmp_path: Path
     assert json.loads(path.read_text().splitlines()[1])["value"] == 12.5
     with pytest.raises(DataError, match=r"r\.jsonl, line 1 is not JSON"):
         read_records(path)
+
+
+def test_a_full_disk_leaves_the_records_as_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    append_records(path, [Record("first", 1.0, "ms")])
+    before = path.read_bytes()
+    with (
+        room_for(len(before) + 50),
+        pytest.raises(DataError, match=r"records\.jsonl cannot be written \(File too large"),
+    ):
+        append_records(path, [Record("second", 2.0, "ms"), Record("third", 3.0, "ms")])
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

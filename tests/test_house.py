@@ -19,6 +19,7 @@ FLOORS = {
     "microglia.errors": 0,
     "microglia.geometry": 1,
     "microglia.record": 1,
+    "microglia.processes": 1,
     "microglia.ledger": 1,
     "microglia.reasoner": 1,
     "microglia.sites": 2,

@@ -39,6 +39,18 @@ def test_sdpa_and_eager_see_the_same(family):
             torch.testing.assert_close(sdpa.signals[name], eager.signals[name], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_glances_are_finished_when_the_prompt_was_read(family, rows, monkeypatch):
+    """On a GPU a site leaves a glance and the entropies of all sites are found at the end; the signals are the same."""
+    model = tiny_model(family, backend="eager")
+    truth = see(model, Look(), IDS[:rows], MASK[:rows])
+    for name in ("microglia.look", "microglia.signals.entropy"):
+        monkeypatch.setattr(f"{name}.by_kernel", lambda query, softcap: softcap is None)
+    monkeypatch.setattr("microglia.signals.entropy.PART", 4)
+    for entry, slow in zip(see(model, Look(), IDS[:rows], MASK[:rows]), truth, strict=True):
+        torch.testing.assert_close(entry.signals["entropy"], slow.signals["entropy"], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_seen(family, side):
     model = tiny_model(family)

@@ -51,6 +51,10 @@ def test_agents_can_start_from_a_twin():
     policy, twin = AgentPolicy(GEOMETRIES, hidden_dim=16), [torch.randn(8), torch.randn(6)]
     policy.start_from(twin)
     assert all(agent.network[-1].bias.equal(x) for agent, x in zip(policy.agents, twin, strict=True))
+    policy.start_from([5 * x for x in twin], limit=1.0)
+    biases = torch.cat([agent.network[-1].bias for agent in policy.agents])
+    assert biases.abs().max() == 1.0
+    assert torch.equal(biases.sign(), torch.cat(twin).sign())
 
 
 @pytest.mark.parametrize("make", [AgentPolicy, StaticPolicy.all_kept], ids=["agents", "static"])

@@ -19,7 +19,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "intermediate_size": 8192,
         "vocab_size": 32064,
-        "max_position_embeddings": 131072,  # the 128k variant: full attention at every context
+        # The 128k variant: full attention at every context. The original length, too: where a text crosses it, the
+        # library reads it again from the start.
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 131072,
     },
     "qwen2.5-3b": {
         "model_type": "qwen2",

@@ -17,6 +17,7 @@ from microglia.checkpoint.config import MicrogliaConfig, is_lora
 from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
 from microglia.errors import CheckpointError
 from microglia.policy import Policy
+from microglia.sites import input_device
 
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
 
@@ -86,7 +87,7 @@ class Checkpoint:
                     "the model has an adapter and this checkpoint brings its own; give the base model"
                 )
             model = _with_adapter(model, self.adapter)
-        self.policy.to(next(model.parameters()).device).eval()
+        self.policy.to(input_device(model)).eval()
         return model
 
     def push_to_hub(

@@ -44,17 +44,27 @@ def demo(
     return Outcome(summary, (comparison(summary), picture(summary), cost(summary), verdict(summary)))
 
 
+LABELS = {
+    "pruned": "pruned (agents)",
+    "static": "static twin",
+    "random": "random masks",
+    "pruned, scarce": "agents, fewer heads",
+    "static, scarce": "twin, fewer heads",
+}
+
+
 def comparison(summary: dict[str, Any]) -> Table:
     """One line per variant; differences to dense are paired on the same problems."""
     table = Table(title=f"{summary['problems']} held-out problems", title_justify="left", box=SIMPLE_HEAD, padding=0)
     for name in ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    for name in ("dense", "pruned", "static", "random"):
-        row = summary[name]
+    rows = {name: summary[name] for name in ("dense", "pruned", "static", "random")}
+    rows |= {f"{name}, scarce": summary["scarce"][name] for name in ("pruned", "static")}
+    for name, row in rows.items():
         low, high = row.get("accuracy_ci95", (None, None))
         diff = row.get("diff")
         table.add_row(
-            {"pruned": "pruned (agents)", "static": "static twin", "random": "random masks"}.get(name, name),
+            LABELS.get(name, name),
             f"{row['accuracy']:.1%}",
             "" if low is None else f"{100 * low:.1f}–{100 * high:.1f}",
             f"{row['sparsity']:.1%}",
@@ -98,7 +108,6 @@ def picture(summary: dict[str, Any]) -> Text:
 
 def verdict(summary: dict[str, Any]) -> Text:
     """What was found, in sentences."""
-    gain, (low, high) = summary["adaptivity"]["gain"], summary["adaptivity"]["ci95"]
     follows = summary["sparsity_follows_difficulty"]
     rho, ends = follows["rank_correlation"], follows["ci95"]
     difficulty = (
@@ -106,11 +115,20 @@ def verdict(summary: dict[str, Any]) -> Text:
         if rho is None
         else f"Rank correlation of steps and sparsity: {rho:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]."
     )
-    found = "supports" if low > 0 else "does not support"
     return Text(
-        f"Agents against the static twin at the same sparsity: {100 * gain:+.1f} points, "
-        f"95 % interval [{100 * low:+.1f}, {100 * high:+.1f}]: this run {found} a gain from adapting to the prompt.\n"
+        f"{adds(summary['adaptivity'], summary['static']['sparsity'])}\n"
+        f"{adds(summary['scarce']['adaptivity'], summary['scarce']['static']['sparsity'])}\n"
         f"{difficulty}\n"
         f"The agents have {summary['agent_parameters']:,} parameters ({summary['agent_share']:.2%} of the model); "
         f"{summary['seconds']:.0f} s in all."
+    )
+
+
+def adds(adaptivity: dict[str, Any], sparsity: float) -> str:
+    """What looking at the prompt adds at this sparsity."""
+    gain, (low, high) = adaptivity["gain"], adaptivity["ci95"]
+    return (
+        f"Agents against the static twin with {sparsity:.0%} of the heads pruned: {100 * gain:+.1f} points "
+        f"[{100 * low:+.1f}, {100 * high:+.1f}]: this run {'supports' if low > 0 else 'does not support'} a gain from "
+        "adapting to the prompt."
     )

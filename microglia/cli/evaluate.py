@@ -42,6 +42,7 @@ def evaluate(
 
     microglia evaluate --model-path checkpoints --dataset arithmetic --limit 500 --output-dir results
     """
+    from microglia import processes
     from microglia.checkpoint import check_writable
     from microglia.record import append_records, circumstances
 
@@ -69,7 +70,7 @@ def evaluate(
         raise Interrupted("interrupted; no result was written, start again, with a smaller --limit perhaps") from None
     answers = result.pop("answers")
     result["circumstances"] = circumstances(next(system.model.parameters()).device)
-    if output_dir is not None:
+    if output_dir is not None and processes.is_first():
         append_records(output_dir / "records.jsonl", records(result, seed))
         _write(output_dir / f"evaluation-{dataset}.json", finite(result))
         _write(output_dir / f"answers-{dataset}.json", answers)

@@ -87,6 +87,10 @@ def train(
     ] = None,
     bf16: Annotated[bool, Number("--bf16", rich_help_panel=RUN)] = False,
     gradient_checkpointing: Annotated[bool, Number("--gradient-checkpointing", rich_help_panel=RUN)] = False,
+    shard: Annotated[
+        bool,
+        Number("--shard", help="Divide the base model among the processes of torchrun (FSDP2).", rich_help_panel=RUN),
+    ] = False,
     device: o.Device = None,
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -116,7 +120,7 @@ def train(
         look=Look(norm=norm, window=window or None),
         bucket=bucket,
         seed=seed,
-        **o.loading(device, dtype, trust_remote_code),
+        **o.loading("cpu" if shard else device, dtype, trust_remote_code),
     )
     alpha = chosen.pop("alpha")
     try:

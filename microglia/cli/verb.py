@@ -16,9 +16,10 @@ import typer
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from microglia.errors import MicrogliaError
+from microglia.errors import ConfigError, MicrogliaError
 
 WRONG, INTERRUPTED = 2, 130  # exit codes; 2 is also what typer uses for wrong options
+SHARED = {"train", "evaluate"}  # the verbs that several processes do together
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show what the libraries underneath say, and tracebacks.")]
 
@@ -41,6 +42,8 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
         try:
+            if several() and function.__name__ not in SHARED:
+                raise ConfigError(f"{function.__name__} works in one process; start it without torchrun")
             with redirect_stdout(sys.stderr), quiet(verbose):
                 outcome = function(**options)
         except MicrogliaError as error:
@@ -51,6 +54,13 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
         except KeyboardInterrupt as stop:
             tell(f"microglia: {str(stop) or 'interrupted; nothing was written'}")
             raise typer.Exit(INTERRUPTED) from None
+        if several():
+            from microglia import processes
+
+            first = processes.is_first()
+            processes.leave()
+            if not first:
+                return
         if as_json:
             sys.stdout.write(json.dumps(finite(outcome.data), ensure_ascii=False, allow_nan=False) + "\n")
         else:
@@ -69,6 +79,11 @@ def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
     return command
 
 
+def several() -> bool:
+    """Whether torchrun started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def tell(sentence: str) -> None:
     """One line on stderr, unwrapped and as it is."""
     sys.stderr.write(sentence + "\n")
@@ -79,7 +94,8 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar per name on stderr, where that is a terminal; yields `update(name, done, total)`."""
     from rich.progress import Progress
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as bars:
+    silent = os.environ.get("RANK", "0") != "0"
+    with Progress(console=Console(file=sys.stderr), transient=True, disable=silent) as bars:
         tasks: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:

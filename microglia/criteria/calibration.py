@@ -17,7 +17,7 @@ from microglia.generation import prompt_logits
 from microglia.geometry import HeadGeometry
 from microglia.look import Look
 from microglia.policy import Policy
-from microglia.sites import Site, causal_lm, find_sites
+from microglia.sites import Site, causal_lm, find_sites, input_device
 from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt
 from microglia.training.data import Batch, Collator, encode
@@ -58,8 +58,8 @@ class Calibration:
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs belong; accelerate, which holds weights elsewhere (on meta), moves them itself."""
-        return torch.device("cpu") if self.lm.device.type == "meta" else self.lm.device
+        """Where the model's inputs belong."""
+        return input_device(self.lm)
 
     @property
     def geometries(self) -> list[HeadGeometry]:

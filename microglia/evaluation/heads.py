@@ -16,10 +16,16 @@ class HeadMeans:
         """Keep (B, H) and signals (B, H) of every site, for B more prompts; nothing when the model stayed dense."""
         if not keep:
             return
-        self.prompts += len(keep[0])
         per_site = {"kept": list(keep)} | {name: [site[name] for site in signals] for name in (signals or [{}])[0]}
-        for name, values in per_site.items():
-            found = [x.double().sum(0).cpu() for x in values]
+        self._add({name: [x.double().sum(0).cpu() for x in values] for name, values in per_site.items()}, len(keep[0]))
+
+    def add_all(self, other: "HeadMeans") -> None:
+        """Everything that was added to another."""
+        self._add(other.sums, other.prompts)
+
+    def _add(self, sums: Mapping[str, list[Tensor]], prompts: int) -> None:
+        self.prompts += prompts
+        for name, found in sums.items():
             before = self.sums.get(name)
             self.sums[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
 

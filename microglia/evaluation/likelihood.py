@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia import processes
 from microglia.attach import attached
 from microglia.errors import ConfigError, DataError
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import PATHS, positions
 from microglia.look import Look
 from microglia.policy import Policy
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.prompts import uses_chat_template
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of the text after it
@@ -77,12 +78,14 @@ def likelihoods(
             f"a prompt and its text have {longest} tokens, but the model's context is {room}; shorten the prompt"
         )
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
-    found: dict[int, Likelihood] = {}
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    done = 0
+
+    def scored(rows: list[int]) -> dict[int, Likelihood]:
+        nonlocal done
         prompt, prompt_mask = _padded([pairs[i][0] for i in rows], pad_token_id or 0, left=True)
         text, text_mask = _padded([pairs[i][1] for i in rows], pad_token_id or 0, left=False)
-        batch = [x.to(lm.device) for x in (prompt, prompt_mask, text, text_mask)]
+        batch = [x.to(input_device(lm)) for x in (prompt, prompt_mask, text, text_mask)]
         context = (
             attached(lm, policy, gate=gate, look=look, fill=fill, scope=scope, pruning=PATHS[path])
             if policy is not None
@@ -91,14 +94,20 @@ def likelihoods(
         with context as trace:
             logits = _text_logits(lm, *batch)
         ratios = keep_ratio(trace.keep).tolist() if trace else [1.0] * len(rows)
+        found = {}
         for row, i in enumerate(rows):
             ids = batch[2][row, : len(pairs[i][1])]
             scores = logits[row, : len(ids)].float().log_softmax(-1)  # (N, V)
             total = scores.gather(1, ids[:, None]).sum().item()
             found[i] = Likelihood(total, bool((scores.argmax(-1) == ids).all()), ratios[row])
+        done += len(rows) * processes.count()
         if progress:
-            progress(len(found), len(pairs))
-    return [found[i] for i in range(len(pairs))]
+            progress(min(done, len(pairs)), len(pairs))
+        return found
+
+    processes.join()
+    by_pair = {i: one for found in processes.shared_out(batches, scored) for i, one in found.items()}
+    return [by_pair[i] for i in range(len(pairs))]
 
 
 def _text_logits(lm: Any, prompt: Tensor, prompt_mask: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia import processes
 from microglia.errors import DataError
 from microglia.evaluation.heads import HeadMeans
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
@@ -99,6 +100,16 @@ class Evaluation:
         return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
 
 
+@dataclass(frozen=True)
+class _Answered:
+    """One batch: answers by the index of their example, the heads' sums, the seconds, and the process that did it."""
+
+    answers: dict[int, Answer]
+    heads: HeadMeans
+    seconds: float
+    process: int
+
+
 def evaluate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,19 +129,22 @@ def evaluate(
 ) -> Evaluation:
     """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
 
-    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Raises
-    DataError when there is no example.
+    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Of
+    several processes (torchrun) each answers a share of the batches, and all return the whole; `seconds` are then those
+    of the slowest. Raises DataError when there is no example.
     """
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
+    processes.join()
     prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers: dict[int, Answer] = {}
-    seconds, heads = 0.0, HeadMeans()
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    done = 0
     if path == "graph" and decoder is None:
         decoder = GraphDecoder(model)
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
+
+    def answered(indices: list[int]) -> _Answered:
+        nonlocal done
         begun = time.monotonic()
         output = generate(
             model,
@@ -145,18 +159,28 @@ def evaluate(
             decoder=decoder,
             max_new_tokens=max_new_tokens,
         )
-        seconds += time.monotonic() - begun
+        seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
         counts = output.lengths(tokenizer)
-        for i, text, ratio, count in zip(indices, output.texts, ratios, counts, strict=True):
-            example = examples[i]
-            answers[i] = Answer(
-                example.id, text, task.correct(example, text), ratio, count, example.difficulty, example.family
+        answers = {
+            i: Answer(e.id, text, task.correct(e, text), ratio, tokens, e.difficulty, e.family)
+            for i, e, text, ratio, tokens in zip(
+                indices, (examples[i] for i in indices), output.texts, ratios, counts, strict=True
             )
+        }
+        done += len(indices) * processes.count()
         if progress:
-            progress(len(answers), len(examples))
-    return Evaluation(tuple(answers[i] for i in range(len(examples))), seconds, heads.as_json())
+            progress(min(done, len(examples)), len(examples))
+        return _Answered(answers, heads, seconds, processes.rank())
+
+    answers: dict[int, Answer] = {}
+    heads, seconds = HeadMeans(), [0.0] * processes.count()
+    for part in processes.shared_out(batches, answered):
+        answers |= part.answers
+        heads.add_all(part.heads)
+        seconds[part.process] += part.seconds
+    return Evaluation(tuple(answers[i] for i in range(len(examples))), max(seconds), heads.as_json())
 
 
 def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:

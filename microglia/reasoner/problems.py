@@ -26,6 +26,8 @@ THINGS = "apples pears stamps coins books pens cards shells marbles stickers bea
 BOXES = "boxes bags baskets crates jars shelves drawers packs".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 ORDINALS = "First Second Third Fourth Fifth Sixth Seventh Eighth".split()
+COMPARED = "Shop Class Team House Garden Stall".split()
+LETTERS = "ABCDEFGHIJ"
 PLACES = "the park,the market,the garden,the school,the library,the station".split(",")
 PERCENTS = (5, 10, 20, 25, 30, 40, 50, 60, 75, 80, 90)
 
@@ -149,35 +151,35 @@ def _intermediate(rng: random.Random, steps: int) -> tuple[list[str], str, _Chai
 
 
 def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
-    """People who each have more, fewer or times as many as an earlier one; asks for one of them or for all together."""
+    """Shops A, B, ... that each have more, fewer or times as many as the one before; asks for one or for their sum."""
     together = steps >= 3 and steps % 2 == 0 and rng.random() < 0.5
     relations = steps // 2 if together else steps
     beyond = 0 if together else rng.choice((0, 0, 1))
-    people = [name for name, _ in _people(rng, relations + 1 + beyond)]
-    thing = rng.choice(THINGS)
+    thing, place = rng.choice(THINGS), rng.choice(COMPARED)
     chain = _Chain(rng, _number(rng, 4), [])
     has = [chain.value]
-    told = [f"{people[0]} has {chain.value} {thing}."]
-    for index in range(1, len(people)):
-        name, before = people[index], people[index - 1]
+    told = [f"{place} A has {chain.value} {thing}."]
+    for index in range(1, relations + beyond + 1):
+        letter = LETTERS[index]
         target = chain if index <= relations else _Chain(rng, has[-1], [])
         kind = rng.choice("more more fewer fewer times half".split())
         if kind in ("more", "fewer"):
             n = _number(rng, high=60 if kind == "more" else min(60, max(2, has[-1] - 1)))
-            target.compute("+" if kind == "more" else "-", n, label=name, left=has[-1])
-            told.append(f"Compared with {before}, {name} has {n} {kind} {thing}.")
+            target.compute("+" if kind == "more" else "-", n, label=letter, left=has[-1])
+            amount = f"{n} {kind} {thing} than"
         elif kind == "times":
             factor = rng.randint(2, 5)
             if has[-1] * factor > 200:
                 raise DeadEnd
-            target.compute("*", factor, label=name, left=has[-1])
-            told.append(f"Compared with {before}, {name} has {factor} times as many {thing}.")
+            target.compute("*", factor, label=letter, left=has[-1])
+            amount = f"{factor} times as many {thing} as"
         else:
-            target.compute("/", 2, label=name, left=has[-1])
-            told.append(f"Compared with {before}, {name} has half as many {thing}.")
+            target.compute("/", 2, label=letter, left=has[-1])
+            amount = f"half as many {thing} as"
+        told.append(f"{place} {letter} has {amount} the {place.lower()} before.")
         has.append(target.value)
     if not together:
-        return told, f"How many {thing} does {people[relations]} have?", chain
+        return told, f"How many {thing} does {place} {LETTERS[relations]} have?", chain
     total = has[0]
     for value in has[1:]:
         total = chain.compute("+", value, label="total", left=total)
@@ -363,8 +365,6 @@ def draw(rng: random.Random, steps: int, family: str | None = None) -> Problem:
         raise ValueError(f"family {family!r} has problems of 1 to {most} steps, not {steps}; change one of them")
     while True:
         name = family or rng.choice(list(FAMILIES))
-        if name == "bare" and family is None and rng.random() < 0.5:
-            continue
         try:
             told, asked, chain = FAMILIES[name](rng, steps)
         except DeadEnd:

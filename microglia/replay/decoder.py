@@ -1,6 +1,7 @@
 """Generate with captured decode steps: the prompt dense and watched, then one switch of heads, then replays."""
 
 import functools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,13 +12,17 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.replay.attention import KINDS
 from microglia.replay.graphs import Capture, capture_for
 from microglia.replay.levels import ladder
-from microglia.replay.step import Parts, Room, swap
+from microglia.replay.rope import rotaries
+from microglia.replay.step import Parts, Room
+from microglia.replay.swap import swap
 from microglia.replay.weights import CompactWeights
-from microglia.sites import Site, causal_lm, find_sites
+from microglia.sites import Site, View, causal_lm, find_sites
 
 ROOM = 64  # lengths of caches are multiples of it, so that requests of similar length share what was captured
+MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile
 CHECK = 16  # steps between two looks at whether all rows have ended: each look waits for the device
 
 
@@ -27,7 +32,9 @@ class GraphDecoder:
     stretch: neighbouring layers that share a level. 1 follows every site's own count with one launch per layer, the
         number of layers makes one launch of the whole step and rounds all sites up to the greediest.
     lowest: the smallest level as a share of the heads; sites that ask for less are filled up to it.
-    compiled: fuse the small operations of a layer before capturing, with torch.compile or the compiler given.
+    compiled: fuse the small operations of a layer before capturing: with torch.compile, in one of its modes (without
+        CUDA graphs of its own), or with the compiler given.
+    attention: `stock` is the model's own, `products` reads keys and values on the whole device; see replay.attention.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     rooms: how many pairs of batch size and length are kept captured; the one used longest ago goes first.
 
@@ -41,7 +48,8 @@ class GraphDecoder:
         *,
         stretch: int = 4,
         lowest: float = 0.5,
-        compiled: bool | Callable[..., Any] = False,
+        compiled: bool | str | Callable[..., Any] = False,
+        attention: str = "stock",
         capture: Capture | None = None,
         rooms: int = 2,
     ) -> None:
@@ -49,12 +57,25 @@ class GraphDecoder:
         sites = find_sites(lm)
         if stretch < 1 or rooms < 1:
             raise ConfigError(f"stretch={stretch} and rooms={rooms} were given; both must be at least 1")
+        if attention not in KINDS:
+            raise ConfigError(f"attention={attention!r} is unknown; choose {' or '.join(KINDS)}")
         _check(lm, sites)
         levels = ladder(sites[0].geometry, lowest)
         with torch.inference_mode(False):
             weights = [CompactWeights(site, levels) for site in sites]
-        compiler = functools.partial(torch.compile, dynamic=False) if compiled is True else compiled or None
-        self.parts = Parts(lm, sites, _layers(lm, sites), levels, weights, stretch, compiler)
+        stack, layers = _layers(lm, sites)
+        self.parts = Parts(
+            lm,
+            stack,
+            layers,
+            sites,
+            levels,
+            weights,
+            rotaries(lm),
+            stretch,
+            _compiler(compiled),
+            attention == "products",
+        )
         self.capture = capture or capture_for(lm.device)
         self.limit, self.rooms = rooms, OrderedDict[tuple[int, int, bool], Room]()
 
@@ -88,10 +109,15 @@ class GraphDecoder:
         mask: (B, T), false at padding. Hand `room.cache` to the model (or to its own `generate`) as past_key_values.
         """
         batch, width = mask.shape
+        for rotary in self.parts.rotaries:
+            rotary.check(int(mask.sum(1).max()), new_tokens)
         room = self.room(batch, width + new_tokens, fill=fill)
         room.clear(stop, pad)
         with ExitStack() as stack:
-            swap(stack, self.parts.lm, "forward", _forward(room, mask, self.parts.lm.forward))
+            lm: Any = self.parts.lm
+            swap(stack, lm, "forward", _forward(room, mask, lm.forward))
+            if self.parts.rotaries:  # Phi-3 throws a cache away where a text crosses that length, and none does here
+                swap(stack, lm, "config", View(lm.config, original_max_position_embeddings=sys.maxsize))
             yield room
 
     @contextmanager
@@ -154,13 +180,22 @@ def _forward(room: Room, mask: Tensor, own: Callable[..., Any]) -> Callable[...,
     return forward
 
 
-def _layers(lm: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
-    """The decoder layer around each site: the member of the model's list of layers."""
-    layers = []
-    for site in sites:
-        name = next(part for part in _parents(site.name) if part.rpartition(".")[2].isdigit())
-        layers.append(lm.get_submodule(name))
-    return layers
+def _compiler(compiled: bool | str | Callable[..., Any]) -> Callable[..., Any] | None:
+    if isinstance(compiled, str):
+        if compiled not in MODES:
+            raise ConfigError(
+                f"compiled={compiled!r} is unknown; choose {' or '.join(MODES)}: other modes of torch.compile capture "
+                "graphs themselves"
+            )
+        return functools.partial(torch.compile, dynamic=False, mode=compiled)
+    return functools.partial(torch.compile, dynamic=False) if compiled is True else compiled or None
+
+
+def _layers(lm: nn.Module, sites: Sequence[Site]) -> tuple[nn.Module, list[nn.Module]]:
+    """The module that stacks the decoder layers, and the layer around each site: a member of the model's list."""
+    names = [next(part for part in _parents(site.name) if part.rpartition(".")[2].isdigit()) for site in sites]
+    _, _, stack = list(_parents(names[0]))[:3]  # model.layers.0, model.layers, model
+    return lm.get_submodule(stack), [lm.get_submodule(name) for name in names]
 
 
 def _parents(name: str) -> Iterator[str]:
@@ -174,15 +209,6 @@ def _check(lm: Any, sites: Sequence[Site]) -> None:
     kind = type(lm).__name__
     if len({site.geometry for site in sites}) > 1:
         raise UnsupportedModelError(f"the layers of this {kind} differ in their heads; use path='compact'")
-    rope: Any = getattr(lm.config, "rope_parameters", None) or {}
-    kinds = {
-        str(one.get("rope_type")) for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)
-    }
-    if moving := kinds & {"dynamic", "longrope"}:
-        raise UnsupportedModelError(
-            f"this {kind} changes its rotary embedding with the length ({', '.join(sorted(moving))}), which Python "
-            "decides in every step; use path='compact'"
-        )
     back_end = lm.config._attn_implementation
     if back_end not in ("sdpa", "eager"):
         raise UnsupportedModelError(

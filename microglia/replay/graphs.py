@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -41,42 +41,69 @@ class CudaCapture:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)
+        self.opened: list[Graph] = []
 
     def graph(self) -> Graph:
-        return _CudaGraph(self.pool)
+        return _CudaGraph(self.pool, self.opened)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         gc.collect()  # a graph that dies of old age while another one is captured would spoil it
         torch.cuda.synchronize(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _closing(self.opened):
             yield
         torch.cuda.synchronize(self.device)
 
 
 class _CudaGraph:
-    def __init__(self, pool: Any) -> None:
-        self.pool, self.inner = pool, torch.cuda.CUDAGraph()
+    def __init__(self, pool: Any, opened: list[Graph]) -> None:
+        self.pool, self.opened, self.inner = pool, opened, torch.cuda.CUDAGraph()
 
     def begin(self) -> None:
+        _own_workspace()
         self.inner.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self.opened.append(self)
 
     def end(self) -> None:
+        self.opened.remove(self)
         self.inner.capture_end()
+        _own_workspace()
 
     def replay(self) -> None:
         self.inner.replay()
 
 
+@contextmanager
+def _closing(opened: list[Graph]) -> Iterator[None]:
+    """End the capture that an error inside left open: else whatever comes after it would be captured too."""
+    try:
+        yield
+    except BaseException:
+        while opened:
+            with suppress(Exception):
+                opened[-1].end()
+        raise
+
+
+def _own_workspace() -> None:
+    """Let the next matrix product allocate its workspace anew: within a capture then from the pool of the graphs.
+
+    Else a graph would keep the address of a workspace that others free: torch.compile's own graphs do.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+
+
 class TapeCapture:
     """Tapes: for tests, and for machines without CUDA. They save no time."""
 
-    def graph(self) -> Graph:
-        return Tape()
+    def __init__(self) -> None:
+        self.opened: list[Graph] = []
 
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        yield
+    def graph(self) -> Graph:
+        return Tape(self.opened)
+
+    def recording(self) -> AbstractContextManager[None]:
+        return _closing(self.opened)
 
 
 class Tape:
@@ -86,14 +113,17 @@ class Tape:
     was not static stay what they were. A step that looks at values raises, as it would there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, opened: list[Graph]) -> None:
+        self.opened = opened
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self._recorder = _Recorder(self.calls)
 
     def begin(self) -> None:
         self._recorder.__enter__()
+        self.opened.append(self)
 
     def end(self) -> None:
+        self.opened.remove(self)
         self._recorder.__exit__(None, None, None)
 
     @torch.inference_mode()

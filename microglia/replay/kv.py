@@ -52,8 +52,9 @@ class StaticKV(CacheLayerMixin):
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.place, self.is_initialized = place, True
-        self.groups = geometry.kv_heads
+        self.now = self.level(geometry.kv_heads)
         self.stock: Any = None  # the attention function that the site calls by itself
+        self.products = False  # whether attention is two products instead
         self.rows: Rows | None = None
         self.gate: Tensor | None = None  # (B, H)
 
@@ -71,19 +72,29 @@ class StaticKV(CacheLayerMixin):
             return key_states, value_states
         if self.rows is not None:
             key_states, value_states = (take_rows(x, self.rows.groups) for x in (key_states, value_states))
-        keys, values = self.keys[:, : self.groups], self.values[:, : self.groups]
+        keys, values = self.now
         keys.index_copy_(2, self.place.position, key_states)
         values.index_copy_(2, self.place.position, value_states)
         return keys, values
 
+    def level(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first `groups` (B, g, room, D), as views that a step writes and reads.
+
+        Made once and not in the step: a compiler that saw the cut would write to a copy, and copy it back, every time.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        with torch.inference_mode(False):
+            return self.keys[:, :groups], self.values[:, :groups]
+
     def move(self, placement: Placement) -> None:
         """Bring the groups that a decision keeps to the front, each row its own."""
-        if placement.source.shape[1] == 0:
+        if placement.source.shape[1] == 0:  # every group has its place
             return
         for tensor in (self.keys, self.values):
             assert tensor is not None
             first = torch.arange(len(tensor), device=tensor.device)[:, None] * tensor.shape[1]
-            whole = tensor.view(tensor.shape[0] * tensor.shape[1], -1)  # (B·G, room·D)
+            whole = widest(tensor.view(tensor.shape[0] * tensor.shape[1], -1))  # (B·G, room·D) in 16-byte words
             moved = whole.index_select(0, (first + placement.source).flatten())
             whole.index_copy_(0, (first + placement.target).flatten(), moved)
 
@@ -103,6 +114,12 @@ class StaticKV(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: rows of a captured cache have their places."""
         raise MicrogliaError("beams move the rows of the cache, which is captured; use path='compact' for beam search")
+
+
+def widest(x: Tensor) -> Tensor:
+    """The same bits (..., N) as 16-byte words, if N allows: copying heads then moves words and not single values."""
+    words = 16 // x.element_size()
+    return x.view(torch.complex128) if x.shape[-1] % words == 0 and x.storage_offset() % words == 0 else x
 
 
 class StaticHeads(Cache):

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.cache import take_rows
 from microglia.fill import left_behind
+from microglia.replay.attention import step_attention, uncompiled
 from microglia.replay.graphs import Capture, Graph
 from microglia.replay.kv import Rows, StaticHeads, StaticKV
 from microglia.replay.levels import Level, covering, placed
+from microglia.replay.rope import Rotary
+from microglia.replay.swap import swap
 from microglia.replay.weights import CompactWeights
 from microglia.sites import Site, View, stock_attention, with_attention
 
@@ -43,15 +45,21 @@ class Form:
 
 @dataclass(frozen=True)
 class Parts:
-    """What is the same for all rooms of a model: its sites, layers, levels and compact weights."""
+    """What is the same for all rooms of a model: sites, layers and the module that stacks them, levels, weights.
+
+    products: attention as two products instead of the model's own; see `replay.attention`.
+    """
 
     lm: Any
-    sites: Sequence[Site]
+    stack: nn.Module
     layers: Sequence[nn.Module]
+    sites: Sequence[Site]
     levels: Sequence[Level]
     weights: Sequence[CompactWeights]
+    rotaries: Sequence[Rotary]
     stretch: int
     compiler: Callable[..., Any] | None
+    products: bool
 
     @property
     def stretches(self) -> list[range]:
@@ -74,7 +82,7 @@ class Room:
             self.logits = torch.zeros(batch, len(lm.get_output_embeddings().weight), device=device)
             self.answer, self.count = zeros(batch, length), zeros(1)
             self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
-            self.stop, self.pad = zeros(8) - 1, zeros(1)
+            self.stop, self.pad = zeros(64) - 1, zeros(1)
             self.keep = [torch.ones(batch, s.geometry.heads, device=device) for s in sites]
             self.groups = [zeros(batch, s.geometry.kv_heads) for s in sites]
             self.heads = [zeros(batch, s.geometry.heads) for s in sites]
@@ -83,7 +91,7 @@ class Room:
             if fill:
                 self.left = [torch.zeros(batch, 1, lm.config.hidden_size, dtype=lm.dtype, device=device) for _ in sites]
         for site in sites:
-            self.kv(site).stock = stock_attention(site.attention)
+            self.kv(site).stock, self.kv(site).products = stock_attention(site.attention), parts.products
         self.edges: list[Tensor] = []  # what goes into each stretch, and out of the last
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[tuple[int, Form], Graph] = {}
@@ -117,8 +125,11 @@ class Room:
         self.tokens[:, :length] = mask.bool()
         self.positions.copy_(mask.sum(1, keepdim=True))
         self.cache.place.position.fill_(length)
+        for rotary in self.parts.rotaries:
+            rotary.hold()
         self.cache.place.seen = length
 
+    @torch.inference_mode()
     def decide(self, keep: Sequence[Tensor], fill: Sequence[Tensor] | None, *, masked: bool = False) -> None:
         """Continue with decisions (B, H) or (1, H) per site: choose each stretch's level and copy its heads in.
 
@@ -196,7 +207,11 @@ class Room:
 
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
-        with self.capture.recording(), self._as(self.dense):
+        with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+            if self.parts.compiler is not None and not self.parts.rotaries:
+                for child in self.parts.stack.children():
+                    if not isinstance(child, nn.ModuleList | nn.Embedding):  # the last norm, the rotary embedding
+                        swap(swaps, child, "forward", self.parts.compiler(child.forward))
             for _ in range(WARM_UP):
                 self.logits.copy_(self._cut_forward(self.dense, None, first=True))
                 self.choose()
@@ -282,20 +297,25 @@ class Room:
     @contextmanager
     def _as(self, form: Form) -> Iterator[None]:
         """While inside, the model's forward pass is a step of this form."""
-        with ExitStack() as stack:
+        with ExitStack() as swaps:
             if self.parts.compiler is not None:  # one code for all layers, but one for every form
                 import torch._dynamo.config as limits  # slow to import, and needed here only
 
-                stack.enter_context(limits.patch(recompile_limit=256))
-            stack.callback(setattr, self.cache.place, "stepping", False)
+                swaps.enter_context(limits.patch(recompile_limit=256))
+            swaps.callback(setattr, self.cache.place, "stepping", False)
             self.cache.place.stepping = True
+            # The mask to be added, made once for all layers: sdpa would turn a boolean one into it in every layer.
+            stack: Any = self.parts.stack
+            swap(swaps, stack, "config", View(stack.config, _attn_implementation="eager"))
+            for rotary in self.parts.rotaries:
+                rotary.install(swaps)
             for site in self.parts.sites:
-                self._install(stack, site, form)
+                self._install(swaps, site, form)
             yield
 
     def _install(self, stack: ExitStack, site: Site, form: Form) -> None:
         kv, attention, level = self.kv(site), site.attention, form.level
-        kv.groups = level.groups
+        kv.now = kv.level(level.groups)
         kv.gate = self.keep[site.index] if form.kind == "masked" else None
         kv.rows = None
         changes: dict[str, int] = {}
@@ -312,46 +332,13 @@ class Room:
                 swap(stack, attention, name, module)
         if self.left is not None and form.kind != "dense":
             swap(stack, attention, site.layout.o, _WithLeft(site.output, self.left[site.index]))
-        function = step_attention if self.parts.compiler is None else _uncompiled()
+        function = uncompiled() if self.parts.compiler is not None and not kv.products else step_attention
         swap(stack, attention, "config", with_attention(attention.config, function, **changes))
         swap(stack, attention, "layer_idx", kv)  # a number would make every layer another one for the compiler
 
 
-def swap(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
-    """Set an attribute until the stack closes; what the object itself did not have is taken away again."""
-    own = name in vars(owner) or name in getattr(owner, "_modules", {})
-    stack.callback(setattr, owner, name, getattr(owner, name)) if own else stack.callback(delattr, owner, name)
-    setattr(owner, name, value)
-
-
 def _calls(layer: Callable[..., Tensor], index: int, own: Callable[..., Any]) -> Callable[..., Tensor]:
     return lambda hidden, *args, **kwargs: layer(index, own, hidden, args, kwargs)
-
-
-def step_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, None]:
-    """The stock attention of a step, with what its form adds: q (B, H, 1, D) → (B, 1, H, D).
-
-    One function for all layers; what differs between them hangs on the StaticKV that stands for the layer's number.
-    """
-    kv: Any = module.layer_idx
-    if kv.rows is None:
-        output, _ = kv.stock(module, query, key, value, mask, **kwargs)
-        return (output if kv.gate is None else output * kv.gate[:, None, :, None].to(output.dtype)), None
-    heads, asked = kv.rows.heads, kv.rows.asked
-    kept = View(module, num_key_value_groups=heads.shape[1] // kv.rows.groups.shape[1])
-    output, _ = kv.stock(kept, take_rows(query, heads), key, value, mask, **kwargs)  # (B, 1, k, D)
-    output = output * asked[:, None, :, None].to(output.dtype)
-    whole = output.new_zeros(len(output), output.shape[1], query.shape[1], output.shape[3])
-    return whole.scatter(2, heads[:, None, :, None].expand(-1, output.shape[1], -1, output.shape[3]), output), None
-
-
-@functools.cache
-def _uncompiled() -> Callable[..., Any]:
-    """`step_attention` outside compiled code, where the library would copy keys once per query head of a group."""
-    function: Callable[..., Any] = torch.compiler.disable(step_attention)
-    return function
 
 
 class _WithLeft(nn.Module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from microglia.errors import MicrogliaError
 from microglia.geometry import HeadGeometry
+from microglia.replay.kv import widest
 from microglia.replay.levels import Level, Placement
 from microglia.sites import Site
 from microglia.sites.layouts import Cut, plain
@@ -88,8 +89,8 @@ class CompactWeights:
             dim = _dim(inner, cut)
             weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
             assert weight is not None
-            target = weight.unflatten(dim, (-1, size))
-            torch.index_select(inner.weight.detach().unflatten(dim, (-1, size)), dim, index, out=target)
+            source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
+            torch.index_select(widest(source), dim, index, out=widest(target))
             if cut.of_inputs:
                 target.mul_(placement.asked[0].view([-1 if d == dim else 1 for d in range(3)]))
             if bias is not None:

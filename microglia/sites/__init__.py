@@ -1,7 +1,7 @@
 """Where q, k, v and o live in a Hugging Face model: one `Site` per attention layer."""
 
 from microglia.sites.families import FAMILIES
-from microglia.sites.find import causal_lm, check_head_count, find_sites
+from microglia.sites.find import causal_lm, check_head_count, find_sites, input_device
 from microglia.sites.layouts import Fused, Separate
 from microglia.sites.site import Site, View, replaced_attention, stock_attention, with_attention
 
@@ -14,6 +14,7 @@ __all__ = [
     "causal_lm",
     "check_head_count",
     "find_sites",
+    "input_device",
     "replaced_attention",
     "stock_attention",
     "with_attention",

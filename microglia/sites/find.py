@@ -1,5 +1,6 @@
 """Find the attention sites of a model, or say in one sentence why it is not supported."""
 
+import torch
 from torch import nn
 
 from microglia.errors import ConfigError, UnsupportedModelError
@@ -16,6 +17,12 @@ def causal_lm(model: nn.Module) -> nn.Module:
             model = model.module  # type: ignore[assignment]
         else:
             return model
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where the inputs of a model belong; accelerate, which may hold weights elsewhere (on meta), moves them itself."""
+    device = next(causal_lm(model).parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def find_sites(model: nn.Module) -> tuple[Site, ...]:

@@ -24,6 +24,8 @@ class TrainingConfig:
     scope: answer (gates on answer positions) or all (on the prompt too, as the original).
     lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
         Adapters learn at `lora_learning_rate`, agents at `learning_rate`.
+    batch_size: examples of a step, all processes together. bf16: mixed precision; decisions and losses stay float32.
+    shard: divide the layers of the base model among the processes (FSDP2), when it is larger than one device.
     patience: evaluations without improvement until training stops, 0 to train to the end.
     """
 
@@ -56,6 +58,7 @@ class TrainingConfig:
     report_to: str = "none"
     gradient_checkpointing: bool = False
     bf16: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import DataError
 from microglia.tasks.base import Example
 from microglia.tasks.prompts import example_prompt, generated_answer_prefix, uses_chat_template
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,10 @@ class Batch:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str, max_length: int | None
-) -> Dataset:
+) -> "Dataset":
     """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
+    from datasets import Dataset  # here, since importing it takes seconds
+
     special = not uses_chat_template(tokenizer)
     prompts = tokenizer([example_prompt(tokenizer, e, template) for e in examples], add_special_tokens=special)
     prefix = generated_answer_prefix(tokenizer)

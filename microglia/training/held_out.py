@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.base import Example
 from microglia.training.data import Batch, Collator, encode
 from microglia.training.loss import task_loss
@@ -40,7 +40,7 @@ def answer_losses(
     losses: list[float] = []
     for start in range(0, len(rows), batch_size):
         tensors = collate(rows[start : start + batch_size])
-        batch = Batch(**{name: x.to(lm.device) for name, x in tensors.items()})  # type: ignore[arg-type]
+        batch = Batch(**{name: x.to(input_device(lm)) for name, x in tensors.items()})
         logits, _ = answer_logits(lm, batch, policy, gate=gate or Gate(), look=look or Look(), fill=fill, scope=scope)
         losses += [float(task_loss(x[None], y[None])) for x, y in zip(logits, batch.labels, strict=True)]
     return losses

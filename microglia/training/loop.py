@@ -1,7 +1,6 @@
 """A training run from start to end: statistics, optional LoRA stage, agents; interruptible and exactly resumable."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,18 +14,22 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
+from microglia import processes
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.look import Look
 from microglia.policy import AgentPolicy, Policy
-from microglia.sites import causal_lm
+from microglia.sites import causal_lm, input_device
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
 from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
-from microglia.training.trainer import PruningTrainer, Trained, load_trained
+from microglia.training.saved import last_whole, load_trained
+from microglia.training.sharding import shard_layers
+from microglia.training.trained import Trained
+from microglia.training.trainer import PruningTrainer
 
 STATISTICS_PROMPTS = 256
 TOLD, HISTORY = "training_config.json", "history.json"
@@ -63,13 +66,20 @@ def train(
     """Train `policy` (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
 
     Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights
-    as an uninterrupted run. `on_log` sees every line of the history. Raises ConfigError when there is nothing to resume
-    or the run was told otherwise, MicrogliaError when the loss is no longer a number.
+    as an uninterrupted run. `on_log` sees every line of the history. In several processes (torchrun) every batch is
+    divided among them, and the run is the one that a single process would make. Raises ConfigError when there is
+    nothing to resume or the run was told otherwise, MicrogliaError when the loss is no longer a number.
     """
-    folder, look, started = Path(output_dir), look or Look(), time.monotonic()
+    processes.join()
+    folder, look, started = processes.agreed(lambda: Path(output_dir)), look or Look(), time.monotonic()
     _remember(folder, config, resume)
     set_seed(config.seed)
     lm = causal_lm(model)
+    if any(p.is_meta for p in lm.parameters()):
+        raise ConfigError(
+            "weights of this model are offloaded, and training needs all of them on a device; load it whole, or divide "
+            "it among several processes with shard=True"
+        )
     room = getattr(lm.config, "max_position_embeddings", None)
     train_data = encode(
         tokenizer, task.load("train", limit=config.limit, seed=config.seed, data_dir=data_dir), task.template, room
@@ -84,14 +94,15 @@ def train(
     model.requires_grad_(False)
     if config.lora != "none" and lm is model:
         model = with_lora(model, rank=config.lora_rank)
-    policy.to(lm.device)  # type: ignore[arg-type]
+    if config.shard and processes.count() > 1:
+        shard_layers(lm, processes.device())
+    policy.to(input_device(lm))
 
-    def run(stage: str, trained: Trained, **changes: Any) -> PruningTrainer:
+    def run(stage: str, policy: Policy | None, **changes: Any) -> PruningTrainer:
         arguments = _arguments(folder / stage, config, **changes)
+        trained = Trained(model, policy, config, look=look, bucket=bucket)
         trainer = PruningTrainer(
             config=config,
-            look=look,
-            bucket=bucket,
             model=trained,
             args=arguments,
             data_collator=Collator(pad),
@@ -101,8 +112,9 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)  # prints to stdout, which belongs to results
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Report(on_log, show=not quiet))
-        last = _last_whole_checkpoint(folder / stage) if resume else None
+        if processes.is_first():
+            trainer.add_callback(Report(on_log, show=not quiet))
+        last = processes.agreed(lambda: last_whole(folder / stage)) if resume else None
         if last is None or not _finished(state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:  # transformers would do one more step
@@ -113,7 +125,7 @@ def train(
     if config.lora == "first":
         set_trainable(model, True)
         steps = {"max_steps": config.lora_steps, "learning_rate": config.lora_learning_rate}
-        run("lora", Trained(model, None, lm_mode=config.gradient_checkpointing), **steps)
+        run("lora", None, **steps)
         set_trainable(model, False)
     if isinstance(policy, AgentPolicy):
         policy.fit_statistics(_sample_features(lm, train_data, policy, look, Collator(pad)))
@@ -122,31 +134,17 @@ def train(
     if config.gradient_checkpointing:
         _checkpointing(lm, "enable", {"use_reentrant": False})
     try:
-        trainer = run("agents", Trained(model, policy, lm_mode=config.gradient_checkpointing))
+        trainer = run("agents", policy)
     finally:
         if config.gradient_checkpointing:
             _checkpointing(lm, "disable")
         model.requires_grad_(False)
         model.eval()
     history = trainer.state.log_history
-    (folder / HISTORY).write_text(json.dumps(history, indent=2) + "\n")
+    if processes.is_first():
+        _write(folder / HISTORY, history)
+    processes.wait()
     return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
-
-
-def _last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a stage that was written to its end, None when there is none; the others are removed.
-
-    The state is what transformers writes last: a run that was killed while saving left a folder in which it is missing
-    or cut off. Resumed from there, without its optimiser say, it would end with other weights; and left where it is, it
-    would confuse transformers, which removes the checkpoints whose folders are oldest.
-    """
-    whole = []
-    for path in folder.glob("checkpoint-*"):
-        try:
-            whole.append((int(json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"]), path))
-        except (OSError, ValueError, KeyError, TypeError):
-            shutil.rmtree(path, ignore_errors=True)
-    return max(whole)[1] if whole else None
 
 
 def _finished(state: TrainerState) -> bool:
@@ -182,12 +180,13 @@ def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> Training
         "label_names": [],
         "report_to": config.report_to,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": config.bf16,
         "seed": config.seed,
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return TrainingArguments(**(options | changes))
+    arguments = TrainingArguments(**(options | changes))
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: DataParallel would copy the model every step
+    return arguments
 
 
 def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
@@ -198,7 +197,7 @@ def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
 
 def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
     """Write down what this run is told, or check that a resumed run is told the same."""
-    told = json.loads(json.dumps(asdict(config)))
+    told, usual = _told(config, processes.count()), _told(TrainingConfig(), 1)
     path = folder / TOLD
     if resume:
         if not path.is_file():
@@ -206,7 +205,7 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
                 f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run"
             )
         try:
-            before = json.loads(path.read_text())
+            before = {**usual, **json.loads(path.read_text())}
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); delete {folder} and start the run again") from error
         if changed := sorted(name for name in told if before.get(name) != told[name]):
@@ -215,17 +214,26 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
                 f"the run in {folder} was started with other options ({listed}); resume with the same ones"
             )
         return
+    if folder.is_dir() and any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
+        raise ConfigError(
+            f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
+        )
+    if processes.is_first():
+        _write(path, told)
+
+
+def _write(path: Path, value: Any) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(get_last_checkpoint(str(stage)) for stage in folder.iterdir() if stage.is_dir()):
-            raise ConfigError(
-                f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
-            )
-        write_atomically(path, json.dumps(told, indent=2).encode() + b"\n")
+        write_atomically(path, json.dumps(value, indent=2).encode() + b"\n")
     except OSError as error:
         raise MicrogliaError(
-            f"{folder} cannot be written ({error.strerror}); give an output folder that can"
+            f"{path} cannot be written ({error.strerror}); make room or give another folder"
         ) from error
+
+
+def _told(config: TrainingConfig, processes: int) -> dict[str, Any]:
+    """What a run is told, as JSON gives it back."""
+    return {**json.loads(json.dumps(asdict(config))), "processes": processes}
 
 
 def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, collate: Collator) -> list[Tensor]:
@@ -233,6 +241,6 @@ def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, colla
     seen: list[list[Tensor]] = []
     rows = [data[i] for i in range(min(STATISTICS_PROMPTS, len(data)))]
     for start in range(0, len(rows), 32):
-        batch = {name: x.to(lm.device) for name, x in collate(rows[start : start + 32]).items()}  # type: ignore[arg-type]
+        batch = {name: x.to(input_device(lm)) for name, x in collate(rows[start : start + 32]).items()}
         seen.append(prompt_features(lm, Batch(**batch), policy, look))
     return [torch.cat(parts) for parts in zip(*seen, strict=True)]

@@ -7,49 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.data_loader import BatchSamplerShard
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from microglia.errors import CheckpointError, MicrogliaError
-from microglia.gate import Gate
-from microglia.look import Look
-from microglia.policy import Policy
+from microglia import processes
+from microglia.errors import MicrogliaError
 from microglia.training.config import TrainingConfig
-from microglia.training.data import Batch
-from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
-from microglia.training.passes import answer_logits
+from microglia.training.saved import WEIGHTS, load_trained, readable, seal
 from microglia.training.schedule import scheduled
-
-WEIGHTS = "trained.safetensors"
-DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
-
-
-class Trained(nn.Module):
-    """What the Trainer sees: a frozen (or LoRA-adapted) model, a policy, and the multiplier of the target mode.
-
-    The model stays in evaluation mode, so that training sees what inference sees; only gradient checkpointing, which
-    transformers ties to the training mode, switches it.
-    """
-
-    multiplier: Tensor
-
-    def __init__(self, lm: nn.Module, policy: Policy | None, *, lm_mode: bool = False) -> None:
-        super().__init__()
-        self.lm, self.policy, self.lm_mode = lm, policy, lm_mode
-        self.register_buffer("multiplier", torch.zeros(()))
-
-    def train(self, mode: bool = True) -> "Trained":
-        super().train(mode)
-        self.lm.train(mode and self.lm_mode)
-        return self
-
-    def trained_state(self) -> dict[str, Tensor]:
-        """Everything that training changes: trainable parameters, the policy with its statistics, the multiplier."""
-        state: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
-        state |= {f"policy.{name}": x for name, x in (self.policy.state_dict() if self.policy else {}).items()}
-        state["multiplier"] = self.multiplier
-        return {name: x.detach().clone().contiguous().cpu() for name, x in state.items()}
+from microglia.training.trained import Moment, Trained
 
 
 class Curriculum(TrainerCallback):
@@ -60,17 +31,20 @@ class Curriculum(TrainerCallback):
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config
-        self.set(0.0)
+        self.now = self.at(0.0)
 
-    def set(self, progress: float) -> None:
+    def at(self, progress: float) -> Moment:
+        """The moment when this share of the steps is done."""
         c = self.config
-        self.alpha = scheduled(c.schedule, c.alpha, progress)
-        self.temperature = scheduled("linear", c.temperature, progress)
-        self.noise = scheduled("linear", c.noise, progress)
-        self.target = None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp)
+        return Moment(
+            alpha=scheduled(c.schedule, c.alpha, progress),
+            temperature=scheduled("linear", c.temperature, progress),
+            noise=scheduled("linear", c.noise, progress),
+            target=None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp),
+        )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.set(state.global_step / max(state.max_steps - 1, 1))
+        self.now = self.at(state.global_step / max(state.max_steps - 1, 1))
 
 
 def _approached(target: float, progress: float, ramp: float) -> float:
@@ -78,11 +52,11 @@ def _approached(target: float, progress: float, ramp: float) -> float:
 
 
 class PruningTrainer(Trainer):
-    """Trainer for a `Trained` module. `policy` None in it means: the dense task only (stage 1 of LoRA)."""
+    """Trainer for a `Trained` module, alone or as one of several processes."""
 
-    def __init__(self, *, config: TrainingConfig, look: Look, bucket: int | None, **options: Any) -> None:
+    def __init__(self, *, config: TrainingConfig, **options: Any) -> None:
         super().__init__(**options)
-        self.config, self.look, self.bucket = config, look, bucket
+        self.config = config
         self.curriculum = Curriculum(config)
         self.add_callback(self.curriculum)
         self._gates = ExitStack()  # what must hold until the backward pass is over
@@ -95,65 +69,16 @@ class PruningTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        trained: Trained = self.accelerator.unwrap_model(model)
-        loss, parts = self._loss(trained, Batch(**inputs))
+        loss, parts = model(self.curriculum.now, self._gates, **inputs)
         if not torch.isfinite(loss):
             raise MicrogliaError(
                 f"the loss became {loss.item()} at step {self.state.global_step}; lower the learning rate (now "
                 f"{self.config.learning_rate}) and go on from the last checkpoint with --resume"
             )
-        if trained.training:
+        if model.training:
             for name, value in parts.items():
                 self._sums[name].append(float(value.detach() if isinstance(value, Tensor) else value))
         return (loss, {}) if return_outputs else loss
-
-    def _loss(self, trained: Trained, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        c, now = self.config, self.curriculum
-        if trained.training:
-            gate = Gate(c.gate, temperature=now.temperature, bucket=self.bucket, noise=now.noise)
-        else:
-            gate = Gate("hard", temperature=now.temperature, bucket=self.bucket)
-        dense = None
-        if c.distill:
-            with torch.no_grad():
-                dense, _ = answer_logits(trained.lm, batch, None, gate=gate, look=self.look)
-        logits, trace = answer_logits(
-            trained.lm,
-            batch,
-            trained.policy,
-            gate=gate,
-            look=self.look,
-            fill=c.fill,
-            scope=c.scope,
-            whole=self._gates if c.gradient_checkpointing else None,
-        )
-        task = task_loss(logits, batch.labels)
-        if trained.policy is None:
-            return task, {"task": task}
-        keep, entropy = mean_keep(trace.keep), gate_entropy(trace.logits, gate.temperature)
-        loss = task + c.beta * entropy
-        if dense is not None:
-            loss = loss + c.distill * distillation_loss(logits, dense, batch.labels)
-        if not trained.training:  # evaluations are compared with each other: the weights of the end, not of now
-            loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
-        elif now.target is None:
-            loss = loss + now.alpha * keep
-        else:
-            distance = keep - now.target
-            loss = loss + float(trained.multiplier) * distance + DAMPING / 2 * distance**2
-            # Dual ascent: the longer too many heads are kept, the more each one costs.
-            trained.multiplier.add_(c.learning_rate * 10 * distance.detach()).clamp_(min=0)
-        parts = {
-            "task": task,
-            "keep_ratio": keep,
-            "gate_entropy": entropy,
-            "temperature": gate.temperature,
-            "noise": gate.noise,
-        }
-        weight = (
-            {"alpha": now.alpha} if now.target is None else {"target": now.target, "multiplier": trained.multiplier}
-        )
-        return loss, parts | weight
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with a learning rate of their own for LoRA's parameters."""
@@ -189,7 +114,38 @@ class PruningTrainer(Trainer):
             **kwargs,
         )
 
+    # --- several processes --------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        return _whole_batches(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        return _whole_batches(super().get_eval_dataloader(*args, **kwargs))
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """DistributedDataParallel around what trains; what is frozen needs neither copying nor comparing."""
+        if not training or processes.count() == 1 or isinstance(model, DistributedDataParallel):
+            return model
+        still = {name for name, p in model.named_parameters() if not p.requires_grad}
+        still |= {name for name, _ in model.named_buffers()}
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(still))
+        return DistributedDataParallel(model)
+
     # --- checkpoints hold what is trained, not the base model ---------------------------------------------------------
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(self.args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+            processes.wait()  # each writes the state of its random numbers
+            if processes.is_first():
+                seal(folder)
+        except Exception as error:  # torch, safetensors and the system raise their own kinds
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise MicrogliaError(
+                f"{folder} cannot be written ({reason}); make room there and go on with --resume from the checkpoint "
+                "before it"
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or ".")
@@ -204,18 +160,21 @@ class PruningTrainer(Trainer):
         if self.state.best_model_checkpoint:
             load_trained(self.accelerator.unwrap_model(self.model), Path(self.state.best_model_checkpoint))
 
+    # transformers keeps these in torch's format; it loads them with weights_only, so nothing pickled is run.
 
-def load_trained(trained: Trained, folder: Path) -> None:
-    """Load what `PruningTrainer` saved. Raises CheckpointError when the file is missing, broken or of another run."""
-    try:
-        state = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder / WEIGHTS} cannot be read ({error}); remove {folder} and resume from an earlier checkpoint"
-        ) from error
-    expected = trained.trained_state()
-    if {n: x.shape for n, x in state.items()} != {n: x.shape for n, x in expected.items()}:
-        raise CheckpointError(
-            f"{folder} was written by a run with other agents or adapters; resume with the options of that run"
-        )
-    trained.load_state_dict(state, strict=False)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with readable(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
+
+
+def _whole_batches(loader: DataLoader) -> DataLoader:
+    """Let every process read whole batches, of which it takes its rows itself: the batches that one alone would see."""
+    sampler = loader.batch_sampler
+    if isinstance(sampler, BatchSamplerShard):
+        sampler.num_processes, sampler.process_index = 1, 0
+        sampler.even_batches = False  # it would fill up the last batch
+    return loader

@@ -1,15 +1,29 @@
 """Captured decoding says what the masked path says, token for token; switching heads captures and moves nothing."""
 
+import contextlib
 import functools
+import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from microglia.attach import attached, gated
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.replay import GraphDecoder
-from tests.tiny import BACKENDS, Fixed, tiny_model, tiny_tokenizer, uneven_policy, wild_policy
+from microglia.replay.step import Form
+from tests.tiny import (
+    BACKENDS,
+    Fixed,
+    positions,
+    tiny_model,
+    tiny_prompts,
+    tiny_tokenizer,
+    uneven_policy,
+    wild_policy,
+)
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
 ONE = Gate(bucket=1)
@@ -97,22 +111,132 @@ def test_levels_are_views_of_one_buffer():
                 assert all(view.data_ptr() == flat.data_ptr() and view.is_contiguous() for view in views)
 
 
-def test_one_compiled_code_serves_all_layers():
-    """A level costs one compilation, not one for each layer: what differs between layers is data."""
-    from torch._dynamo.testing import CompileCounter  # seconds to import
+class Silent:
+    """Captures nothing. Under a tape nothing is compiled; under a CUDA graph it is, and so it is under this."""
 
-    frames = []
+    recording = staticmethod(contextlib.nullcontext)
+    begin = end = replay = staticmethod(lambda: None)
+
+    def graph(self):
+        return self
+
+
+@pytest.mark.parametrize("attention", ["stock", "products"])
+def test_one_compiled_code_serves_all_layers(attention):
+    """A form costs one compilation, not one for each layer: what differs between layers is data.
+
+    Keys and values go in as the views that the level uses. Cut out of the whole cache within compiled code, they would
+    be written to a copy.
+    """
+    found = []
     for layers in (2, 4):
         torch.compiler.reset()
-        counter = CompileCounter()
+        graphs = []
+
+        def backend(module, inputs, graphs=graphs):
+            graphs.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 4])
+            return module.forward
+
         model = tiny_model("llama", num_hidden_layers=layers)
-        compiler = functools.partial(torch.compile, backend=counter, dynamic=False)
-        decoder = GraphDecoder(model, stretch=1, compiled=compiler)
-        policy = Fixed([torch.where(torch.arange(8) < 6, 1.0, -1.0)[None]] * layers)
+        compiler = functools.partial(torch.compile, backend=backend, dynamic=False)
+        decoder = GraphDecoder(model, stretch=1, compiled=compiler, attention=attention, capture=Silent())
+        room, counts = decoder.room(3, 64), [len(graphs)]
+        level = decoder.parts.levels[1]
+        with torch.inference_mode():
+            for kind in ("shared", "rows"):
+                room.prepare(Form(kind, level))
+                counts.append(len(graphs))
+        found.append(counts)
+        for part in graphs:
+            assert all(shape[1] in (level.groups, 8) for shape in part if shape[2] == 64)
+        assert any((3, level.groups, 64, 6) in part for part in graphs)
+    assert found[0] == found[1]
+    pieces = [after - before for before, after in itertools.pairwise(found[0])]
+    assert min(pieces) > 0
+    assert pieces == [1, 1] or attention == "stock"  # with products, a layer is one piece of code
+
+
+@pytest.mark.parametrize(("family", "backend"), BACKENDS)
+def test_attention_by_products_says_the_same(family, backend):
+    model = tiny_model(family, backend=backend)
+    for policy in (uneven_policy(model), uneven_policy(model, 3)):
+        decoder = GraphDecoder(model, stretch=1, lowest=0.1, attention="products")
         assert said(model, policy, "graph", decoder).equal(said(model, policy, "masked"))
-        frames.append(counter.frame_count)
-    assert frames[0] == frames[1]
-    assert frames[0] > 0
+
+
+@pytest.mark.parametrize("attention", ["stock", "products"])
+@pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
+def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
+    """At most twice its error against float32, over a few steps with given tokens."""
+    ids, mask = tiny_prompts(9, 6, 4)
+    answer = torch.tensor([[5, 9, 30, 7], [11, 40, 8, 3], [60, 2, 5, 21]])
+
+    def logits(dtype, decoder=None):
+        model = tiny_model("qwen2", dtype=dtype)
+        decoder = decoder and GraphDecoder(model, stretch=1, lowest=0.1, attention=attention)
+        with contextlib.ExitStack() as stack, torch.inference_mode():
+            cache = stack.enter_context(decoder.serving(mask, 6)).cache if decoder else None
+            pruning = decoder.pruning if decoder else gated
+            stack.enter_context(attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning))
+            out = model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
+            found, seen = [], mask
+            for token in answer.split(1, 1):
+                seen = torch.cat([seen, torch.ones_like(token)], 1)
+                place = positions(seen)[:, -1:]
+                cache = out.past_key_values
+                out = model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
+                found.append(out.logits[:, -1].float().clone())
+        return torch.stack(found)
+
+    truth = logits(torch.float32)
+    torch.testing.assert_close(logits(torch.float32, decoder=True), truth, atol=2e-5, rtol=0)
+    ours, theirs = ((logits(torch.bfloat16, decoder) - truth).abs().mean() for decoder in (True, None))
+    assert theirs > 0
+    assert ours <= 2 * theirs
+
+
+def test_a_mask_is_made_once_for_all_layers_and_only_added():
+    model = tiny_model("llama", num_hidden_layers=3)
+    room = GraphDecoder(model).room(2, 64)
+    masks = [kwargs["attention_mask"] for _, kwargs in room.inputs]
+    assert {mask.data_ptr() for mask in masks} == {masks[0].data_ptr()}
+    assert masks[0].dtype == model.dtype
+
+
+def test_a_merged_adapter_is_followed():
+    model = peft_model()
+    with pytest.raises(MicrogliaError, match=r"q_proj carries an adapter, .* merge it first"):
+        GraphDecoder(model)
+    policy, merged = uneven_policy(model), model.merge_and_unload()
+    with_adapter = said(merged, policy, "graph")
+    assert with_adapter.equal(said(merged, policy, "masked"))
+    assert not with_adapter.equal(said(tiny_model("llama"), policy, "masked"))
+
+
+def peft_model():
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    return get_peft_model(tiny_model("llama"), config).eval()
+
+
+def test_an_error_while_capturing_leaves_nothing_open(monkeypatch):
+    model = tiny_model("llama")
+    decoder, policy = GraphDecoder(model), uneven_policy(model)
+    truth = said(model, policy, "masked")
+
+    def fails(*args, **kwargs):
+        if decoder.capture.opened:
+            raise torch.OutOfMemoryError("no room")
+        return plain(*args, **kwargs)
+
+    plain = model.model.layers[1].mlp.forward
+    monkeypatch.setattr(model.model.layers[1].mlp, "forward", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        said(model, policy, "graph", decoder)
+    monkeypatch.undo()
+    assert decoder.capture.opened == []
+    assert said(model, policy, "masked").equal(truth)
+    assert said(model, policy, "graph", decoder).equal(truth)
 
 
 def test_a_longer_room_serves_too_but_not_one_of_another_batch():
@@ -132,6 +256,14 @@ def test_an_answer_ends_with_its_end_token():
     for end in ([int(whole[0, 4])], [int(whole[0, 2]), int(whole[1, 6]), int(whole[2, 9])]):
         options = {"max_new_tokens": 40, "eos_token_id": end}
         assert said(model, policy, "graph", **options).equal(said(model, policy, "masked", **options))
+
+
+def test_a_plain_greedy_answer_is_a_loop_of_replays(monkeypatch):
+    """Not the model's own loop, which looks at tokens, masks and criteria between steps."""
+    model = tiny_model("llama")
+    truth, decoder = said(model, uneven_policy(model), "masked"), GraphDecoder(model)
+    monkeypatch.setattr(type(model), "generate", None)
+    assert said(model, uneven_policy(model), "graph", decoder).equal(truth)
 
 
 def test_sampling_and_streaming_are_the_models_own():
@@ -169,9 +301,13 @@ def test_what_a_captured_step_cannot_follow_is_refused():
     decoder = GraphDecoder(model)
     with pytest.raises(MicrogliaError, match="the prompt was not read into this decoder's cache"):
         decoder.pruning([], [], cache=None).__enter__()
-    moving = tiny_model("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    with pytest.raises(UnsupportedModelError, match=r"changes its rotary embedding with the length \(dynamic\)"):
-        GraphDecoder(moving)
+    with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
+        GraphDecoder(model, attention="flash")
+    with pytest.raises(ConfigError, match="compiled='reduce-overhead' is unknown; choose default or max-autotune"):
+        GraphDecoder(model, compiled="reduce-overhead")
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match="attention by 'flash_attention_2' takes no mask"):
+        GraphDecoder(model)
 
 
 def test_too_long_an_answer_is_refused():

@@ -48,3 +48,20 @@ def test_what_python_knew_stays_what_it_was():
 def test_looking_at_values_is_refused(look):
     with pytest.raises(MicrogliaError, match=r"a captured step may not look at values, but .* does"):
         recorded(lambda: look(torch.ones(3)))
+
+
+def test_an_error_ends_what_it_left_open():
+    capture = TapeCapture()
+    graph = capture.graph()
+
+    def breaks():
+        with capture.recording():
+            graph.begin()
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        breaks()
+    assert capture.opened == []
+    before = len(graph.calls)
+    torch.ones(2).sum()
+    assert len(graph.calls) == before

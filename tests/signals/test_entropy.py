@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from microglia.signals import Queries, attention_entropy
-from microglia.signals.entropy import by_logits, by_mean_key
 from tests.reference import attention_weights, entropy_of
 
 ONES = torch.ones(3, 13, dtype=torch.bool)
@@ -66,17 +65,35 @@ def test_extreme_logits_stay_between_zero_and_one(spread):
     assert ours.max() <= 1 + 1e-6
 
 
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """The GPU's way, by the kernel that returns the logsumexp: here with the CPU's kernel of the same contract."""
+    monkeypatch.setattr("microglia.signals.entropy.by_kernel", lambda query, softcap: softcap is None)
+
+
 @pytest.mark.parametrize("tokens", [ONES, LEFT, RIGHT], ids=["whole", "left", "right"])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("sliding_window", [None, 3])
-def test_the_mean_key_says_what_the_logits_say(tokens, groups, sliding_window):
-    """The GPU's way, by the kernel that returns the logsumexp: here with the CPU's kernel of the same contract."""
+def test_a_glance_is_naive(by_kernel, tokens, groups, sliding_window):
     query, key = queries_and_keys(6, groups)
-    ((block, visible, weight),) = Queries(tokens, 5).blocks(sliding_window)
-    q = query[:, :, block]
-    slow = by_logits(q, key.transpose(-1, -2), visible, 0.3) * (weight > 0)[:, None]
-    quick = by_mean_key(q, key, visible, 0.3) * (weight > 0)[:, None]
-    torch.testing.assert_close(quick, slow, atol=1e-5, rtol=0)
+    weights = attention_weights(query, key, tokens, scale=0.3, sliding_window=sliding_window)
+    truth = entropy_of(weights, tokens, window=5, sliding_window=sliding_window)
+    ours = attention_entropy(query, key, tokens, scale=0.3, window=5, sliding_window=sliding_window)
+    torch.testing.assert_close(ours.double(), truth, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("row", range(3))
+@pytest.mark.parametrize("parts", [2, 3, 5])
+@pytest.mark.parametrize("sliding_window", [None, 3])
+def test_keys_of_one_prompt_may_go_in_parts(by_kernel, monkeypatch, row, parts, sliding_window):
+    monkeypatch.setattr("microglia.signals.entropy.PARTS", parts)
+    monkeypatch.setattr("microglia.signals.entropy.PART", 1)
+    (query, key), tokens = queries_and_keys(6, 2), LEFT[row : row + 1]
+    query, key = query[row : row + 1], key[row : row + 1].transpose(1, 2).contiguous().transpose(1, 2)  # as in models
+    weights = attention_weights(query, key, tokens, scale=0.3, sliding_window=sliding_window)
+    truth = entropy_of(weights, tokens, window=5, sliding_window=sliding_window)
+    ours = attention_entropy(query, key, tokens, scale=0.3, window=5, sliding_window=sliding_window)
+    torch.testing.assert_close(ours.double(), truth, atol=5e-6, rtol=0)
 
 
 def test_queries_are_found_once_for_all_sites():

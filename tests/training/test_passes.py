@@ -103,3 +103,26 @@ def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta():
             down = loss()
             parameter[head] += step
         assert parameter.grad[head].item() == pytest.approx(((up - down) / (2 * step)).item(), rel=1e-2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_agents_stay_in_float32_on_a_model_in_half_precision(checkpointing):
+    """As on a GPU: the model as it is stored, agents and their gradients in float32, in one step or checkpointed."""
+    model = tiny_model("llama", dtype=torch.bfloat16).requires_grad_(False)
+    policy = wild_policy(model)
+    before = [p.detach().clone() for p in policy.parameters()]
+    optimizer = torch.optim.AdamW(policy.parameters())
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    with ExitStack() as stack:
+        whole = stack if checkpointing else None
+        gate = Gate("straight-through", temperature=1.0)
+        logits, trace = answer_logits(model, BATCH, policy, gate=gate, look=Look(), whole=whole)
+        (task_loss(logits, BATCH.labels) + 0.1 * mean_keep(trace.keep)).backward()
+    optimizer.step()
+    assert logits.dtype == torch.bfloat16
+    for parameter, old in zip(policy.parameters(), before, strict=True):
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert parameter.isfinite().all()
+        assert not parameter.equal(old)

@@ -1,0 +1,120 @@
+"""What is trained, as one module: a model, a policy and the multiplier; its forward pass is the loss of a batch."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia import processes
+from microglia.gate import Gate
+from microglia.look import Look
+from microglia.policy import Policy
+from microglia.training.config import TrainingConfig
+from microglia.training.data import Batch
+from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.training.passes import answer_logits
+
+DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the curriculum stands: α, the gates' temperature and noise, and the target when there is one."""
+
+    alpha: float
+    temperature: float
+    noise: float
+    target: float | None
+
+
+class Trained(nn.Module):
+    """A frozen (or LoRA-adapted) model, a policy, and the multiplier of the target mode.
+
+    `policy` None means: the dense task only (stage 1 of LoRA). The model stays in evaluation mode, so that training
+    sees what inference sees; only gradient checkpointing, which transformers ties to the training mode, switches it.
+    """
+
+    multiplier: Tensor
+
+    def __init__(
+        self, lm: nn.Module, policy: Policy | None, config: TrainingConfig, *, look: Look, bucket: int | None
+    ) -> None:
+        super().__init__()
+        self.lm, self.policy, self.look, self.bucket = lm, policy, look, bucket
+        self.recipe = config  # `config` would be taken for a transformers model's
+        self.register_buffer("multiplier", torch.zeros(()))
+
+    def train(self, mode: bool = True) -> "Trained":
+        super().train(mode)
+        self.lm.train(mode and self.recipe.gradient_checkpointing)
+        return self
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Everything that training changes: trainable parameters, the policy with its statistics, the multiplier."""
+        state: dict[str, Tensor] = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        state |= {f"policy.{name}": x for name, x in (self.policy.state_dict() if self.policy else {}).items()}
+        state["multiplier"] = self.multiplier
+        return {name: x.detach().clone().contiguous().cpu() for name, x in state.items()}
+
+    def forward(self, now: Moment, gates: ExitStack, **tensors: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch, and its parts. `gates` holds what must stay until the backward pass is over.
+
+        Of several processes each gets the whole batch and goes through its share of the rows; the loss is that of all.
+        """
+        own = processes.share(len(tensors["prompt"]))
+        rows = own or range(0, own.stop, own.stop)  # with nothing to do: one row, that counts nothing
+        batch = Batch(**{name: x[rows.start :: rows.step] for name, x in tensors.items()})
+        with torch.autocast(batch.prompt.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            return self._loss(batch, rows, len(own), now, gates)
+
+    def _loss(
+        self, batch: Batch, rows: range, prompts: int, now: Moment, gates: ExitStack
+    ) -> tuple[Tensor, dict[str, Any]]:
+        c = self.recipe
+        if self.training:
+            gate = Gate(c.gate, temperature=now.temperature, bucket=self.bucket, noise=now.noise, rows=rows)
+        else:
+            gate = Gate("hard", temperature=now.temperature, bucket=self.bucket)
+        dense = None
+        if c.distill:
+            with torch.no_grad():
+                dense, _ = answer_logits(self.lm, batch, None, gate=gate, look=self.look)
+        logits, trace = answer_logits(
+            self.lm,
+            batch,
+            self.policy,
+            gate=gate,
+            look=self.look,
+            fill=c.fill,
+            scope=c.scope,
+            whole=gates if c.gradient_checkpointing else None,
+        )
+        tokens = int((batch.labels != -100).sum()) if prompts else 0
+        task = processes.pooled(task_loss(logits, batch.labels), tokens)
+        if self.policy is None:
+            return task, {"task": task}
+        keep = processes.pooled(mean_keep(trace.keep), prompts)
+        entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
+        loss = task + c.beta * entropy
+        if dense is not None:
+            loss = loss + c.distill * processes.pooled(distillation_loss(logits, dense, batch.labels), tokens)
+        if not self.training:  # evaluations are compared with each other: the weights of the end, not of now
+            loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
+        elif now.target is None:
+            loss = loss + now.alpha * keep
+        else:
+            distance = keep - now.target
+            loss = loss + float(self.multiplier) * distance + DAMPING / 2 * distance**2
+            # Dual ascent: the longer too many heads are kept, the more each one costs.
+            self.multiplier.add_(c.learning_rate * 10 * distance.detach()).clamp_(min=0)
+        parts = {
+            "task": task,
+            "keep_ratio": keep,
+            "gate_entropy": entropy,
+            "temperature": gate.temperature,
+            "noise": gate.noise,
+        }
+        weight = {"alpha": now.alpha} if now.target is None else {"target": now.target, "multiplier": self.multiplier}
+        return loss, parts | weight
