@@ -85,7 +85,8 @@ class PruningTrainer(Trainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*model)  # which transformers gives from 5.3 or so
         if fresh:
-            adapters = {id(p) for name, p in self.model.named_parameters() if "lora_" in name}
+            trained: Any = self.model
+            adapters = {id(p) for name, p in trained.named_parameters() if "lora_" in name}
             for group in list(optimizer.param_groups):
                 lora = [p for p in group["params"] if id(p) in adapters]
                 if lora:
