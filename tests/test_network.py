@@ -78,6 +78,6 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, monkeypatch
     (tmp_path / "model" / "strange.py").write_text("import os\nos.mkdir('exploded')\n")
     told = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.C", "AutoModelForCausalLM": "strange.M"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(told))
-    with pytest.raises(MicrogliaError, match="no model could be found at .*model"):
+    with pytest.raises(MicrogliaError, match=r"no model could be found at .*model"):
         load_model(tmp_path / "model", device="cpu")
     assert not (tmp_path / "exploded").exists()
