@@ -13,7 +13,7 @@ from tests.tiny_folder import save_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = "--max-steps 2 --limit 6 --batch-size 4 --eval-limit 2 --hidden-dim 16 --keep-ratio 0.6 --ramp 0 --json"
 EVALUATE = "--limit 5 --batch-size 2 --max-new-tokens 3 --json"
-TWO = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+TWO = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 
 
 def script(name, *arguments, launcher=()):
