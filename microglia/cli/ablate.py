@@ -143,10 +143,11 @@ def records(data: dict[str, Any], around: dict[str, Any]) -> list[Any]:
 
 def views(data: dict[str, Any]) -> list[Any]:
     """One line per variant, and how to read it."""
-    title = f"{data['dataset']}, {data['split']}, {data['prompts']} prompts, {len(data['seeds'])} seeds"
+    seeds = f"{len(data['seeds'])} seed{'s' if len(data['seeds']) > 1 else ''}"
+    title = f"{data['dataset']}, {data['split']}, {data['prompts']} prompts, {seeds}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("", no_wrap=True)
-    for name in ("right", "to base", "95 %", "p", "loss", "own kept", "right"):
+    table.add_column("")  # long names fold, so that the figures of a line fit 80 columns
+    for name in ("right", "to base", "95 %", "p", "loss", "own\nkept", "own\nright"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
         difference = ["", "", ""]
