@@ -12,7 +12,7 @@ no test problem, nor any rewording of one with other names, objects or distracto
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 SPLITS = ("train", "validation", "test")
@@ -354,8 +354,10 @@ def split_of(answer: str) -> str:
     return "train" if slot < 8 else "validation" if slot == 8 else "test"
 
 
-def draw(rng: random.Random, steps: int, family: str | None = None) -> Problem:
-    """One problem with exactly `steps` worked steps from `family` (any that allows so many steps when None).
+def draw(
+    rng: random.Random, steps: int, family: str | None = None, *, among: Sequence[str] = tuple(FAMILIES)
+) -> Problem:
+    """One problem with exactly `steps` worked steps from `family`, or from one `among` several that allows so many.
 
     Raises ValueError for an unknown family or one that has no problems of so many steps.
     """
@@ -364,7 +366,7 @@ def draw(rng: random.Random, steps: int, family: str | None = None) -> Problem:
     if family is not None and not 1 <= steps <= (most := MOST_STEPS.get(family, MAX_STEPS)):
         raise ValueError(f"family {family!r} has problems of 1 to {most} steps, not {steps}; change one of them")
     while True:
-        name = family or rng.choice(list(FAMILIES))
+        name = family or rng.choice(among)
         try:
             told, asked, chain = FAMILIES[name](rng, steps)
         except DeadEnd:
@@ -377,11 +379,17 @@ def draw(rng: random.Random, steps: int, family: str | None = None) -> Problem:
 
 
 def problems(
-    split: str, count: int, *, seed: int = 0, steps: tuple[int, ...] = tuple(range(1, MAX_STEPS + 1))
+    split: str,
+    count: int,
+    *,
+    seed: int = 0,
+    steps: tuple[int, ...] = tuple(range(1, MAX_STEPS + 1)),
+    families: tuple[str, ...] = tuple(FAMILIES),
 ) -> Iterator[Problem]:
-    """`count` different problems of a split, steps drawn evenly. The same arguments give the same problems.
+    """`count` different problems of a split, steps and families drawn evenly; one that stands twice, twice as often.
 
-    Raises ValueError for an unknown split or a number of steps outside 1 to 8.
+    The same arguments give the same problems. Raises ValueError for an unknown split or family, or a number of steps
+    outside 1 to 8.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -389,12 +397,16 @@ def problems(
         raise ValueError(f"steps is empty; choose at least one number in 1 to {MAX_STEPS}")
     if bad := [s for s in steps if not 1 <= s <= MAX_STEPS]:
         raise ValueError(f"steps {bad} are outside 1 to {MAX_STEPS}; choose steps in that range")
+    if unknown := [name for name in families if name not in FAMILIES]:
+        raise ValueError(f"unknown families {unknown}; choose among {', '.join(FAMILIES)}")
+    if not any(MOST_STEPS.get(name, MAX_STEPS) >= max(steps) for name in families):
+        raise ValueError(f"none of the families {families} has problems of {max(steps)} steps; add one that has")
     rng = random.Random(f"{split}/{seed}")
     seen: set[str] = set()
     while len(seen) < count:
         wanted = steps[len(seen) % len(steps)]
-        problem = draw(rng, wanted)
+        problem = draw(rng, wanted, among=families)
         while problem.question in seen or split_of(problem.answer) != split:
-            problem = draw(rng, wanted)
+            problem = draw(rng, wanted, among=families)
         seen.add(problem.question)
         yield problem
