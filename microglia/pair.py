@@ -92,9 +92,7 @@ def trained_pair(
         return found[0], found[1]
 
     def twin_after(config: TrainingConfig, twin: StaticPolicy | None) -> StaticPolicy:
-        return trained_twin(
-            bench, config, folder / WORK, bucket=bucket, data_dir=data_dir, twin=twin, on_log=on_log
-        )
+        return trained_twin(bench, config, folder / WORK, bucket=bucket, data_dir=data_dir, twin=twin, on_log=on_log)
 
     twin = twin_after(recipe.first, None)
     torch.manual_seed(seed)

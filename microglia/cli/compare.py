@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -102,8 +103,8 @@ def compare(
     about |= {"scope": system.scope, "look": asdict(system.look), "max_new_tokens": max_new_tokens}
     about |= {"base_model": system.source, "bucket": system.gate.bucket, "answer_room": answer_room}
     about |= {"shots": shots, "question_field": question_field, "answer_field": answer_field}
-    about |= {"data_dir": None if data_dir is None else str(data_dir)}
-    ledger = Ledger(None if output_dir is None else output_dir / CELLS, about)
+    place = None if output_dir is None else output_dir / CELLS
+    ledger = Ledger(place, {**about, "data_dir": None if data_dir is None else str(data_dir)})
     try:
         with progress("comparing") as update:
             cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
@@ -116,6 +117,7 @@ def compare(
     around = circumstances(next(system.model.parameters()).device)
     data = finite({**summarise(cells, at), **about, **around})
     if output_dir is not None:
+        (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
         append_records(output_dir / RECORDS, records(data, around, seed))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
@@ -141,7 +143,7 @@ def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, li
 
 
 def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """A system whose agents are still to be trained, and no agents. Raises ConfigError for what does not go together."""
+    """A system whose agents are still to be trained. Raises ConfigError for options that exclude each other."""
     from microglia.system import MicrogliaPruningSystem
 
     if folders or output_dir is None:
@@ -161,21 +163,30 @@ def pairs(
 
     recipe = PairRecipe(RECIPE.first, RECIPE.second)
     made = []
-    for seed in seeds:
-        with progress(f"training, seed {seed}") as update:
-            most = max(recipe.first.max_steps, recipe.second.max_steps, 1)
-            made.append(
-                trained_pair(
-                    dial,
-                    recipe,
-                    seed,
-                    output_dir / PAIRS / str(seed),
-                    base_model=source,
-                    data_dir=data_dir,
-                    on_log=lambda row: update("steps", row["step"], most),
+    most = max(recipe.first.max_steps, recipe.second.max_steps, 1)
+    try:
+        for seed in seeds:
+            with progress(f"training, seed {seed}") as update:
+                made.append(
+                    trained_pair(
+                        dial,
+                        recipe,
+                        seed,
+                        output_dir / PAIRS / str(seed),
+                        base_model=source,
+                        data_dir=data_dir,
+                        on_log=partial(_steps, update, most),
+                    )
                 )
-            )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
+        ) from None
     return [agents for agents, _ in made], [twin for _, twin in made]
+
+
+def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
+    update("steps", row["step"], most)
 
 
 def arena_of(

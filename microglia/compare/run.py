@@ -165,9 +165,7 @@ def _cell(
     return Cell(name, target, seed, from_json(row), tuple(row["losses"]))
 
 
-def _timing(
-    arena: Arena, name: str, identity: Any, target: float, made: Callable[[], Any], ledger: Ledger
-) -> Timing:
+def _timing(arena: Arena, name: str, identity: Any, target: float, made: Callable[[], Any], ledger: Ledger) -> Timing:
     def measure() -> dict[str, Any]:
         policy, gate_at = made()
         bench = arena.bench

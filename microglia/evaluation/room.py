@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from microglia.errors import ConfigError
 from microglia.tasks.base import Example
@@ -45,3 +45,8 @@ class Cut(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         self.prompt = self.prompt or input_ids.shape[1] - 1  # it is asked first when one token is new
         return (self.most <= input_ids.shape[1] - self.prompt).to(input_ids.device)
+
+
+def stopped(most: Sequence[int]) -> StoppingCriteriaList:
+    """What `generate` is told so that row i of a batch has at most `most[i]` new tokens."""
+    return StoppingCriteriaList([Cut(most)])

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import PreTrainedTokenizerBase
 
 from microglia import processes
 from microglia.errors import DataError
 from microglia.evaluation.heads import HeadMeans
-from microglia.evaluation.room import Cut, limits
+from microglia.evaluation.room import limits, stopped
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
@@ -163,7 +163,7 @@ def evaluate(
             path=path,
             decoder=decoder,
             max_new_tokens=max(most[i] for i in indices),
-            **({} if answer_room is None else {"stopping_criteria": StoppingCriteriaList([Cut([most[i] for i in indices])])}),
+            **({} if answer_room is None else {"stopping_criteria": stopped([most[i] for i in indices])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
