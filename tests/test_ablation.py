@@ -182,6 +182,8 @@ def test_its_own_keep_ratio_may_be_left_out(tmp_path, monkeypatch) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     assert "Own:" not in done.stdout
+    assert "features norm" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert len(runs) == 2  # one per cell
     data = json.loads((tmp_path / "out" / "ablation.json").read_text())
     assert not any(name.startswith("own") for name in data["rows"][0])

@@ -172,7 +172,8 @@ def views(data: dict[str, Any]) -> list[Any]:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")  # long names fold, so that the figures of a line fit 80 columns
     own = "own_accuracy" in data["rows"][0]
-    for name in ("right", "to base", "95 %", "p", "loss", "to base", "95 %", *(("own\nkept", "own\nright") * own)):
+    rest = ("own\nkept", "own\nright") if own else ("to base", "95 %")  # both do not fit 80 columns
+    for name in ("right", "to base", "95 %", "p", "loss", *rest):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
         difference, loss = ["", "", ""], ["", ""]
@@ -188,8 +189,7 @@ def views(data: dict[str, Any]) -> list[Any]:
             f"{row['accuracy']:.1%}",
             *difference,
             f"{1000 * row['loss']:.1f}",
-            *loss,
-            *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else ()),
+            *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else loss),
         )
     how = " Own: at the keep ratio that the training itself led to." if own else ""
     return [
