@@ -182,7 +182,7 @@ def test_its_own_keep_ratio_may_be_left_out(tmp_path, monkeypatch) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     assert "Own:" not in done.stdout
-    assert "features norm" in done.stdout
+    assert all(word in done.stdout for word in ("features", "norm", "to base"))
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert len(runs) == 2  # one per cell
     data = json.loads((tmp_path / "out" / "ablation.json").read_text())

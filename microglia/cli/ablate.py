@@ -182,13 +182,13 @@ def views(data: dict[str, Any]) -> list[Any]:
             ends = "" if low is None else f"{100 * low:+.1f} {100 * high:+.1f}"
             difference = [f"{100 * row['diff']:+.1f}", ends, f"{row['p_holm']:.2g}"]
             low, high = row["loss_diff_ci95"]
-            ends = "" if low is None else f"{1000 * low:+.1f} {1000 * high:+.1f}"
-            loss = [f"{1000 * row['loss_diff']:+.1f}", ends]
+            ends = "" if low is None else f"{1000 * low:+.2g} {1000 * high:+.2g}"
+            loss = [f"{1000 * row['loss_diff']:+.2g}", ends]
         table.add_row(
             row["variant"],
             f"{row['accuracy']:.1%}",
             *difference,
-            f"{1000 * row['loss']:.1f}",
+            f"{1000 * row['loss']:.3g}",
             *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else loss),
         )
     how = " Own: at the keep ratio that the training itself led to." if own else ""
