@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,14 @@ from microglia.evaluation.run import Evaluation
 from microglia.evaluation.significance import wilson_ci
 from microglia.gate import Gate, threshold_for
 from microglia.ledger import Ledger
+from microglia.pair import UNSURE, trained_twin
 from microglia.policy import AgentPolicy
 from microglia.sites import find_sites
 from microglia.training import TrainingConfig, train
 from microglia.training.held_out import answer_losses
 from microglia.training.loop import TOLD
+
+TWIN_LEARNING_RATE = 0.1  # of a free logit per head, as in the demo
 
 Progress = Callable[[str, int, int], None]
 Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
@@ -49,16 +53,21 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A training and the agents that are trained."""
+    """A training and the agents that are trained.
+
+    twin_steps: of the static twin beforehand, from whose logits the agents then start, as in the demo; 0 for none. The
+    twin is trained by the base recipe, once per seed for all variants.
+    """
 
     config: TrainingConfig = field(default_factory=TrainingConfig)
     hidden_dim: int = 128
     features: str = "both"
     bucket: int | None = None
+    twin_steps: int = 0
 
     def changed(self, name: str, value: Any) -> "Recipe":
         """The recipe with one thing changed. Raises ConfigError for an unknown name or a value out of range."""
-        own = ("hidden_dim", "features", "bucket")
+        own = ("hidden_dim", "features", "bucket", "twin_steps")
         known = [*own, *(f.name for f in fields(TrainingConfig))]
         if name not in known:
             raise ConfigError(f"a recipe has no {name}; choose from {', '.join(known)}")
@@ -68,9 +77,10 @@ class Recipe:
             raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
         if name in own:
             return replace(self, **{name: value})
-        if name == "alpha" and not isinstance(value, tuple):
-            value = (min(self.config.alpha[0], value), value)
-        elif name == "temperature" and not isinstance(value, tuple):
+        if name == "alpha":  # which is not used where a multiplier steers to a keep ratio
+            ends = value if isinstance(value, tuple) else (min(self.config.alpha[0], value), value)
+            return replace(self, config=replace(self.config, alpha=ends, keep_ratio=None))
+        if name == "temperature" and not isinstance(value, tuple):
             value = (value, value)
         return replace(self, config=replace(self.config, **{name: value}))
 
@@ -91,7 +101,8 @@ class Variant:
 class Ground:
     """What all cells share: the model, prompts to answer (bench) and prompts to set the dial on.
 
-    load: the model once more, for cells that train LoRA into it. at: the keep ratio at which all are compared.
+    load: the model once more, for cells that train LoRA into it. at: the keep ratio at which all are compared. own:
+    whether each is judged at the keep ratio that its training led to as well, for about half of the judging's time.
     """
 
     load: Load
@@ -100,21 +111,34 @@ class Ground:
     at: float
     folder: Path
     data_dir: Path | None = None
+    own: bool = True
 
 
-def variants(base: Recipe, factors: Mapping[str, Sequence[Any]], *, full_grid: bool = False) -> list[Variant]:
+def variants(
+    base: Recipe,
+    factors: Mapping[str, Sequence[Any]],
+    *,
+    full_grid: bool = False,
+    usual_bucket: int | None = None,
+) -> list[Variant]:
     """The base first, then one change at a time, or every combination; none twice.
 
-    Raises ConfigError for an unknown factor or a value out of range.
+    usual_bucket: what a bucket of None comes to in this model. Raises ConfigError for an unknown factor or a value out
+    of range.
     """
-    found = {base: Variant(base)}
+    same = _resolved(base, usual_bucket)
+    found = {same: Variant(base)}
     for changes in _combinations(factors) if full_grid else _one_at_a_time(factors):
         recipe = base
         for name, value in changes.items():
             recipe = recipe.changed(name, value)
-        told = {name: value for name, value in changes.items() if base.changed(name, value) != base}
-        found.setdefault(recipe, Variant(recipe, told))
+        told = {n: v for n, v in changes.items() if _resolved(base.changed(n, v), usual_bucket) != same}
+        found.setdefault(_resolved(recipe, usual_bucket), Variant(recipe, told))
     return list(found.values())
+
+
+def _resolved(recipe: Recipe, usual_bucket: int | None) -> Recipe:
+    return replace(recipe, bucket=None) if recipe.bucket == usual_bucket else recipe
 
 
 def _one_at_a_time(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -145,19 +169,56 @@ def ablate(
         if progress:
             progress("cells", done, len(wanted) * len(seeds))
         key = {"recipe": json.loads(json.dumps(asdict(variant.recipe))), "seed": seed, "at": ground.at}
-        cells.append(ledger.get(key, lambda v=variant, s=seed: _cell(ground, v.recipe, s, progress)))  # type: ignore[misc]
+        key |= {"own": ground.own, "base": json.loads(json.dumps(asdict(wanted[0].recipe)))}
+        start = partial(_start, ground, wanted[0].recipe, variant.recipe.twin_steps, seed, ledger, progress)
+        cells.append(ledger.get(key, partial(_cell, ground, variant.recipe, seed, start, progress)))
     by_variant = [cells[start : start + len(seeds)] for start in range(0, len(cells), len(seeds))]
     return summarise(list(wanted), by_variant, seeds, ground.at)
 
 
-def _cell(ground: Ground, recipe: Recipe, seed: int, progress: Progress | None) -> dict[str, Any]:
+def _start(
+    ground: Ground, base: Recipe, steps: int, seed: int, ledger: Ledger, progress: Progress | None
+) -> list[list[float]]:
+    """Logits of a static twin of the base recipe, per site, trained or from the ledger; none without steps."""
+    if not steps:
+        return []
+    config = replace(
+        base.config, max_steps=steps, learning_rate=TWIN_LEARNING_RATE, lora="none", noise=(1.0, 0.0), ramp=0.7
+    )
+    config = replace(config, seed=seed, patience=0)
+
+    def work() -> list[list[float]]:
+        folder = ground.folder / f"twin-{seed}"
+        told = _told(progress, "static twin", steps)
+        twin = trained_twin(ground.bench, config, folder, bucket=base.bucket, data_dir=ground.data_dir, on_log=told)
+        return [x.tolist() for x in twin.logits]
+
+    key = {"twin": json.loads(json.dumps(asdict(config))), "bucket": base.bucket}
+    logits: list[list[float]] = ledger.get(key, work)
+    return logits
+
+
+def _told(progress: Progress | None, name: str, steps: int) -> Callable[[dict[str, Any]], None] | None:
+    return (lambda row: progress(name, row["step"], max(row["step"], steps))) if progress else None
+
+
+def _cell(
+    ground: Ground,
+    recipe: Recipe,
+    seed: int,
+    start: Callable[[], list[list[float]]],
+    progress: Progress | None,
+) -> dict[str, Any]:
     """Train agents with one recipe and seed and judge them; the run's folder goes when it is finished."""
+    logits = start()
     trains_model = recipe.config.lora != "none"
     model, tokenizer = ground.load() if trains_model else (ground.bench.model, ground.bench.tokenizer)
     geometries = [site.geometry for site in find_sites(model)]
     config = replace(recipe.config, seed=seed)
     torch.manual_seed(seed)
     policy = AgentPolicy(geometries, hidden_dim=recipe.hidden_dim, features=recipe.features)
+    if logits:
+        policy.start_from([torch.tensor(site) for site in logits], limit=UNSURE)
     run = ground.folder / _name(recipe, seed)
     result = train(
         model,
@@ -171,13 +232,14 @@ def _cell(ground: Ground, recipe: Recipe, seed: int, progress: Progress | None) 
         data_dir=ground.data_dir,
         resume=(run / TOLD).is_file(),
         quiet=True,
-        on_log=lambda row: progress("training", row["step"], max(row["step"], config.max_steps)) if progress else None,
+        on_log=_told(progress, "training", config.max_steps),
     )
     own = replace(ground.bench, model=result.model, tokenizer=tokenizer, fill=config.fill, scope=config.scope)
     dial = replace(own, examples=ground.dial.examples)
     gate = Gate(bucket=recipe.bucket)
     at = replace(gate, threshold=threshold_for(dial.logits(result.policy), geometries, ground.at, recipe.bucket))
-    judged = {name: _judged(own, result.policy, how, progress) for name, how in {"own": gate, "at": at}.items()}
+    gates = {"own": gate, "at": at} if ground.own else {"at": at}
+    judged = {name: _judged(own, result.policy, how, progress) for name, how in gates.items()}
     shutil.rmtree(run, ignore_errors=True)
     return {**judged, "seconds": result.seconds, "agent_parameters": sum(p.numel() for p in result.policy.parameters())}
 
@@ -206,13 +268,14 @@ def summarise(
 
     `cells` holds one cell per seed of each variant.
     """
-    tables = [{name: _tables(part, name) for name in ("at", "own")} for part in cells]
+    own = "own" in cells[0][0]
+    tables = [{name: _tables(part, name) for name in (("at", "own") if own else ("at",))} for part in cells]
     rows = [
         {
             "variant": variant.name,
             "changes": dict(variant.changes),
             **_figures(*table["at"]),
-            **{f"own_{name}": value for name, value in _figures(*table["own"]).items()},
+            **({f"own_{name}": value for name, value in _figures(*table["own"]).items()} if own else {}),
             "seconds": float(np.mean([cell["seconds"] for cell in part])),
             "agent_parameters": part[0]["agent_parameters"],
         }

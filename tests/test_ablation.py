@@ -4,14 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from microglia.ablation import FACTORS, Recipe, Variant, summarise, variants
+from microglia.agent import KEEP_AT_START
 from microglia.cli.ablate import pairs
 from microglia.cli.main import app
 from microglia.errors import ConfigError
+from microglia.evaluation.bench import Bench
 from microglia.evaluation.significance import mcnemar_exact
+from microglia.policy import AgentPolicy
 from microglia.record import read_records
+from microglia.report import gather, page
 from tests.tiny_folder import save_tiny_model
 
 # --- which cells -----------------------------------------------------------------------------------------------------
@@ -30,6 +35,19 @@ def test_a_grid_has_every_combination_once() -> None:
     found = variants(Recipe(), {"beta": (0.0, 0.01), "bucket": (None, 1)}, full_grid=True)
     assert [v.name for v in found] == ["base", "beta 0.0", "beta 0.0, bucket 1", "bucket 1"]
     assert len({v.recipe for v in found}) == 4
+
+
+def test_a_bucket_that_is_the_usual_one_is_no_variant() -> None:
+    found = variants(Recipe(), {"bucket": (None, 1, 4)}, usual_bucket=1)
+    assert [v.name for v in found] == ["base", "bucket 4"]
+    assert [v.name for v in variants(Recipe(bucket=1), {"bucket": (None, 2)}, usual_bucket=1)] == ["base", "bucket 2"]
+
+
+def test_alpha_takes_the_place_of_a_keep_ratio() -> None:
+    steered = Recipe().changed("keep_ratio", 0.6)
+    found = variants(steered, {"alpha": (0.3,), "beta": (0.1,)})
+    assert [v.name for v in found] == ["base", "alpha 0.3", "beta 0.1"]
+    assert [v.recipe.config.keep_ratio for v in found] == [0.6, None, 0.6]
 
 
 def test_every_default_factor_can_be_changed() -> None:
@@ -97,7 +115,9 @@ def test_differences_are_paired_with_the_base_at_one_keep_ratio() -> None:
 def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("microglia.cli.ablate.DIAL_PROMPTS", 4)
     model = save_tiny_model(tmp_path / "model")
-    recipe = "--set max-steps=2 --set limit=4 --set batch-size=2 --set eval-limit=2 --set hidden-dim=8"
+    recipe = (
+        "--set twin-steps=3 --set max-steps=2 --set limit=4 --set batch-size=2 --set eval-limit=2 --set hidden-dim=8"
+    )
     rest = "--vary lora=joint --vary fill=mean --limit 3 --max-new-tokens 2 --json"
     command = ["ablate", "--model", str(model), "--output-dir", str(tmp_path / "out"), *recipe.split(), *rest.split()]
     trained = []
@@ -110,7 +130,19 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
 
     import microglia.ablation
 
-    real = microglia.ablation.train
+    real, twins, starts = microglia.ablation.train, [], []
+    real_twin, real_start = microglia.ablation.trained_twin, AgentPolicy.start_from
+
+    def counted_twin(*args, **options):
+        twins.append(args[1].max_steps)
+        return real_twin(*args, **options)
+
+    def watched_start(policy, logits, **options):
+        starts.append(torch.stack(list(logits)))
+        return real_start(policy, logits, **options)
+
+    monkeypatch.setattr(microglia.ablation, "trained_twin", counted_twin)
+    monkeypatch.setattr(AgentPolicy, "start_from", watched_start)
     monkeypatch.setattr("microglia.ablation.train", counted)
     stopped = CliRunner().invoke(app, command)
     assert stopped.exit_code == 130
@@ -120,6 +152,10 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     assert len(trained) == 4  # only the one that was missing
+    assert twins == [3]  # one for all variants of a seed, also after the interruption
+    assert len(starts) == 4
+    assert all(start.equal(starts[0]) for start in starts)
+    assert not starts[0].equal(torch.full_like(starts[0], KEEP_AT_START))  # it was trained
     data = json.loads(done.stdout)
     assert [row["variant"] for row in data["rows"]] == ["base", "lora joint", "fill mean"]
     assert all(np.isfinite(row["loss"]) for row in data["rows"])
@@ -131,6 +167,29 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
     table = CliRunner().invoke(app, [word for word in command if word != "--json"])
     assert "fill mean" in table.stdout
     assert "with 75% of the heads kept" in " ".join(table.stdout.split())
+    assert max(map(len, table.stdout.splitlines())) <= 80
+    assert len(read_records(tmp_path / "out" / "records.jsonl")) == 3  # of this ablation, however often it is told
+
+
+def test_its_own_keep_ratio_may_be_left_out(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("microglia.cli.ablate.DIAL_PROMPTS", 4)
+    recipe = "--set twin-steps=0 --set max-steps=1 --set limit=4 --set batch-size=2 --set eval-limit=2"
+    rest = "--vary features=norm --limit 3 --max-new-tokens 2 --no-own --answer-room 1.25"
+    model = save_tiny_model(tmp_path / "model")
+    command = ["ablate", "--model", str(model), "--output-dir", str(tmp_path / "out"), *recipe.split(), *rest.split()]
+    runs, real = [], Bench.answers
+    monkeypatch.setattr(Bench, "answers", lambda *given: runs.append(given[2]) or real(*given))
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.stderr
+    assert "Own:" not in done.stdout
+    assert all(word in done.stdout for word in ("features", "norm", "to base"))
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert len(runs) == 2  # one per cell
+    data = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    assert not any(name.startswith("own") for name in data["rows"][0])
+    record = read_records(tmp_path / "out" / "records.jsonl")[0]
+    assert record.extra["answer_room"] == 1.25
+    assert "features norm" in page(gather([tmp_path / "out"]))
 
 
 @pytest.mark.parametrize(

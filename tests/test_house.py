@@ -44,6 +44,7 @@ FLOORS = {
     "microglia.benchmark": 6,
     "microglia.criteria": 7,
     "microglia.calibrate": 7,
+    "microglia.pair": 7,
     "microglia.compare": 8,
     "microglia.ablation": 8,
     "microglia.report": 8,

@@ -16,7 +16,6 @@ from microglia.errors import ConfigError
 
 CELLS, RECORDS, SUMMARY = "cells.jsonl", "records.jsonl", "ablation.json"
 DIAL_PROMPTS = 200
-STEPS = 200  # of each training unless --set says otherwise
 Many = list[str] | None
 
 
@@ -36,19 +35,26 @@ def ablate(
         ),
     ] = None,
     base: Annotated[
-        Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="200 steps")
+        Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
     ] = None,
     full_grid: Annotated[
         bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
     ] = False,
     seeds: Annotated[Many, typer.Option("--seeds", help="Of the trainings: 0,1,2.", show_default="0")] = None,
     keep_ratio: Annotated[float, typer.Option("--keep-ratio", help="All are compared at it.")] = 0.75,
+    own: Annotated[
+        bool, typer.Option("--own/--no-own", help="Judge each at the keep ratio of its own training as well.")
+    ] = True,
     dataset: o.Dataset = "arithmetic",
     data_dir: o.DataDir = None,
+    shots: o.Shots = 0,
+    question_field: o.QuestionField = None,
+    answer_field: o.AnswerField = None,
     split: Annotated[str, typer.Option(help="Prompts to judge on; not those of a final report.")] = "validation",
     limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Of the prompts to judge on.")] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
+    answer_room: o.AnswerRoom = None,
     seed: o.Seed = 0,
     device: o.Device = None,
     dtype: o.Dtype = None,
@@ -61,21 +67,27 @@ def ablate(
     from microglia.ablation import FACTORS, Ground, Recipe, variants
     from microglia.ablation import ablate as measure
     from microglia.checkpoint import check_writable
+    from microglia.demo import RECIPE
     from microglia.evaluation.bench import Bench
     from microglia.ledger import Ledger
     from microglia.models import load_model
     from microglia.record import append_records, circumstances
-    from microglia.tasks import get_task
+    from microglia.sites import find_sites
 
-    recipe = Recipe().changed("max_steps", STEPS)
+    recipe = Recipe(RECIPE.second, twin_steps=RECIPE.first.max_steps)
     for name, values in pairs("--set", base).items():
         recipe = recipe.changed(name, tuple(values) if len(values) > 1 else values[0])
-    wanted = variants(recipe, pairs("--vary", vary) or FACTORS, full_grid=full_grid)
+    factors = pairs("--vary", vary) or FACTORS
+    variants(recipe, factors, full_grid=full_grid)  # what is wrong with them is better known before loading a model
     check_writable(output_dir)
-    how, task = o.loading(device, dtype, trust_remote_code), get_task(dataset)
+    how, task = o.loading(device, dtype, trust_remote_code), o.task(dataset, shots, question_field, answer_field)
     lm, tokenizer = load_model(model or "reasoner", **how)
+    usual = {max(1, site.geometry.heads // 8) for site in find_sites(lm)}
+    usual_bucket = usual.pop() if len(usual) == 1 else None
+    wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
     held_out = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
     bench = Bench(lm, tokenizer, task, held_out, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    bench = replace(bench, answer_room=answer_room)
     others = task.load("train", limit=DIAL_PROMPTS, seed=seed + 1, data_dir=data_dir)
     ground = Ground(
         lambda: load_model(model or "reasoner", **how),
@@ -84,9 +96,19 @@ def ablate(
         keep_ratio,
         output_dir / "runs",
         data_dir,
+        own,
     )
-    about = {"model": model, "dataset": dataset, "split": split, "limit": limit, "seed": seed}
-    ledger = Ledger(output_dir / CELLS, {**about, "max_new_tokens": max_new_tokens, "data_dir": str(data_dir or "")})
+    about: dict[str, Any] = {
+        "model": model,
+        "dataset": dataset,
+        "split": split,
+        "limit": limit,
+        "seed": seed,
+        "shots": shots,
+    }
+    about |= {"max_new_tokens": max_new_tokens, "answer_room": answer_room}
+    about |= {"question_field": question_field, "answer_field": answer_field}
+    ledger = Ledger(output_dir / CELLS, {**about, "data_dir": str(data_dir or "")})
     try:
         with progress("ablating") as update:
             all_seeds = numbers("--seeds", seeds, int) or [0]
@@ -97,6 +119,7 @@ def ablate(
         ) from None
     around = circumstances(lm.device)
     data = finite({**found, **about, **around})
+    (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this ablation, as the summary is
     append_records(output_dir / RECORDS, records(data, around))
     (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return Outcome(data, views(data))
@@ -126,7 +149,8 @@ def records(data: dict[str, Any], around: dict[str, Any]) -> list[Any]:
     """One record per variant: accuracy at the common keep ratio."""
     from microglia.record import Record
 
-    about = {name: data[name] for name in ("model", "dataset", "split", "at_keep_ratio", "seeds", "base")}
+    told = ("model", "dataset", "split", "at_keep_ratio", "seeds", "base", "max_new_tokens", "answer_room")
+    about = {name: data[name] for name in told}
     return [
         Record(
             "ablation_accuracy",
@@ -147,24 +171,29 @@ def views(data: dict[str, Any]) -> list[Any]:
     title = f"{data['dataset']}, {data['split']}, {data['prompts']} prompts, {seeds}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")  # long names fold, so that the figures of a line fit 80 columns
-    for name in ("right", "to base", "95 %", "p", "loss", "own\nkept", "own\nright"):
+    own = "own_accuracy" in data["rows"][0]
+    rest = ("own\nkept", "own\nright") if own else ("to base", "95 %")  # both do not fit 80 columns
+    for name in ("right", "to base", "95 %", "p", "loss", *rest):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
-        difference = ["", "", ""]
+        difference, loss = ["", "", ""], ["", ""]
         if row.get("diff") is not None:
             low, high = row["diff_ci95"]
             ends = "" if low is None else f"{100 * low:+.1f} {100 * high:+.1f}"
             difference = [f"{100 * row['diff']:+.1f}", ends, f"{row['p_holm']:.2g}"]
+            low, high = row["loss_diff_ci95"]
+            ends = "" if low is None else f"{1000 * low:+.2g} {1000 * high:+.2g}"
+            loss = [f"{1000 * row['loss_diff']:+.2g}", ends]
         table.add_row(
             row["variant"],
             f"{row['accuracy']:.1%}",
             *difference,
-            f"{row['loss']:.3f}",
-            f"{row['own_keep_ratio']:.1%}",
-            f"{row['own_accuracy']:.1%}",
+            f"{1000 * row['loss']:.3g}",
+            *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else loss),
         )
+    how = " Own: at the keep ratio that the training itself led to." if own else ""
     return [
         table,
-        f"Right, loss and differences with {data['at_keep_ratio']:.0%} of the heads kept; p is Holm-corrected. "
-        "Own: at the keep ratio that the training itself led to.",
+        f"Right, loss and differences with {data['at_keep_ratio']:.0%} of the heads kept; p is Holm-corrected, losses "
+        f"are in thousandths of a nat per token.{how}",
     ]

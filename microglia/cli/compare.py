@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from microglia.cli.numbers import numbers
 from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
 from microglia.errors import ConfigError
 
-CELLS, RECORDS, SUMMARY = "cells.jsonl", "records.jsonl", "comparison.json"
+CELLS, RECORDS, SUMMARY, PAIRS = "cells.jsonl", "records.jsonl", "comparison.json", "pairs"
 DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a threshold
 Many = list[str] | None
 
@@ -25,6 +26,10 @@ def compare(
     model_path: Annotated[
         Many, typer.Option("--model-path", "--checkpoint", help="Checkpoint with agents; one, or one per seed.")
     ] = None,
+    train_pairs: Annotated[
+        bool,
+        typer.Option("--train-pairs", help="Train agents and twin anew for each seed, as the demo does, instead."),
+    ] = False,
     policies: Annotated[
         Many,
         typer.Option("--policies", help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random"),
@@ -39,10 +44,14 @@ def compare(
     seeds: Annotated[Many, typer.Option("--seeds", help="Of the policies: 0,1,2.", show_default="0")] = None,
     dataset: o.Dataset = "arithmetic",
     data_dir: o.DataDir = None,
+    shots: o.Shots = 0,
+    question_field: o.QuestionField = None,
+    answer_field: o.AnswerField = None,
     split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
     limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
+    answer_room: o.AnswerRoom = None,
     path: o.GenerationPath = "compact",
     num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
     output_dir: Annotated[
@@ -73,16 +82,29 @@ def compare(
         check_writable(output_dir)
     ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
     all_seeds = numbers("--seeds", seeds, int) or [0]
-    system, own = load(model_path, model, o.loading(device, dtype, trust_remote_code))
-    arena, examples = arena_of(system, dataset, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
-    arena = replace(arena, num_runs=num_runs)
-    trained = system.training.get("config")
-    found = contenders(policies or ["random"], arena.bench, own, examples, bucket=system.gate.bucket, trained=trained)
+    how, twins = o.loading(device, dtype, trust_remote_code), list[Any]()
+    system, own = fresh(model_path, model, output_dir, how) if train_pairs else load(model_path, model, how)
+    task = o.task(dataset, shots, question_field, answer_field)
+    arena, examples = arena_of(system, task, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
+    arena = replace(arena, bench=replace(arena.bench, answer_room=answer_room), num_runs=num_runs)
+    if train_pairs:
+        own, twins = pairs(arena.dial, all_seeds, Path(str(output_dir)), system.source, data_dir)
+    found = contenders(
+        policies or ["random"],
+        arena.bench,
+        own,
+        examples,
+        bucket=system.gate.bucket,
+        trained=system.training.get("config"),
+        twins=twins,
+    )
     at = choose(arena, own[0], ratios, at_keep_ratio)
     about = {"dataset": dataset, "split": split, "limit": limit, "seed": seed, "path": path, "fill": system.fill}
     about |= {"scope": system.scope, "look": asdict(system.look), "max_new_tokens": max_new_tokens}
-    about |= {"base_model": system.source, "bucket": system.gate.bucket}
-    ledger = Ledger(None if output_dir is None else output_dir / CELLS, about)
+    about |= {"base_model": system.source, "bucket": system.gate.bucket, "answer_room": answer_room}
+    about |= {"shots": shots, "question_field": question_field, "answer_field": answer_field}
+    place = None if output_dir is None else output_dir / CELLS
+    ledger = Ledger(place, {**about, "data_dir": None if data_dir is None else str(data_dir)})
     try:
         with progress("comparing") as update:
             cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
@@ -95,6 +117,7 @@ def compare(
     around = circumstances(next(system.model.parameters()).device)
     data = finite({**summarise(cells, at), **about, **around})
     if output_dir is not None:
+        (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
         append_records(output_dir / RECORDS, records(data, around, seed))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
@@ -119,9 +142,56 @@ def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, li
     return system, [system.policy, *(checkpoint.policy.to(device).eval() for checkpoint in checkpoints[1:])]
 
 
+def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """A system whose agents are still to be trained. Raises ConfigError for options that exclude each other."""
+    from microglia.system import MicrogliaPruningSystem
+
+    if folders or output_dir is None:
+        raise ConfigError(
+            "--train-pairs trains agents instead of loading them and keeps them in a folder; leave --model-path out "
+            "and give --output-dir"
+        )
+    return MicrogliaPruningSystem(model or "reasoner", **how), []
+
+
+def pairs(
+    dial: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
+) -> tuple[list[Any], list[Any]]:
+    """Agents and twins of all seeds, trained by the demo's recipe or taken from an earlier run."""
+    from microglia.demo import RECIPE
+    from microglia.pair import PairRecipe, trained_pair
+
+    recipe = PairRecipe(RECIPE.first, RECIPE.second)
+    made = []
+    most = max(recipe.first.max_steps, recipe.second.max_steps, 1)
+    try:
+        for seed in seeds:
+            with progress(f"training, seed {seed}") as update:
+                made.append(
+                    trained_pair(
+                        dial,
+                        recipe,
+                        seed,
+                        output_dir / PAIRS / str(seed),
+                        base_model=source,
+                        data_dir=data_dir,
+                        on_log=partial(_steps, update, most),
+                    )
+                )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
+        ) from None
+    return [agents for agents, _ in made], [twin for _, twin in made]
+
+
+def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
+    update("steps", row["step"], most)
+
+
 def arena_of(
     system: Any,
-    dataset: str,
+    task: Any,
     data_dir: Path | None,
     split: str,
     limit: int | None,
@@ -133,9 +203,7 @@ def arena_of(
     """The bench and its dial, and a function that draws training examples for criteria."""
     from microglia.compare import Arena
     from microglia.evaluation.bench import Bench
-    from microglia.tasks import get_task
 
-    task = get_task(dataset)
     bench = Bench(
         system.model,
         system.tokenizer,
@@ -161,7 +229,7 @@ def records(data: dict[str, Any], around: dict[str, Any], seed: int) -> list[Any
     """One record per row, and one for what adaptivity adds."""
     from microglia.record import Record
 
-    about = {name: data[name] for name in ("dataset", "split", "path", "base_model")}
+    about = {name: data[name] for name in ("dataset", "split", "path", "base_model", "max_new_tokens", "answer_room")}
     rows = [
         Record("accuracy", row["accuracy"], "ratio", n=row["prompts"], seed=seed, extra={**about, **row}, **around)
         for row in data["rows"]

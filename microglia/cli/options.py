@@ -31,6 +31,14 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Local folder with the task's files, or a JSONL file.", show_default="the hub"),
 ]
+AnswerRoom = Annotated[
+    float | None,
+    typer.Option(
+        "--answer-room",
+        help="Cut answers longer than so many times their worked answer; saves time where masks ramble.",
+        show_default="never",
+    ),
+]
 Shots = Annotated[int, typer.Option("--shots", min=0, help="Solved examples at the start of every prompt.")]
 QuestionField = Annotated[
     str | None, typer.Option("--question-field", help="Of --dataset jsonl.", show_default="question")

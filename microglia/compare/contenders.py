@@ -21,14 +21,18 @@ TWIN_LEARNING_RATE = 0.1  # of a free logit per head, as in the demo; an MLP's w
 class Contender:
     """A name in tables, and the policy that a seed makes.
 
-    identity: what tells its policies from others of that name, for a ledger. count: how many policies there are, of
-    which `make` then gives the first, second, …; None when any seed makes one.
+    identity: what tells its policies from others of that name, for a ledger; of each policy where they are counted.
+    count: how many policies there are, of which `make` then gives the first, second, …; None when any seed makes one.
     """
 
     name: str
     identity: Any
     make: Callable[[int], Policy]
     count: int | None = None
+
+    def identity_of(self, place: int) -> Any:
+        """What tells the policy of a seed from others; it does not depend on which other seeds there are."""
+        return self.identity if self.count is None else self.identity[place]
 
 
 def parsed(words: Sequence[str]) -> list[str]:
@@ -42,14 +46,20 @@ def agents(policies: Sequence[Policy], name: str = AGENTS) -> Contender:
     return Contender(name, [policy.fingerprint() for policy in policies], policies.__getitem__, len(policies))
 
 
-def saved(word: str, model: Any) -> Contender:
-    """`name=FOLDER`: the policy of another checkpoint. Raises CheckpointError when it is of another model."""
-    name, _, folder = word.partition("=")
-    checkpoint = Checkpoint.from_pretrained(folder)
-    checkpoint.check(model)
-    if checkpoint.config.lora:
-        raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
-    return agents([checkpoint.policy.to(next(model.parameters()).device).eval()], name)
+def saved(name: str, folders: Sequence[str], model: Any) -> Contender:
+    """`name=FOLDER`, once or once per seed: other checkpoints' policies. Raises CheckpointError for another model's."""
+    policies = []
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise ConfigError(
+                f"{name}={folder} was given; give name=FOLDER with a checkpoint folder, or a criterion's name"
+            )
+        checkpoint = Checkpoint.from_pretrained(folder)
+        checkpoint.check(model)
+        if checkpoint.config.lora:
+            raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
+        policies.append(checkpoint.policy.to(next(model.parameters()).device).eval())
+    return agents(policies, name)
 
 
 def criterion(
@@ -117,19 +127,24 @@ def contenders(
     *,
     bucket: int | None,
     trained: dict[str, Any] | None = None,
+    twins: Sequence[Policy] = (),
 ) -> list[Contender]:
-    """The contenders of `parsed` names. `gate=FOLDER` takes the place of a twin that would be trained here."""
+    """The contenders of `parsed` names; `name=FOLDER` again is the policy of the next seed.
+
+    `twins`, trained together with the agents, or `gate=FOLDER` take the place of a twin that would be trained here.
+    """
     found: dict[str, Contender] = {}
-    for word in parsed(words):
-        name = word.partition("=")[0]
+    wanted = parsed(words)
+    for word in wanted:
+        name, folder, _ = word.partition("=")
         if name in found:
             continue
         if word == AGENTS:
             found[name] = agents(own)
-        elif "=" in word:
-            if not Path(word.partition("=")[2]).is_dir():
-                raise ConfigError(f"{word} was given; give name=FOLDER with a checkpoint folder, or a criterion's name")
-            found[name] = saved(word, bench.model)
+        elif name == TWIN and twins:
+            found[name] = agents(twins, name)
+        elif folder:
+            found[name] = saved(name, [w.partition("=")[2] for w in wanted if w.startswith(f"{name}=")], bench.model)
         else:
             found[name] = criterion(word, bench, examples, bucket=bucket, trained=trained)
     return list(found.values())

@@ -94,8 +94,9 @@ def compare(
             )
     ledger = ledger or Ledger()
     ratios = sorted(set(keep_ratios), reverse=True)
-    cells = [_cell(arena, Contender(DENSE, None, _nobody), 1.0, seeds[0], lambda: (None, None), ledger, progress)]
+    cells = [_cell(arena, DENSE, None, 1.0, seeds[0], lambda: (None, None), ledger, progress, {})]
     for contender in contenders:
+        known: dict[Any, dict[str, Any]] = {}  # a score that no seed changes is measured once
         for place, seed in enumerate(seeds[: contender.count]):
             policy_and_dial = _once(lambda c=contender, p=place, s=seed: _made(arena, c, p, s, progress))  # type: ignore[misc]
             for ratio in ratios:
@@ -104,15 +105,13 @@ def compare(
                     policy, gate_at = both()
                     return policy, gate_at(ratio)
 
-                cell = _cell(arena, contender, ratio, seed, made, ledger, progress)
+                identity = contender.identity_of(place)
+                cell = _cell(arena, contender.name, identity, ratio, seed, made, ledger, progress, known)
                 if place == 0 and arena.num_runs:
-                    cell = replace(cell, timing=_timing(arena, contender, ratio, policy_and_dial, ledger))
+                    timing = _timing(arena, contender.name, identity, ratio, policy_and_dial, ledger)
+                    cell = replace(cell, timing=timing)
                 cells.append(cell)
     return cells
-
-
-def _nobody(seed: int) -> Policy:
-    raise ConfigError("the dense model has no policy; ask for none")
 
 
 def _made(
@@ -143,25 +142,30 @@ def _once(make: Callable[[], Any]) -> Callable[[], Any]:
 
 def _cell(
     arena: Arena,
-    contender: Contender,
+    name: str,
+    identity: Any,
     target: float,
     seed: int,
     made: Callable[[], tuple[Policy | None, Gate | None]],
     ledger: Ledger,
     progress: Progress | None,
+    known: dict[Any, dict[str, Any]],
 ) -> Cell:
     def measure() -> dict[str, Any]:
         policy, gate = made()
-        update = (lambda done, total: progress("answers", done, total)) if progress else None
-        run = arena.bench.answers(policy, gate, update)
-        return {**as_json(run), "losses": arena.losses(policy, gate)}
+        same = None if policy is None else policy.fingerprint(), gate
+        if same not in known:
+            update = (lambda done, total: progress("answers", done, total)) if progress else None
+            run = arena.bench.answers(policy, gate, update)
+            known[same] = {**as_json(run), "losses": arena.losses(policy, gate)}
+        return known[same]
 
-    key = {"cell": "answers", "policy": contender.name, "is": contender.identity, "target": target, "seed": seed}
-    row = ledger.get(key if contender.name != DENSE else {"cell": DENSE}, measure)
-    return Cell(contender.name, target, seed, from_json(row), tuple(row["losses"]))
+    key = {"cell": "answers", "policy": name, "is": identity, "target": target, "seed": seed}
+    row = ledger.get(key if name != DENSE else {"cell": DENSE}, measure)
+    return Cell(name, target, seed, from_json(row), tuple(row["losses"]))
 
 
-def _timing(arena: Arena, contender: Contender, target: float, made: Callable[[], Any], ledger: Ledger) -> Timing:
+def _timing(arena: Arena, name: str, identity: Any, target: float, made: Callable[[], Any], ledger: Ledger) -> Timing:
     def measure() -> dict[str, Any]:
         policy, gate_at = made()
         bench = arena.bench
@@ -169,7 +173,7 @@ def _timing(arena: Arena, contender: Contender, target: float, made: Callable[[]
         rows = typical_rows(bench.model, subject, target, num_runs=arena.num_runs)
         return {variant: asdict(row) for variant, row in rows.items() if variant in ("dense", "compact")}
 
-    key = {"cell": "time", "policy": contender.name, "is": contender.identity, "target": target}
+    key = {"cell": "time", "policy": name, "is": identity, "target": target}
     return Timing(**ledger.get({**key, "runs": arena.num_runs}, measure))
 
 

@@ -1,7 +1,7 @@
 """What a comparison says: rows with intervals, paired tests, the Pareto front, and what adapting to the input adds."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,14 @@ class Group:
     @property
     def keep_ratio(self) -> float:
         return float(np.mean([1 - cell.run.sparsity for cell in self.cells]))
+
+    @property
+    def typical(self) -> Evaluation:
+        """Every prompt's mean keep ratio over seeds, on the first seed's answers."""
+        first = self.cells[0].run
+        kept = np.mean([[a.keep_ratio for a in cell.run.answers] for cell in self.cells], 0)
+        answers = (replace(a, keep_ratio=k) for a, k in zip(first.answers, kept.tolist(), strict=True))
+        return replace(first, answers=tuple(answers))
 
     @property
     def ids(self) -> list[str]:
@@ -99,13 +107,14 @@ def summarise(cells: Sequence[Cell], at: float) -> dict[str, Any]:
     if all(row["ratio_to_dense"] is not None for row in rows):
         _mark_pareto(rows, "pareto_latency", [row["ratio_to_dense"] for row in rows])
     agents = found[AGENTS, at]
+    typical = agents.typical
     return {
         "rows": rows,
         "adaptivity": adaptivity(agents, found[TWIN, at], at)
         | {"by_keep_ratio": [_gain(found[AGENTS, t], g) for (name, t), g in found.items() if name == TWIN]},
-        "follows_difficulty": follows_difficulty(agents.cells[0].run),
-        "sparsity_by_difficulty": agents.cells[0].run.summary()["sparsity_by_difficulty"],
-        "sparsity_by_family": agents.cells[0].run.by("family", lambda a: 1 - a.keep_ratio),
+        "follows_difficulty": follows_difficulty(typical),
+        "sparsity_by_difficulty": {str(k): v for k, v in typical.sparsity_by_difficulty.items()},
+        "sparsity_by_family": typical.by("family", lambda a: 1 - a.keep_ratio),
     }
 
 

@@ -30,6 +30,7 @@ class Bench:
     path: str = "compact"
     batch_size: int = 32
     max_new_tokens: int = 256
+    answer_room: float | None = None
 
     @property
     def prompts(self) -> list[str]:
@@ -53,6 +54,7 @@ class Bench:
             path=self.path,
             batch_size=self.batch_size,
             max_new_tokens=self.max_new_tokens,
+            answer_room=self.answer_room,
             progress=progress,
         )
 

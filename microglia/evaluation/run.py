@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia import processes
 from microglia.errors import DataError
 from microglia.evaluation.heads import HeadMeans
+from microglia.evaluation.room import limits, stopped
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
@@ -125,10 +126,13 @@ def evaluate(
     decoder: GraphDecoder | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
+    answer_room: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
 
+    `answer_room` cuts answers that get longer than so many times their worked answer (`evaluation.room`); what there is
+    of them is judged.
     `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Of
     several processes (torchrun) each answers a share of the batches, and all return the whole; `seconds` are then those
     of the slowest. Raises DataError when there is no example.
@@ -137,7 +141,8 @@ def evaluate(
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
     processes.join()
     prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    most = limits(tokenizer, examples, answer_room, max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     done = 0
     if path == "graph" and decoder is None:
@@ -157,12 +162,13 @@ def evaluate(
             scope=scope,
             path=path,
             decoder=decoder,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(most[i] for i in indices),
+            **({} if answer_room is None else {"stopping_criteria": stopped([most[i] for i in indices])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
-        counts = output.lengths(tokenizer)
+        counts = [min(n, most[i]) for i, n in zip(indices, output.lengths(tokenizer), strict=True)]
         answers = {
             i: Answer(e.id, text, task.correct(e, text), ratio, tokens, e.difficulty, e.family)
             for i, e, text, ratio, tokens in zip(

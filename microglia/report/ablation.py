@@ -29,7 +29,7 @@ def ablations(findings: Findings) -> Iterator[Section]:
 
 
 def _row(variant: Variant) -> list[str]:
-    accuracy, sparsity = variant.own
+    accuracy, sparsity = variant.own or (None, None)
     return [
         variant.name,
         words.percent(variant.accuracy),

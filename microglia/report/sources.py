@@ -50,12 +50,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Variant:
-    """One recipe of an ablation at the common keep ratio; `own`: accuracy and sparsity at what its training led to."""
+    """One recipe of an ablation at the common keep ratio; `own`: accuracy and sparsity at what its training led to,
+    None where that was not judged."""
 
     name: str
     accuracy: float
     loss: float
-    own: tuple[float, float]
+    own: tuple[float, float] | None
     diff: float | None
     diff_ci95: tuple[float, float] | None
     p_value: float | None
@@ -211,7 +212,7 @@ def _ablation(value: dict[str, Any], findings: Findings) -> None:
             name=row["variant"],
             accuracy=row["accuracy"],
             loss=row["loss"],
-            own=(row["own_accuracy"], 1 - row["own_keep_ratio"]),
+            own=(row["own_accuracy"], 1 - row["own_keep_ratio"]) if "own_accuracy" in row else None,
             diff=row.get("diff"),
             diff_ci95=_pair(row.get("diff_ci95")),
             p_value=row.get("p_holm"),

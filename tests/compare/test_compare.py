@@ -11,6 +11,7 @@ from microglia.attach import gated
 from microglia.cli.main import app
 from microglia.compare.contenders import parsed, twin_recipe
 from microglia.compare.run import DENSE
+from microglia.demo import Recipe
 from microglia.evaluation.bench import Bench
 from microglia.record import read_records
 from microglia.sites import find_sites
@@ -102,6 +103,64 @@ def test_the_static_twin_may_be_a_checkpoint(folder, made) -> None:
     assert made == []
 
 
+def cells(place) -> list[dict]:
+    return [json.loads(line)["key"] for line in (place / "cells.jsonl").read_text().splitlines() if line]
+
+
+def test_a_name_given_again_is_the_next_seed_and_seeds_may_be_done_apart(folder, made, tmp_path) -> None:
+    system = MicrogliaPruningSystem.from_pretrained(folder)
+    system.policy = checkpoint_for(system.model, seed=5).policy
+    other = system.save_pretrained(tmp_path / "other")
+    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--output-dir", tmp_path / "out", "--json"]
+    for seed, agents, twin in ((0, folder, other), (1, other, folder)):  # as two processes would
+        part = run("--model-path", agents, "--policies", f"gate={twin}", "--seeds", seed, *flags)
+        assert part.exit_code == 0, part.stderr
+    before = cells(tmp_path / "out")
+    twins = f"gate={other},gate={folder}"
+    done = run("--model-path", f"{folder},{other}", "--policies", twins, "--seeds", "0,1", *flags)
+    assert done.exit_code == 0, done.stderr
+    assert cells(tmp_path / "out") == before  # nothing was answered again
+    data = json.loads(done.stdout)
+    assert [row["seeds"] for row in data["rows"]] == [[0], [0, 1], [0, 1]]
+    assert data["adaptivity"]["gain"] == pytest.approx(0)  # each is the other's twin
+    assert len(read_records(tmp_path / "out" / "records.jsonl")) == 4  # of this comparison, not of the parts
+
+
+def test_a_score_that_no_seed_changes_is_measured_once(folder, made, tmp_path, monkeypatch) -> None:
+    asked = []
+    real = Bench.answers
+    monkeypatch.setattr(Bench, "answers", lambda *given: asked.append(given[1]) or real(*given))
+    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--seeds", "0,1,2", "--json"]
+    done = run("--model-path", folder, "--policies", f"gate={folder},norm:per-input,random", *flags)
+    assert done.exit_code == 0, done.stderr
+    assert len(asked) == 1 + 1 + 1 + 1 + 3  # dense, agents, gate, norm, and random for every seed
+    norm = json.loads(done.stdout)["rows"][3]
+    assert (norm["policy"], norm["seeds"]) == ("norm:per-input", [0, 1, 2])
+
+
+def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) -> None:
+    short = TrainingConfig(max_steps=1, limit=4, batch_size=2, eval_limit=2, keep_ratio=0.6)
+    monkeypatch.setattr("microglia.demo.RECIPE", Recipe(short, short))
+    model = folder.parent / "model"
+    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--seeds", "0,1", "--json", "--answer-room", 1.25]
+    command = ["--train-pairs", "--model", model, "--output-dir", tmp_path, *flags]
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert [(row["policy"], row["seeds"]) for row in data["rows"]][:3] == [
+        ("dense", [0]),
+        ("agents", [0, 1]),
+        ("gate", [0, 1]),
+    ]
+    assert data["answer_room"] == 1.25
+    assert {place.name for place in (tmp_path / "pairs").iterdir()} == {"0", "1"}
+    assert all(seed == 0 for kind, seed, *_ in made if kind == "gate")  # no twin was trained as a criterion
+    before = cells(tmp_path)
+    monkeypatch.setattr("microglia.pair.train", None)
+    assert json.loads(run(*command).stdout)["rows"] == data["rows"]
+    assert cells(tmp_path) == before
+
+
 def test_names_are_put_in_order_and_the_twin_is_always_there() -> None:
     assert parsed(["random,norm", "random"]) == ["agents", "gate", "random", "norm"]
     assert parsed(["norm", "gate=runs/twin"]) == ["agents", "gate=runs/twin", "gate", "norm"]
@@ -153,6 +212,8 @@ def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
         ("--model-path SAVED --keep-ratios 1.5", "keep_ratios=[1.5"),
         ("--model-path SAVED --seeds 0,0", "seeds=[0, 0] was given; give at least one and none twice"),
         ("--model-path SAVED,SAVED --seeds 0,1,2", "agents has 2 policies but 3 seeds were given"),
+        ("--train-pairs", "--train-pairs trains agents instead of loading them"),
+        ("--model-path SAVED --answer-room 0.5", "answer_room=0.5 was given; it must be 1 or more"),
         ("--model-path SAVED --plot x.bmp", "x.bmp was given for the plot; it must end in .png"),
     ],
 )

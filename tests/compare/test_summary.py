@@ -90,6 +90,16 @@ def test_sparsity_by_difficulty_and_family() -> None:
     assert by_family["a"] - by_family["b"] == pytest.approx(0.01)
 
 
+def test_sparsity_is_the_mean_over_seeds() -> None:
+    cells = [CELLS[0], *(cell("agents", DENSE, seed=s, kept=k) for s, k in ((0, 0.6), (1, 0.8))), CELLS[2]]
+    for c in cells[2].run.answers:  # the second seed says the opposite, and twice as loud
+        object.__setattr__(c, "keep_ratio", 0.8 - 2 * (int(c.id) % 4) / 100)
+    found = summarise(cells, 0.7)
+    assert found["follows_difficulty"]["rank_correlation"] == pytest.approx(1)
+    assert found["sparsity_by_difficulty"]["0"] == pytest.approx(0.3)
+    assert found["sparsity_by_difficulty"]["3"] == pytest.approx(1 - (0.63 + 0.74) / 2)
+
+
 def test_other_prompts_or_a_missing_twin_are_refused() -> None:
     with pytest.raises(DataError, match="answered different prompts"):
         summarise([*CELLS, cell("norm", DENSE, first=5)], 0.7)

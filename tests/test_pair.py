@@ -1,0 +1,62 @@
+"""Agents and twin of a seed: trained once, alike, and found again."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import microglia.pair
+from microglia.checkpoint import Checkpoint
+from microglia.errors import CheckpointError
+from microglia.evaluation.bench import Bench
+from microglia.pair import AGENTS, TWIN, WORK, PairRecipe, trained_pair
+from microglia.system import MicrogliaPruningSystem
+from microglia.tasks import get_task
+from microglia.training import TrainingConfig
+from tests.tiny_folder import save_tiny_model
+
+SHORT = TrainingConfig(max_steps=2, limit=8, batch_size=4, eval_limit=2, learning_rate=0.1, keep_ratio=0.6)
+RECIPE = PairRecipe(SHORT, replace(SHORT, learning_rate=1e-2))
+
+
+@pytest.fixture
+def bench(tmp_path) -> Bench:
+    system = MicrogliaPruningSystem(save_tiny_model(tmp_path / "model"))
+    task = get_task("arithmetic")
+    return Bench(system.model, system.tokenizer, task, task.load("validation", limit=3))
+
+
+def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> None:
+    real, runs = microglia.pair.train, []
+
+    def watched(model, tokenizer, task, policy, config, **options):
+        starts = [x.clone() for x in policy.logits] if hasattr(policy, "logits") else policy.agents[0].network[-1].bias
+        runs.append((type(policy).__name__, config, [x.detach().clone() for x in starts]))
+        return real(model, tokenizer, task, policy, config, **options)
+
+    monkeypatch.setattr(microglia.pair, "train", watched)
+    agents, twin = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
+    kinds, configs, starts = zip(*runs, strict=True)
+    assert kinds == ("StaticPolicy", "AgentPolicy", "StaticPolicy")
+    assert [config.seed for config in configs] == [6, 7, 7]
+    assert [config.learning_rate for config in configs] == [0.1, 1e-2, 0.05]
+    assert replace(configs[1], learning_rate=1) == replace(configs[2], learning_rate=1)
+    assert torch.stack(starts[1]).equal(starts[2][0].clamp(-1, 1))  # from the twin's logits, clipped
+    assert not (tmp_path / "3" / WORK).exists()
+
+    again, again_twin = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
+    assert len(runs) == 3
+    assert (again.fingerprint(), again_twin.fingerprint()) == (agents.fingerprint(), twin.fingerprint())
+    assert {Checkpoint.from_pretrained(tmp_path / "3" / n).config.policy for n in (AGENTS, TWIN)} == {
+        "agents",
+        "static",
+    }
+    other, _ = trained_pair(bench, RECIPE, 4, tmp_path / "4", base_model="tiny")
+    assert other.fingerprint() != agents.fingerprint()
+
+
+def test_a_pair_of_another_recipe_is_refused(bench, tmp_path) -> None:
+    trained_pair(bench, RECIPE, 0, tmp_path / "pair", base_model="tiny")
+    longer = PairRecipe(SHORT, replace(SHORT, max_steps=3))
+    with pytest.raises(CheckpointError, match="was trained by another recipe; give another --output-dir"):
+        trained_pair(bench, longer, 0, tmp_path / "pair", base_model="tiny")
