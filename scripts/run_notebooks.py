@@ -3,7 +3,7 @@
 python scripts/run_notebooks.py --small                    # offline on the embedded reasoner
 python scripts/run_notebooks.py --small --save             # and keep what they print in the notebooks
 python scripts/run_notebooks.py --small quick_demo         # one of them
-python scripts/run_notebooks.py --small --at-once 2        # two side by side, which disturbs the times that they measure
+python scripts/run_notebooks.py --small --at-once 2        # two side by side, which disturbs the times in them
 """
 
 import argparse
