@@ -1,8 +1,9 @@
-"""Run the notebooks, each in a folder of its own; stop at the first that fails.
+"""Run the notebooks, each in a folder of its own; begin none after the first that fails.
 
 python scripts/run_notebooks.py --small                    # offline on the embedded reasoner
 python scripts/run_notebooks.py --small --save             # and keep what they print in the notebooks
 python scripts/run_notebooks.py --small quick_demo         # one of them
+python scripts/run_notebooks.py --small --at-once 2        # two side by side, which disturbs the times in them
 """
 
 import argparse
@@ -11,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
@@ -53,15 +55,28 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of notebooks; all without")
     parser.add_argument("--small", action="store_true", help="offline on the embedded reasoner")
     parser.add_argument("--save", action="store_true", help="keep the outputs")
+    parser.add_argument("--at-once", type=int, default=1, metavar="N", help="run so many side by side (default: 1)")
     options = parser.parse_args()
+    if options.at_once < 1:
+        parser.error(f"--at-once {options.at_once} was given; it must be at least 1")
+    if options.save and options.at_once > 1:
+        parser.error("--save keeps the times that a notebook measures; leave out --at-once")
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # for `microglia`
     if options.small:
         os.environ |= {"MICROGLIA_SMALL": "1", "HF_HUB_OFFLINE": "1"}
     known = {path.stem: path for path in sorted(FOLDER.glob("*.ipynb"))}
     if unknown := sorted(set(options.names) - known.keys()):
         parser.error(f"there is no notebook {', '.join(unknown)}; choose from {', '.join(known)}")
-    for name in options.names or known:
-        print(f"{name}: {run(known[name], save=options.save):.0f} s", flush=True)
+    if options.at_once > 1:  # processes that share the cores would wait for one another's threads
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // options.at_once)))
+    with ThreadPoolExecutor(options.at_once) as pool:  # each notebook has a kernel, a process of its own
+        runs = {pool.submit(run, known[name], save=options.save): name for name in options.names or known}
+        for finished in as_completed(runs):
+            try:
+                print(f"{runs[finished]}: {finished.result():.0f} s", flush=True)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 if __name__ == "__main__":

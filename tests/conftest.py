@@ -1,9 +1,15 @@
-"""Fixtures that every test may ask for."""
+"""Fixtures that every test may ask for, and the order of the files."""
 
 import pytest
 import torch
 
 from tests.tiny import FAMILIES, step_logits, tiny_prompts
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests begin, so that no process is left alone with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(params=list(FAMILIES))

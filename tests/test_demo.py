@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from microglia.benchmark import Plan
 from microglia.cli.demo import adds, comparison, picture, verdict
 from microglia.demo import RECIPE, Recipe, demo
 from microglia.system import MicrogliaPruningSystem
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +19,11 @@ def ran(tmp_path_factory):
     small = {"max_steps": 3, "batch_size": 4, "limit": 32, "eval_limit": 4}
     recipe = Recipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
     said = []
-    summary = demo(folder, recipe=recipe, problems=12, batch_size=12, max_new_tokens=40, tell=said.append, quiet=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("microglia.demo.DIAL_PROMPTS", 24)
+        patch.setattr("microglia.demo.Plan", lambda **plan: Plan(**plan | {"new_tokens": 8, "num_runs": 2}))
+        how = {"problems": 12, "batch_size": 12, "max_new_tokens": 40, "tell": said.append, "quiet": True}
+        summary = demo(folder, recipe=recipe, **how)
     return folder, summary, said
 
 
