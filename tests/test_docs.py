@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import microglia
 from microglia import find_sites
 from microglia.cli.main import VERBS
 from microglia.criteria import Calibration
@@ -77,3 +78,9 @@ def test_the_task_of_the_guide_can_be_evaluated():
         exec(compile(block.replace("max_new_tokens=48", "max_new_tokens=2"), "add-a-task.md", "exec"), names)
     (example,) = names["DoublingTask"]().load("test", limit=1)
     assert names["DoublingTask"]().correct(example, example.answer)
+
+
+def test_every_public_name_is_in_the_reference():
+    described = re.findall(r"^::: ([\w.]+)$", PAGES["docs/api/index.md"], flags=re.MULTILINE)
+    names = {place.rpartition(".")[2] for place in described} | set(vars(import_module("microglia.errors")))
+    assert set(microglia.__all__) - {"__version__"} <= names

@@ -11,7 +11,9 @@ import torch
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.likelihood import encode_pair, likelihoods
-from microglia.generation import generate
+from microglia.export import KeepPlan, export
+from microglia.export.frozen import frozen
+from microglia.generation import generate, prompt_logits
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from tests.tiny_folder import opinionated, save_tiny_model
@@ -134,6 +136,25 @@ def test_dense_is_what_the_harness_says_of_the_model_itself(judged, folder):
     for metric in ("acc,none", "acc_norm,none"):
         assert ours["results"]["tiny_choose"][metric] == theirs["results"]["tiny_choose"][metric]
     assert ours["config"]["microglia_sparsity"] == 0
+
+
+def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path):
+    logits = prompt_logits(system.model, system.tokenizer, [q for q, *_ in ROWS], system.policy, look=system.look)
+    plan = KeepPlan.of_prompts("task", logits, [site.geometry for site in system.sites], system.gate_for(0.6))
+    exported = export(system.model, system.tokenizer, plan, tmp_path / "exported")
+    found = judged("hf", f"pretrained={exported.folder},trust_remote_code=True,dtype=float32", "choose", "say")
+    prompts = [f"Question: {q}\nAnswer:" for q, *_ in ROWS]
+    dense = generate(system.model, system.tokenizer, prompts, None, max_new_tokens=12).texts
+    with frozen(system.model, plan) as small:
+        texts = generate(small, system.tokenizer, prompts, None, max_new_tokens=12).texts
+        pairs = [
+            [encode_pair(system.tokenizer, p, f" {t}") for t in row[1]] for p, row in zip(prompts, ROWS, strict=True)
+        ]
+        own = [likelihoods(small, row) for row in pairs]
+    assert [[text] for text in texts] == [list(said) for said in responses(found, "say")]
+    assert texts != dense  # so the plan made a difference
+    for theirs, ours in zip(responses(found, "choose"), own, strict=True):
+        assert [x for x, _ in theirs] == pytest.approx([x.log_probability for x in ours], abs=1e-3)
 
 
 @pytest.mark.parametrize("path", ["compact", "masked"])

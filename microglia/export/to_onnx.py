@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
-from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.errors import ConfigError, MicrogliaError
 from microglia.export.frozen import probe
 from microglia.sites import find_sites
 
@@ -22,14 +22,8 @@ STEPS = 3  # decode steps of the comparison, after the prompt
 def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
     """Write the frozen model `lm` as model.onnx. Returns ONNX Runtime's largest difference in logits (None unchecked).
 
-    Raises UnsupportedModelError for sliding windows, ConfigError for other types than float32, MicrogliaError when
-    ONNX Runtime answers differently.
+    Raises ConfigError for other types than float32, MicrogliaError when ONNX Runtime answers differently.
     """
-    if getattr(lm.config, "sliding_window", None) is not None:
-        raise UnsupportedModelError(
-            f"{type(lm).__name__} has a sliding window of {lm.config.sliding_window} tokens, which the exported graph "
-            "does not have; export it with --format hf"
-        )
     if lm.dtype != torch.float32:
         raise ConfigError(
             f"the model is in {lm.dtype}, but the graph is written in float32; load it with dtype float32"
@@ -65,7 +59,7 @@ class _Step(nn.Module):
         layers: list[Any] = [_filled(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         output = self.lm(
             input_ids=input_ids,
-            attention_mask=_mask(attention_mask, input_ids.shape[1], self.lm.dtype),
+            attention_mask=_masks(self.lm, attention_mask, input_ids.shape[1]),
             position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
@@ -80,12 +74,24 @@ def _filled(key: Tensor, value: Tensor) -> DynamicLayer:
     return layer
 
 
-def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+def _masks(lm: Any, attention_mask: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+    """The mask of all layers, or one for each kind of layer where some have a sliding window and others none."""
+    window, kinds = getattr(lm.config, "sliding_window", None), set(getattr(lm.config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        windows = {"full_attention": None, "sliding_attention": window}
+        return {kind: _mask(attention_mask, length, lm.dtype, windows[kind]) for kind in sorted(kinds)}
+    return _mask(attention_mask, length, lm.dtype, None if kinds == {"full_attention"} else window)
+
+
+def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype, window: int | None) -> Tensor:
     """Which keys each new token sees, (B, P + T) → (B, 1, T, P + T), additive; made here, as a part of the graph."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = keys[total - length :]
-    seen = (keys[None, :] <= queries[:, None])[None, None] & attention_mask[:, None, None, :].bool()
+    near = keys[None, :] <= queries[:, None]
+    if window is not None:
+        near = near & (keys[None, :] > queries[:, None] - window)
+    seen = near[None, None] & attention_mask[:, None, None, :].bool()
     return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
 
 

@@ -10,6 +10,7 @@ WIDTH = 420.0
 HEAT_WIDTH = 350.0
 SHAPES = ("circle", "square", "diamond", "triangle", "down", "bar")
 SIZE = 5.5
+EDGE = 22.0  # room for half the label of a tick that stands at the end of its axis
 LETTERS = 56  # that a line of a chart holds beside each other, on a phone too
 Ends = tuple[float, float] | None
 
@@ -227,7 +228,7 @@ class Speed:
 def ceilings(rows: Sequence[Speed], alt: str) -> str:
     """What could be gained over dense (hollow) and what was (filled), with the interval of the measurement."""
     values = [1.0, *(v for row in rows for v in (row.ratio, row.ceiling, *row.ends))]
-    scale = Scale(*around(values, at_least=0.1, margin=0.06), 14, WIDTH - 14)
+    scale = Scale(*around(values, at_least=0.1, margin=0.06), EDGE, WIDTH - EDGE)
     step, bottom = 46.0, 46.0 * len(rows) + 8
     parts = []
     for value in scale.ticks(5):
@@ -268,7 +269,7 @@ class Change:
 def changes(rows: Sequence[Change], alt: str) -> str:
     """Differences to a base, one below the other; the line is the base."""
     values = [0.0, *(100 * v for row in rows for v in (row.value, *(row.ends or ())))]
-    scale = Scale(*around(values, at_least=1.0), 14, WIDTH - 14)
+    scale = Scale(*around(values, at_least=1.0), EDGE, WIDTH - EDGE)
     step, bottom = 38.0, 38.0 * len(rows) + 8
     parts = []
     for value in scale.ticks(5):

@@ -8,12 +8,9 @@ COLUMNS = ["", "heads kept", "right", "lost", "won", "points to dense", "at most
 
 
 def promises(findings: Findings) -> Section:
-    """One line per setting of each calibrated checkpoint, and what was concluded, in its own words."""
+    """One line per setting of each calibration, and what was concluded, in its own words."""
     rows, told = [], []
-    for name, config in findings.checkpoints.items():
-        promise = config.get("promise") or {}
-        if not promise.get("sentence"):
-            continue
+    for name, promise in findings.promises.items():
         told.append(f"{name}: {promise['sentence']}.")
         rows += [
             [

@@ -6,11 +6,12 @@ from typing import Any
 
 from microglia.report import charts, words
 from microglia.report.ablation import ablations
+from microglia.report.cost import cost
 from microglia.report.promise import promises
 from microglia.report.section import Figure, Section
 from microglia.report.sources import Findings, Result, Run
 
-MIB = 2**20
+NEAR = 0.2  # of accuracy below dense: what a reader would consider
 CURVES = (  # (title, {key of the history: name}, form)
     ("Task loss", {"task": "task loss", "eval_loss": "validation"}, "{:.2f}"),
     ("Sparsity", {"keep_ratio": "sparsity", "target": "target"}, "{:.0%}"),
@@ -64,17 +65,29 @@ def fronts(run: Run, suffix: str) -> Section:
     dense = next((r.accuracy for r in run.results if r.policy == "dense"), None)
     if len(run.results) > 1:
         marks = [_mark(r, r.sparsity, None, names) for r in run.results]
-        figures.append(_front("Accuracy and sparsity", marks, run.results, "heads pruned", "{:.0%}", dense))
+        figures += _views("Accuracy and sparsity", marks, run.results, "heads pruned", "{:.0%}", dense)
     timed = [r for r in run.results if r.timing]
     if len(timed) > 1:
         marks = [_mark(r, r.timing["ratio_to_dense"], r.timing["ratio_ci95"], names) for r in timed if r.timing]
         label = "decode speed-up, dense time ÷ this time"
-        figures.append(_front("Accuracy and latency", marks, timed, label, "{:.2f}×", dense))
+        figures += _views("Accuracy and latency", marks, timed, label, "{:.2f}×", dense)
     intro = (
         "Up and to the right is better. Whiskers are 95 % intervals; the dashed line joins the marks that no other "
         "beats in both; the dotted line is the dense model."
     )
     return Section(f"fronts{suffix}", "What accuracy costs", intro, figures)
+
+
+def _views(
+    title: str, marks: Sequence[charts.Point], results: Sequence[Result], label: str, form: str, dense: float | None
+) -> list[Figure]:
+    """The whole front; and the marks near the dense model once more, where others are so far below that they crowd."""
+    figures = [_front(title, marks, results, label, form, dense)]
+    near = [i for i, m in enumerate(marks) if dense is not None and m.y >= dense - NEAR]
+    if 3 <= len(near) < len(marks):
+        close = f"{title}, near the dense model"
+        figures.append(_front(close, [marks[i] for i in near], [results[i] for i in near], label, form, dense))
+    return figures
 
 
 def _mark(r: Result, x: float, x_ends: Any, names: Sequence[str]) -> charts.Point:
@@ -221,107 +234,6 @@ def _curves(
         if len(pairs) > 1:
             yield name, (8 if drawn else 1, pairs)
             drawn += 1
-
-
-def cost(findings: Findings) -> Section:
-    """Speed beside its ceiling, bytes of a decode step, and memory."""
-    rows = findings.timings
-    differs = {key for key in ("model", "batch_size", "context") if len({row.get(key) for row in rows}) > 1}
-    pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
-    if not pruned:
-        return Section("cost", "")
-    several = len({_case(row) for row in pruned}) > 1
-    shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
-    speeds = [
-        charts.Speed(
-            _named(row, several, differs),
-            row["ratio_to_dense"],
-            tuple(row["ratio_ci95"]),
-            row["ceiling"],
-            row["realised_share"],
-        )
-        for row in shown
-    ]
-    told = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
-    figures = [
-        Figure(
-            "Speed-up beside its ceiling",
-            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling: {told}."),
-            ["", "batch", "context", "kept", "ms/token", "speed-up", "95 %", "ceiling", "share", "paid back after"],
-            [_timing(row) for row in rows],
-            "Hollow: what the bytes saved would allow. Filled: what was measured. Thin line: 95 % interval.",
-        )
-    ]
-    both = [row for row in rows if row["variant"] in ("dense", "compact")]
-    steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
-    kinds = [(0, "weights"), (1, "KV cache")]
-    alt = "Bytes that a decode step reads: " + "; ".join(
-        f"{n} {sum(p[2] for p in parts):,.1f} MiB" for n, parts in steps[:8]
-    )
-    titles = ["", "weights, MiB", "KV cache, MiB"]
-    table = [[name, *(f"{amount:,.2f}" for *_, amount in parts)] for name, parts in steps]
-    figures.append(
-        Figure("Bytes of a decode step", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
-    )
-    if peaks := [row for row in both if row.get("peak_bytes")]:
-        memory = _stacks(peaks, several, differs, ("peak", "peak_bytes"))
-        alt = "Peak memory of a request: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
-        table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
-        figures.append(Figure("Peak memory of a request", charts.stacked(memory, alt, "MiB"), ["", "MiB"], table))
-    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
-    intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. " + words.speed(
-        best
-    )
-    return Section("cost", "Time and memory", intro, figures)
-
-
-def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    return (
-        row.get("model"),
-        row["batch_size"],
-        row["context"],
-        row.get("keep_ratio") if row["variant"] != "dense" else None,
-    )
-
-
-def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
-    """What sets a measurement apart from the others on its chart; the table has the rest."""
-    if not several:
-        return words.label(row["variant"])
-    parts = {
-        "model": str(row.get("model")),
-        "kept": "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept",
-        "batch_size": f"batch {row['batch_size']}",
-        "context": f"context {row['context']:,}",
-    }
-    return ", ".join(part for key, part in parts.items() if key in {*differs, "kept"})
-
-
-def _stacks(
-    rows: Sequence[dict[str, Any]], several: bool, differs: set[str], *parts: tuple[str, str]
-) -> list[tuple[str, list[tuple[str, int, float]]]]:
-    """Bars in MiB, without the repetition of equal dense ones."""
-    bars = [
-        (_named(row, several, differs), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
-        for row in rows
-    ]
-    return list(dict(bars).items())
-
-
-def _timing(row: dict[str, Any]) -> list[str]:
-    pruned, tokens = row["variant"] != "dense", row.get("break_even_tokens")
-    return [
-        words.label(row["variant"]),
-        str(row["batch_size"]),
-        f"{row['context']:,}",
-        words.percent(row["keep_ratio"], 0),
-        f"{row['ms_per_token']:.2f}",
-        f"{row['ratio_to_dense']:.3f}" if pruned else "",
-        words.interval(tuple(row["ratio_ci95"]), "{:.3f}", 1) if pruned else "",
-        f"{row['ceiling']:.3f}" if pruned else "",
-        words.percent(row["realised_share"], 0) if pruned else "",
-        f"{tokens} tokens" if tokens else "",
-    ]
 
 
 def origin(findings: Findings) -> Section:

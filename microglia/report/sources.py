@@ -40,12 +40,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Run:
-    """Policies that answered the same prompts, the dense model first where it was asked."""
+    """Policies that answered the same prompts, the dense model first where it was asked.
+
+    `scarce`: what adapting adds where fewer heads are kept, with their `sparsity`.
+    """
 
     title: str
     results: tuple[Result, ...]
     adaptivity: dict[str, Any] | None = None
     follows: dict[str, Any] | None = None
+    scarce: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Findings:
     timings: list[dict[str, Any]] = field(default_factory=list)
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
+    promises: dict[str, dict[str, Any]] = field(default_factory=dict)
     ablations: list[Ablation] = field(default_factory=list)
     circumstances: list[dict[str, Any]] = field(default_factory=list)
     agents: dict[str, Any] = field(default_factory=dict)
@@ -150,12 +155,17 @@ def _value(value: Any, path: Path, findings: Findings) -> bool:
     elif "rows" in value and "base" in value:
         _ablation(value, findings)
     elif "rows" in value and "variant" in value["rows"][0]:
-        findings.timings += [{**value.get("subject", {}), **row} for row in value["rows"]]
+        about = {"device": value.get("device"), **value.get("subject", {})}
+        findings.timings += [{**about, **row} for row in value["rows"]]
         findings.made(value)
     elif "rows" in value and "policy" in value["rows"][0]:
         _comparison(value, findings)
     elif "base_model" in value and "sites" in value:
         findings.checkpoints[label] = value
+        if (value.get("promise") or {}).get("sentence"):
+            findings.promises[label] = value["promise"]
+    elif "sentence" in value and "tried" in value:
+        findings.promises[label] = value
     else:
         return False
     return True
@@ -167,9 +177,14 @@ def _demo(value: dict[str, Any], findings: Findings) -> None:
     rows = {name: value[name] for name in ("dense", "pruned", "static")}
     rows |= {f"random {number}": mask for number, mask in enumerate(masks, 1)}
     timed = {"dense": timing.get("dense"), "pruned": timing.get("compact_total")}
-    results = tuple(_result(name, row, timed.get(name)) for name, row in rows.items())
+    results = [_result(name, row, timed.get(name)) for name, row in rows.items()]
+    fewer, scarce = value.get("scarce"), None
+    if fewer:
+        results += [_result(name, fewer[name], None) for name in ("pruned", "static")]
+        scarce = {**fewer["adaptivity"], "sparsity": fewer["pruned"]["sparsity"]}
     title = f"Demo: {value['problems']} held-out problems"
-    findings.runs.append(Run(title, results, value["adaptivity"], value.get("sparsity_follows_difficulty")))
+    follows = value.get("sparsity_follows_difficulty")
+    findings.runs.append(Run(title, tuple(results), value["adaptivity"], follows, scarce))
     findings.timings += [{"model": "reasoner", **row} for row in value.get("latency", [])]
     findings.agents |= {name: value[name] for name in ("agent_parameters", "agent_share") if name in value}
     findings.made(value.get("circumstances", {}))
@@ -232,7 +247,7 @@ def _ledger_or_records(path: Path, findings: Findings) -> bool:
     for record in records:
         findings.made(asdict(record))
         if record.name == "decode_latency" and record.extra.get("variant") in TIMED:
-            findings.timings.append({"n": record.n, **record.extra})
+            findings.timings.append({"n": record.n, "device": record.device, **record.extra})
     _evaluations(records, findings)
     return bool(records)
 

@@ -84,7 +84,7 @@ class Frame:
         y_range: tuple[float, float],
         *,
         left: float = 46,
-        right: float = 14,
+        right: float = 22,
         top: float = 12,
         bottom: float = 40,
     ) -> "Frame":

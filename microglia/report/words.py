@@ -33,7 +33,7 @@ def style(policy: str, others: Sequence[str]) -> int:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return "" if value is None else f"{value:.{digits}%}"
+    return "" if value is None else f"{value:.{digits}%}".replace("-", "−")
 
 
 def points(value: float | None) -> str:
@@ -67,16 +67,21 @@ def verdict(run: Run) -> str:
 
 
 def adaptivity(run: Run) -> str:
-    """What looking at the prompt adds over the static twin."""
-    if not run.adaptivity or run.adaptivity.get("ci95") is None:
+    """What looking at the prompt adds over the static twin, and what it adds where fewer heads are kept."""
+    told = _gain(run.adaptivity, "Agents against their static twin at the same sparsity: ")
+    if run.scarce:
+        told += _gain(run.scarce, f" With {percent(run.scarce['sparsity'], 0)} of the heads pruned: ")
+    return told
+
+
+def _gain(found: Mapping[str, Any] | None, before: str) -> str:
+    if not found or found.get("ci95") is None or None in found["ci95"]:
         return ""
-    gain, ends = run.adaptivity["gain"], run.adaptivity["ci95"]
-    if None in ends:
-        return ""
-    found = "supports" if ends[0] > 0 else "does not support"
+    low, high = found["ci95"]
+    supports = "supports" if low > 0 else "does not support"
     return (
-        f"Agents against their static twin at the same sparsity: {points(gain)} points, "
-        f"95 % interval {interval((ends[0], ends[1]), '{:+.1f}')}; this run {found} a gain from adapting to the prompt."
+        f"{before}{points(found['gain'])} points, 95 % interval {interval((low, high), '{:+.1f}')}; "
+        f"this run {supports} a gain from adapting to the prompt."
     )
 
 
@@ -90,11 +95,14 @@ def follows(run: Run) -> str:
     return f"Rank correlation of difficulty and sparsity: {rho:+.2f}".replace("-", "−") + f", 95 % {ends}: {meaning}."
 
 
-def speed(row: Mapping[str, Any]) -> str:
-    """A decode step beside what its bytes allow."""
+def speed(row: Mapping[str, Any], case: str = "") -> str:
+    """A decode step beside what its bytes allow; `case` says which one of several."""
     share = row.get("realised_share")
-    told = f"A decode step is {row['ratio_to_dense']:.2f}× as fast as dense; its ceiling is {row['ceiling']:.2f}×"
-    return told + (f", of which {share:.0%} is realised." if share is not None else ".")
+    told = f"A decode step is {row['ratio_to_dense']:.2f}× as fast as dense{f' ({case})' if case else ''}; "
+    told += f"its ceiling is {row['ceiling']:.2f}×"
+    if share is None:
+        return told + "."
+    return told + (f", of which {percent(share, 0)} is realised." if share > 0 else ", of which nothing is realised.")
 
 
 def _pruned(run: Run) -> Result | None:

@@ -97,6 +97,11 @@ def demo() -> dict:
             "masks": [summary(0.42, 0.25), summary(0.18, 0.25)],
         },
         "adaptivity": {"gain": 0.041, "ci95": [0.02, 0.062], "p_value": 0.0001},
+        "scarce": {
+            "pruned": summary(0.855, 0.398, diff=-0.059, diff_ci95=[-0.08, -0.038], p_value=1e-7),
+            "static": summary(0.801, 0.396, diff=-0.113, diff_ci95=[-0.14, -0.086], p_value=1e-12),
+            "adaptivity": {"gain": 0.054, "ci95": [0.024, 0.084], "p_value": 0.0004},
+        },
         "sparsity_follows_difficulty": {"rank_correlation": -0.41, "ci95": [-0.48, -0.33]},
         "latency": [row("dense", 1.0), row("masked", 0.95), row("compact", 1.13), row("compact_total", 1.1)],
         "agent_parameters": 19248,
@@ -186,6 +191,12 @@ def calibrated_folder(folder: Path) -> Path:
     """What `microglia calibrate` leaves."""
     _write(folder / "microglia_config.json", {"base_model": "reasoner", "sites": [], "promise": promise()})
     return folder
+
+
+def calibration_file(path: Path) -> Path:
+    """What `microglia calibrate --json` prints."""
+    _write(path, {"keep_ratio": 0.951, "max_drop": 0.02, **promise()})
+    return path
 
 
 def demo_folder(folder: Path) -> Path:

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from microglia.cli.main import app
 from microglia.errors import MicrogliaError
-from microglia.report import gather, page, write_report
-from microglia.report.charts import Point, best
+from microglia.report import gather, page, words, write_report
+from microglia.report.charts import WIDTH, Change, Point, Speed, best, ceilings, changes, front
 from microglia.report.svg import Scale, round_step
 from tests.report import made
 
@@ -41,6 +41,13 @@ def test_marks_carry_the_figures_of_the_records(demo):
     named = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin"}
     expected = [(label, record[name]["sparsity"], record[name]["accuracy"]) for name, label in named.items()]
     expected += [(f"random {i}", m["sparsity"], m["accuracy"]) for i, m in enumerate(record["random"]["masks"], 1)]
+    fewer = [
+        (label, record["scarce"][name]["sparsity"], record["scarce"][name]["accuracy"])
+        for name, label in named.items()
+        if name != "dense"
+    ]
+    expected += fewer
+    expected += [*expected[:3], *fewer]  # once more, near the dense model, without the random masks
     expected += [("dense", 1.0, record["dense"]["accuracy"]), ("pruned (agents)", 1.1, record["pruned"]["accuracy"])]
     assert marks == expected
 
@@ -83,10 +90,52 @@ def test_an_ablation_and_a_promise_are_those_of_the_records(tmp_path):
         assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 
+def test_what_calibrate_printed_is_a_promise_too(tmp_path):
+    text = page(gather([made.calibration_file(tmp_path / "results" / "calibration.json")]))
+    assert f"results: {made.promise()['sentence']}." in text
+
+
+def test_adapting_is_judged_again_where_heads_are_scarce(demo):
+    lede = re.search(r'class="lede">(.*?)</p>', demo).group(1)
+    assert "+4.1 points, 95 % interval +2.0 to +6.2; this run supports a gain" in lede
+    assert "With 40% of the heads pruned: +5.4 points, 95 % interval +2.4 to +8.4; this run supports a gain" in lede
+
+
+def test_labels_of_ticks_are_not_cut_off_at_the_edge():
+    row = Speed("a", 1.23, (0.855, 1.276), 1.18, 0.5)
+    whole = [Point(name, x, 0.9, (x - 0.1, x + 0.04)) for name, x in (("a", 1.0), ("b", 1.02))]
+    drawn = [ceilings([row], "alt"), changes([Change("a", 0.1, (-0.3, 0.31))], "alt")]
+    drawn.append(front(whole, "alt", "speed-up", "{:.2f}×"))
+    for svg in drawn:
+        ticks = re.findall(r'<text x="([\d.]+)" [^>]*class="tick middle"[^>]*>([^<]+)<', svg)
+        assert len(ticks) >= 3
+        for place, label in ticks:
+            half = 3.4 * len(label)  # a letter is about 6.8 wide
+            assert half <= float(place) <= WIDTH - half, label
+
+
+def test_a_loss_of_time_is_no_share_of_what_could_be_saved():
+    told = words.speed(made.row("compact", 0.98))
+    assert told == "A decode step is 0.98× as fast as dense; its ceiling is 1.18×, of which nothing is realised."
+    assert words.percent(-0.118, 0) == "−12%"
+
+
+def test_measurements_that_differ_in_their_numbers_format_are_told_apart(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for name, dtype in (("a", "bfloat16"), ("b", "bfloat16, weights int8")):
+        rows = [made.row("dense", 1.0), made.row("compact", 1.1)]
+        value = {"subject": {"model": "phi3-mini", "dtype": dtype}, "rows": rows, **made.AROUND}
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    text = page(gather([folder]))
+    named = {c["data-name"] for c in Elements(text).having("data-ceiling")}
+    assert named == {"bfloat16, 75% kept", "bfloat16, weights int8, 75% kept"}
+
+
 def test_every_picture_has_an_alternative_text_and_a_table(demo):
     found = Elements(demo).found
     pictures = [attributes for tag, attributes in found if tag == "svg" and "aria-hidden" not in attributes]
-    assert len(pictures) == 15
+    assert len(pictures) == 16
     assert all(p["role"] == "img" and len(p["aria-label"]) > 30 for p in pictures)
     assert sum(tag == "details" for tag, _ in found) == len(pictures)
 

@@ -13,7 +13,10 @@ def test_a_demo_is_read_in_full(tmp_path):
     found = gather([made.demo_folder(tmp_path)])
     summary = made.demo()
     (run,) = found.runs
-    assert [r.policy for r in run.results] == ["dense", "pruned", "static", "random 1", "random 2"]
+    assert [r.policy for r in run.results] == [
+        *("dense", "pruned", "static", "random 1", "random 2"),
+        *("pruned", "static"),  # with fewer heads
+    ]
     pruned = run.results[1]
     assert pruned.accuracy == summary["pruned"]["accuracy"]
     assert pruned.diff_ci95 == tuple(summary["pruned"]["diff_ci95"])
@@ -21,6 +24,10 @@ def test_a_demo_is_read_in_full(tmp_path):
     assert pruned.by["sparsity_by_family"] == summary["pruned"]["sparsity_by_family"]
     assert pruned.timing["ratio_to_dense"] == summary["latency"][3]["ratio_to_dense"]
     assert run.results[2].timing is None
+    assert [r.accuracy for r in run.results[5:]] == [
+        summary["scarce"][name]["accuracy"] for name in ("pruned", "static")
+    ]
+    assert run.scarce == {**summary["scarce"]["adaptivity"], "sparsity": 0.398}
     assert [row["variant"] for row in found.timings] == ["dense", "masked", "compact", "compact_total"]
     assert list(found.histories.values()) == [made.history()]
     assert found.circumstances == [{**made.AROUND, "command": "microglia demo"}]

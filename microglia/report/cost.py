@@ -1,0 +1,134 @@
+"""Time and memory: every speed-up beside its ceiling, the bytes of a decode step, the peak of a request."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from microglia.report import charts, words
+from microglia.report.section import Figure, Section
+from microglia.report.sources import Findings
+
+MIB = 2**20
+SPEED = "Hollow: what the bytes saved would allow. Filled: what was measured. Thin line: 95 % interval."
+BEYOND = " Beyond its ceiling: the dense operations did not reach the memory's speed themselves."
+PEAK = (
+    "The most that was held while a prompt was read, heads were cut and the answer was written: a GPU's tensors, or "
+    "the whole process on a CPU. Cut weights lie beside the dense ones, which stay; the key/value cache shrinks."
+)
+
+
+def cost(findings: Findings) -> Section:
+    """Speed beside its ceiling, bytes of a decode step, and memory."""
+    rows = findings.timings
+    differs = _differs(rows)
+    pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
+    if not pruned:
+        return Section("cost", "")
+    several = len({_case(row) for row in pruned}) > 1
+    shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
+    speeds = [
+        charts.Speed(
+            _named(row, several, differs),
+            row["ratio_to_dense"],
+            tuple(row["ratio_ci95"]),
+            row["ceiling"],
+            row["realised_share"],
+        )
+        for row in shown
+    ]
+    told = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
+    figures = [
+        Figure(
+            "Speed-up beside its ceiling",
+            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling: {told}."),
+            ["", "batch", "context", "kept", "ms/token", "speed-up", "95 %", "ceiling", "share", "paid back after"],
+            [_timing(row) for row in rows],
+            SPEED + (BEYOND if any((row["realised_share"] or 0) > 1 for row in shown) else ""),
+        )
+    ]
+    both = [row for row in rows if row["variant"] in ("dense", "compact")]
+    steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
+    kinds = [(0, "weights"), (1, "KV cache")]
+    alt = "Bytes that a decode step reads: " + "; ".join(
+        f"{n} {sum(p[2] for p in parts):,.1f} MiB" for n, parts in steps[:8]
+    )
+    titles = ["", "weights, MiB", "KV cache, MiB"]
+    table = [[name, *(f"{amount:,.2f}" for *_, amount in parts)] for name, parts in steps]
+    figures.append(
+        Figure("Bytes of a decode step", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
+    )
+    if peaks := [row for row in both if row.get("peak_bytes")]:
+        memory = _stacks(peaks, several, differs, ("peak", "peak_bytes"))
+        alt = "Peak memory of a request: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
+        table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
+        figures.append(Figure("Peak memory of a request", charts.stacked(memory, alt, "MiB"), ["", "MiB"], table, PEAK))
+    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
+    intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. "
+    intro += words.speed(best, _named(best, several, differs) if several else "")
+    return Section("cost", "Time and memory", intro, figures)
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (
+        *(row.get(key) for key in ("model", "layers", "dtype", "device", "decides")),
+        row["batch_size"],
+        row["context"],
+        row.get("keep_ratio") if row["variant"] != "dense" else None,
+    )
+
+
+def _differs(rows: Sequence[dict[str, Any]]) -> set[str]:
+    """What has to be said to tell measurements apart: between all of them, or between those of one model."""
+
+    def several(key: str, rows: Sequence[dict[str, Any]]) -> bool:
+        return len({row.get(key) for row in rows}) > 1
+
+    found = {key for key in ("model", "batch_size", "context") if several(key, rows)}
+    for model in {row.get("model") for row in rows}:
+        own = [row for row in rows if row.get("model") == model]
+        found |= {key for key in ("layers", "dtype", "decides", "device") if several(key, own)}
+    return found
+
+
+def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
+    """What sets a measurement apart from the others on its chart; the table has the rest."""
+    if not several:
+        return words.label(row["variant"])
+    parts = {
+        "model": str(row.get("model")),
+        "layers": f"{row['layers']} layers" if row.get("layers") else "",
+        "dtype": row.get("dtype") or "",
+        "device": (row.get("device") or "").partition(" (")[0],
+        "decides": "" if row["variant"] == "dense" else f"decided {row.get('decides')}",
+        "kept": "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept",
+        "batch_size": f"batch {row['batch_size']}",
+        "context": f"context {row['context']:,}",
+    }
+    return ", ".join(part for key, part in parts.items() if part and key in {*differs, "kept"})
+
+
+def _stacks(
+    rows: Sequence[dict[str, Any]], several: bool, differs: set[str], *parts: tuple[str, str]
+) -> list[tuple[str, list[tuple[str, int, float]]]]:
+    """Bars in MiB, without the repetition of equal dense ones."""
+    bars = [
+        (_named(row, several, differs), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
+        for row in rows
+    ]
+    unique = {(name, tuple(parts)): (name, parts) for name, parts in bars}
+    return list(unique.values())
+
+
+def _timing(row: dict[str, Any]) -> list[str]:
+    pruned, tokens = row["variant"] != "dense", row.get("break_even_tokens")
+    return [
+        words.label(row["variant"]),
+        str(row["batch_size"]),
+        f"{row['context']:,}",
+        words.percent(row["keep_ratio"], 0),
+        f"{row['ms_per_token']:.2f}",
+        f"{row['ratio_to_dense']:.3f}" if pruned else "",
+        words.interval(tuple(row["ratio_ci95"]), "{:.3f}", 1) if pruned else "",
+        f"{row['ceiling']:.3f}" if pruned else "",
+        words.percent(row["realised_share"], 0) if pruned else "",
+        f"{tokens} tokens" if tokens else "",
+    ]
