@@ -93,6 +93,15 @@ def rectangle(scores: Tensor, geometry: HeadGeometry, bucket: int | None = None)
     return (kept_groups[..., None] & kept_queries).flatten(-2)
 
 
+def check_bucket(bucket: int | None, geometries: Sequence[HeadGeometry]) -> None:
+    """Raise ConfigError for a bucket that no site can leave a head out of."""
+    heads = min(geometry.heads for geometry in geometries)
+    if bucket is not None and bucket >= heads:
+        raise ConfigError(
+            f"bucket={bucket} was given, but a site has {heads} heads, all of which would always be kept; give less"
+        )
+
+
 def _rank(scores: Tensor) -> Tensor:
     """0 for the best along the last dimension; ties go to the lower index."""
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microglia.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class HeadGeometry:
@@ -19,7 +21,7 @@ class HeadGeometry:
 
     def __post_init__(self) -> None:
         if min(self.heads, self.kv_heads, self.head_dim) < 1 or self.heads % self.kv_heads:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.heads} heads in {self.kv_heads} groups of head size {self.head_dim} make no geometry; all "
                 "three must be at least 1 and the heads a multiple of the groups"
             )

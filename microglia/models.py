@@ -62,7 +62,7 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged config.json raises whatever its values come across
         raise MicrogliaError(
             f"no model could be found at {source!r} ({_first_line(error)}); "
             f"give a hub id, a local folder or {REASONER!r}"
@@ -73,14 +73,21 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     try:
         # use_safetensors: no pickle is ever loaded
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # truncated and corrupt files raise safetensors', hub's and torch's own kinds
         raise MicrogliaError(
             f"the weights at {source!r} could not be loaded ({_first_line(error)}); "
             "download or save them again as safetensors"
         ) from error
+    lm, told = loaded
+    if missing := sorted(told["missing_keys"]):  # transformers draws them at random, with no more than a warning
+        raise MicrogliaError(
+            f"the weights at {source!r} lack {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which "
+            f"a {type(lm).__name__} of its config.json has; give the config.json and the weights of one model"
+        )
+    return lm
 
 
 def quantise(lm: Any, kind: str) -> None:
@@ -110,7 +117,7 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         raise MicrogliaError("a model in memory does not say where its tokenizer is; pass tokenizer=")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises KeyError and tokenizers' bare Exception too
         raise MicrogliaError(
             f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer="
         ) from error

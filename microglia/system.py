@@ -19,7 +19,7 @@ from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaE
 from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
-from microglia.gate import Gate, keep_ratio, threshold_for
+from microglia.gate import Gate, check_bucket, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
 from microglia.ledger import Ledger
 from microglia.look import Look
@@ -73,6 +73,7 @@ class MicrogliaPruningSystem:
         self.source = None if isinstance(model, nn.Module) else str(model)
         self.sites = find_sites(self.model)
         check_head_count(self.sites, num_heads)
+        check_bucket(bucket, [site.geometry for site in self.sites])
         self.look, self.gate = look or Look(), Gate(bucket=bucket)
         self.fill, self.scope, self.template = fill, "answer", Task.template
         self.training: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.look import Look
+from microglia.models import load_model
 from microglia.policy import Policy, StaticPolicy
 from microglia.sites import find_sites
 from microglia.training.lora import with_lora
@@ -58,6 +59,19 @@ def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
     assert same_state(loaded.policy, saved.policy)
     assert all(torch.equal(a, b) for a, b in zip(loaded.calibration, saved.calibration, strict=True))
     before, after = answers(model, saved), answers(model, loaded)
+    assert 0 < sum(float(k.mean()) for k in before.keep) < len(before.keep)
+    assert all(torch.equal(a, b) for a, b in zip(before.keep, after.keep, strict=True))
+    assert torch.equal(before.tokens, after.tokens)
+
+
+def test_every_family_comes_back_from_the_disk_the_same(family, tmp_path):
+    """Base model, tokenizer and checkpoint: another process would decide and write the same."""
+    model = tiny_model(family, vocab_size=99, max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "base")
+    saved = checkpoint_for(model, gate=Gate(threshold=0.4, bucket=1))
+    loaded = Checkpoint.from_pretrained(saved.save_pretrained(tmp_path / "agents"))
+    fresh = loaded.load_onto(load_model(tmp_path / "base", tokenizer=character_tokenizer(), device="cpu")[0])
+    before, after = answers(model, saved), answers(fresh, loaded)
     assert 0 < sum(float(k.mean()) for k in before.keep) < len(before.keep)
     assert all(torch.equal(a, b) for a, b in zip(before.keep, after.keep, strict=True))
     assert torch.equal(before.tokens, after.tokens)

@@ -1,5 +1,7 @@
 """Loading: folders, modules in memory, and one sentence for whatever cannot be loaded."""
 
+import json
+
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
@@ -56,6 +58,41 @@ def test_damaged_weights_are_refused(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(MicrogliaError, match=r"the weights at .* could not be loaded"):
         load_model(tmp_path, device="cpu", tokenizer=tiny_tokenizer())
+
+
+def test_weights_that_lack_what_the_config_says_are_refused(tmp_path):
+    """transformers would draw them at random and only warn, so agents would be trained on noise."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    with pytest.raises(
+        MicrogliaError, match=r"lack model\.layers\.2\..* and \d+ more, which a LlamaForCausalLM of its"
+    ):
+        load_model(tmp_path, device="cpu", tokenizer=tiny_tokenizer())
+
+
+def test_tied_weights_lack_nothing(tmp_path):
+    model = tiny_model("qwen2", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path, device="cpu", tokenizer=tiny_tokenizer())
+    assert loaded.lm_head.weight.equal(model.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}', "no model could be found at"),
+        ("config.json", '{"model_type"', "no model could be found at"),
+        ("tokenizer.json", "{}", "no tokenizer could be loaded from"),
+        ("tokenizer.json", '{"version": 1', "no tokenizer could be loaded from"),
+    ],
+)
+def test_damaged_json_is_refused(tmp_path, name, text, sentence):
+    for part in (tiny_model("llama"), tiny_tokenizer()):
+        part.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(MicrogliaError, match=sentence):
+        load_model(tmp_path, device="cpu")
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):

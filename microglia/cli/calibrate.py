@@ -36,7 +36,7 @@ def calibrate(
     limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
-    path: o.GenerationPath = "compact",
+    path: o.PrunedPath = "compact",
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Where the result goes.", show_default="the checkpoint itself")
     ] = None,

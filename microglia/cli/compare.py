@@ -52,7 +52,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
     answer_room: o.AnswerRoom = None,
-    path: o.GenerationPath = "compact",
+    path: o.PrunedPath = "compact",
     num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="Folder for cells (to go on after an interruption) and records.")

@@ -81,7 +81,7 @@ def cost(summary: dict[str, Any]) -> Table:
     dense, *_ = rows = summary["latency"]
     title = f"One prompt of {dense['context']} tokens, {dense['new_tokens']} new ones"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for name in ("", "ms/token", "speed-up", "95 %", "ceiling", "heads", "KV KiB"):
+    for name in ("", "ms/token", "speed-up", "95 %", "ceiling", "heads kept", "KV KiB"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for row in rows:
         low, high = row["ratio_ci95"]

@@ -28,7 +28,7 @@ def evaluate(
     answer_field: o.AnswerField = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     max_new_tokens: o.MaxNewTokens = 256,
-    path: o.GenerationPath = "compact",
+    path: o.PrunedPath = "compact",
     keep_ratio: o.KeepRatio = None,
     dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Answer with the dense model too.")] = True,
     model: o.Model = None,

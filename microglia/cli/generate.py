@@ -7,6 +7,7 @@ import typer
 
 from microglia.cli import options as o
 from microglia.cli.verb import Outcome, verb
+from microglia.errors import DataError
 
 
 @verb
@@ -30,7 +31,7 @@ def generate(
 
     microglia generate "What is 15% of 240?" --model-path checkpoints
     """
-    questions = prompts or [sys.stdin.read()]
+    questions = prompts or [_from_stdin()]
     system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
     texts = system.generate(questions, max_new_tokens, path=path, keep_ratio=keep_ratio, raw=raw)
     rows = [
@@ -41,3 +42,10 @@ def generate(
 
     view = [Text.assemble(row["text"], "\n", (f"{row['sparsity']:.0%} of the heads pruned", "dim")) for row in rows]
     return Outcome({"answers": rows, "sparsity": system.get_sparsity()}, view)
+
+
+def _from_stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"what stdin gave is not {error.encoding} ({error.reason}); give it as UTF-8 text") from error

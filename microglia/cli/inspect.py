@@ -146,7 +146,7 @@ def _without_weights(source: str, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged config.json raises whatever its values come across
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise MicrogliaError(
             f"{source!r} is neither a checkpoint folder nor a causal language model ({reason}); give one of them"

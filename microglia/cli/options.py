@@ -51,6 +51,12 @@ GenerationPath = Annotated[
         help="compact (heads are gone), graph (the same, captured, for GPUs), masked (no time saved) or dense.",
     ),
 ]
+PrunedPath = Annotated[
+    str,
+    typer.Option(
+        "--path", help="compact (heads are gone), graph (the same, captured, for GPUs) or masked (no time saved)."
+    ),
+]
 KeepRatio = Annotated[
     float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")
 ]

@@ -60,7 +60,7 @@ def train(
     lora_rank: Annotated[int | None, Number(show_default="8", rich_help_panel=METHOD)] = None,
     lora_steps: Annotated[int | None, Number(show_default="100", rich_help_panel=METHOD)] = None,
     lora_learning_rate: Annotated[
-        float | None, Number(help="In the first stage.", show_default="0.0003", rich_help_panel=METHOD)
+        float | None, Number(help="Of the adapters.", show_default="0.0003", rich_help_panel=METHOD)
     ] = None,
     hidden_dim: Annotated[int, Number(min=1, help="Of an agent.", rich_help_panel=METHOD)] = 128,
     features: Annotated[str, Number(help="both, norm or entropy.", rich_help_panel=METHOD)] = "both",

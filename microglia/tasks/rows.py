@@ -1,6 +1,7 @@
 """Reading rows of examples, from JSON lines or from the hub, so that every task names file, line and field alike."""
 
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ def read_rows(path: Path, required: tuple[str, ...], *, texts: bool = True) -> l
     line is not an object that has them.
     """
     rows = []
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+    try:
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); mend that or give another file") from error
+    with StringIO(text) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -39,6 +44,8 @@ def read_json(path: Path) -> Any:
     """What a JSON file holds. Raises DataError naming the file when it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); mend that or give another file") from error
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); download it again") from error
 

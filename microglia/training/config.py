@@ -1,11 +1,16 @@
 """What a training run is told: one frozen value, checked here, saved as the JSON that travels with the result."""
 
+import math
 from dataclasses import dataclass
 
 from microglia.errors import ConfigError
 from microglia.training.schedule import SCHEDULES
 
 LORA = ("none", "first", "joint")
+ABOVE_ZERO = (
+    *("batch_size", "learning_rate", "epochs", "eval_steps", "eval_limit", "save_steps"),
+    *("lora_rank", "lora_steps", "lora_learning_rate"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,20 @@ class TrainingConfig:
             raise ConfigError(
                 "fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them"
             )
-        for name in ("batch_size", "learning_rate", "epochs", "eval_steps", "eval_limit", "save_steps", "lora_rank"):
-            if getattr(self, name) <= 0:
+        for name in ABOVE_ZERO:
+            if not 0 < getattr(self, name) < math.inf:  # so NaN is refused too
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be above 0")
+        for name in ("beta", "distill", "patience", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative")
         for name in ("alpha", "noise", "temperature"):
-            if len(getattr(self, name)) != 2 or min(getattr(self, name)) < 0:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} was given; it must be two numbers, start and end, not negative"
-                )
+            ends = getattr(self, name)
+            if len(ends) != 2 or not all(0 <= end < math.inf for end in ends):
+                raise ConfigError(f"{name}={ends} was given; it must be two numbers, start and end, not negative")
+        if min(self.temperature) == 0:
+            raise ConfigError(f"temperature={self.temperature} was given; both ends must be above 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed} was given; it must be at least 0 and below 2**32")
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
         if not 0 <= self.ramp <= 1:

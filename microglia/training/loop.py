@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, ProgressCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
@@ -71,6 +72,7 @@ def train(
     nothing to resume or the run was told otherwise, MicrogliaError when the loss is no longer a number.
     """
     processes.join()
+    _check_report(config.report_to)
     folder, look, started = processes.agreed(lambda: Path(output_dir)), look or Look(), time.monotonic()
     _remember(folder, config, resume)
     set_seed(config.seed)
@@ -187,6 +189,18 @@ def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> Training
     arguments = TrainingArguments(**(options | changes))
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one device: DataParallel would copy the model every step
     return arguments
+
+
+def _check_report(report_to: str) -> None:
+    """Raise ConfigError unless transformers can report there: better known before the work than after."""
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"report_to={report_to!r} cannot be used ({error}); choose none, tensorboard, wandb or trackio, and "
+            "install the package of that name"
+        ) from error
 
 
 def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:

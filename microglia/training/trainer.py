@@ -72,8 +72,9 @@ class PruningTrainer(Trainer):
         loss, parts = model(self.curriculum.now, self._gates, **inputs)
         if not torch.isfinite(loss):
             raise MicrogliaError(
-                f"the loss became {loss.item()} at step {self.state.global_step}; lower the learning rate (now "
-                f"{self.config.learning_rate}) and go on from the last checkpoint with --resume"
+                f"the loss became {loss.item()} at step {self.state.global_step}; start again in another folder with a "
+                f"lower learning rate (now {self.config.learning_rate}), what was saved before is still in "
+                f"{Path(self.args.output_dir or '.').parent}"
             )
         if model.training:
             for name, value in parts.items():

@@ -179,6 +179,23 @@ def test_a_wrong_request_ends_in_one_sentence(arguments, sentence, model, traine
     assert "Traceback" not in result.stderr
 
 
+def test_what_is_damaged_or_cannot_be_read_ends_in_one_sentence(model, trained, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "x"}')
+    heads = {**json.loads((model / "config.json").read_text()), "num_attention_heads": 3}
+    (tmp_path / "heads").mkdir()
+    (tmp_path / "heads" / "config.json").write_text(json.dumps(heads))
+    for result, sentence in [
+        (run("inspect", tmp_path), "is neither a checkpoint folder nor a causal language model"),
+        (run("inspect", tmp_path / "heads"), "3 heads in 8 groups of head size 6 make no geometry"),
+        (run("generate", "--model-path", trained[0], input=b"caf\xe9"), "is not utf-8"),
+        (run("generate", "a\udc00b", "--model-path", trained[0]), "half of a surrogate pair"),
+    ]:
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        assert result.stderr.startswith("microglia: ")
+        assert sentence in result.stderr
+
+
 def test_verbose_shows_where_an_error_came_from():
     result = run("evaluate", "--verbose")
     assert isinstance(result.exception, MicrogliaError)

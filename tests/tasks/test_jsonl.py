@@ -80,3 +80,14 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         TASK.load("train", data_dir=write(tmp_path / "one.jsonl", [("Why?", "7")]))
     with pytest.raises(ConfigError, match="task gsm8k has no option answer_field; it has shots"):
         get_task("gsm8k", answer_field="x")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "mine.jsonl", [("1 + 1", "2")] * 2)
+
+    def refused(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refused)
+    with pytest.raises(DataError, match=r"mine\.jsonl cannot be read \(Permission denied\); mend that or give another"):
+        TASK.load("test", data_dir=path)

@@ -100,6 +100,16 @@ def test_an_example_that_does_not_fit_is_named():
         ({"alpha": (0.1, -0.1)}, "not negative"),
         ({"alpha": (0.0, 0.3), "schedule": "exponential"}, "both ends above 0"),
         ({"fill": "mean", "scope": "all"}, "change one of them"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan was given; it must be above 0"),
+        ({"epochs": float("inf")}, "epochs=inf was given; it must be above 0"),
+        ({"lora_steps": 0}, "lora_steps=0 was given; it must be above 0"),
+        ({"distill": -1.0}, r"distill=-1\.0 was given; it must not be negative"),
+        ({"beta": float("nan")}, "beta=nan was given; it must not be negative"),
+        ({"patience": -1}, "patience=-1 was given; it must not be negative"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 was given; it must not be negative"),
+        ({"alpha": (float("nan"), 0.3)}, "two numbers, start and end, not negative"),
+        ({"temperature": (1.0, 0.0)}, "both ends must be above 0"),
+        ({"seed": -1}, r"seed=-1 was given; it must be at least 0 and below 2\*\*32"),
     ],
 )
 def test_wrong_options_get_a_sentence(options, sentence):

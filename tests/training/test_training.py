@@ -147,8 +147,17 @@ def test_a_loss_that_is_not_a_number_stops_with_a_sentence(tmp_path):
     model = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
     with torch.no_grad():
         model.lm_head.weight[0] = float("nan")
-    with pytest.raises(MicrogliaError, match=r"loss became nan at step 0; lower the learning rate"):
+    with pytest.raises(MicrogliaError, match=r"loss became nan at step 0; start again in another folder") as caught:
         tiny_run(tmp_path, SHORT, model=model)
+    assert str(caught.value).endswith(f"what was saved before is still in {tmp_path}")
+
+
+@pytest.mark.parametrize("where", ["diary", "trackio"])
+def test_a_report_that_cannot_be_made_is_refused_before_anything_is_written(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_trackio_available", lambda: False)
+    with pytest.raises(ConfigError, match=rf"report_to='{where}' cannot be used .*; choose none, tensorboard, wandb"):
+        tiny_run(tmp_path / "run", TrainingConfig(**{**vars(SHORT), "report_to": where}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_runs_are_not_mixed_up(tmp_path):
