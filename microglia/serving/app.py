@@ -1,9 +1,10 @@
 """The addresses of the server: completions, models, health and metrics."""
 
 import asyncio
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -14,7 +15,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,11 +26,12 @@ from microglia.serving.config import ServingConfig
 from microglia.serving.job import Event, Finished
 from microglia.serving.metrics import CONTENT_TYPE, Metrics
 from microglia.serving.queue import Worker
-from microglia.serving.refusal import Refusal, install, refusal
+from microglia.serving.refusal import SHOWN, Refusal, install, refusal
 from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
-OWN_NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # the last is how the middleware cuts an IPv6 address off its port
+PORT = re.compile(r":\d*$")
+OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 SENTENCES: dict[int | str, str] = {
     400: "The request is wrong, or asks for what this server does not do.",
     401: "The API key is missing or wrong.",
@@ -70,7 +71,7 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
     app.add_middleware(_Counted, metrics=service.metrics)
     if config.loopback and config.api_key is None:
         # A page in a browser on this machine must not reach the model through a name that it lets point here.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(OWN_NAMES))
+        app.add_middleware(_Named, names=OWN_NAMES | {f"[{config.host}]" if ":" in config.host else config.host})
     app.include_router(service.open_addresses())
     app.include_router(service.guarded_addresses())
     app.state.service = service
@@ -239,6 +240,22 @@ class _Bounded:
             return message
 
         await self.app(scope, counted, send)
+
+
+class _Named:
+    """Refuses requests to other host names than `names`; starlette's own refuses with plain text."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            name = PORT.sub("", Headers(scope=scope).get("host", "")).lower()
+            if name not in self.names:
+                sentence = f"this server does not answer as {name[:SHOWN]!r}; send requests to http://127.0.0.1:PORT"
+                refused = Refusal(400, sentence, code="unknown_host")
+                return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class _Counted:

@@ -228,7 +228,18 @@ def test_addresses_methods_and_types_that_do_not_exist(served):
     assert served.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
     # What a page of another site could send without asking the browser: refused by its type and by its host name.
     assert served.http.post("/v1/completions", content=json.dumps(TEXT)).status_code == 400
-    assert served.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::2]:1", ""):
+        refused = served.http.get("/v1/models", headers={"Host": host})
+        assert refused.status_code == 400
+        assert "this server does not answer as" in check(served, "/v1/models", refused)["error"]["message"]
+    for host in ("localhost", "LOCALHOST:1", "[::1]:8000", "127.0.0.1"):
+        assert served.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_it_answers_as_the_address_that_it_listens_on(model):
+    with running(model, host="127.0.0.2") as served:
+        assert served.url.startswith("http://127.0.0.2:")
+        assert served.client.models.retrieve(NAME).id == NAME
 
 
 def test_limits_key_and_a_full_queue(model):
