@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter
@@ -45,7 +46,14 @@ SENTENCES: dict[int | str, str] = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": s.Error, "description": text} for status, text in SENTENCES.items()
 }
-EVENTS = {"description": "The answer; with `stream`, server-sent events.", "content": {"text/event-stream": {}}}
+
+
+def _events(kind: str) -> dict[int | str, dict[str, Any]]:
+    """What a completion's address returns beside JSON: events with a `kind` each, the last with the text [DONE]."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    data["contentSchema"] = {"$ref": f"#/components/schemas/{kind}"}  # type: ignore[assignment]
+    told = "The answer; with `stream`, server-sent events, whose data is this, or an error, and at the end [DONE]."
+    return {200: {"description": told, "content": {"text/event-stream": {"schema": data}}}}
 
 
 def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
@@ -74,6 +82,8 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
         app.add_middleware(_Named, names=OWN_NAMES | {f"[{config.host}]" if ":" in config.host else config.host})
     app.include_router(service.open_addresses())
     app.include_router(service.guarded_addresses())
+    plain = app.openapi
+    app.openapi = cache(lambda: s.with_chunks(plain()))  # type: ignore[method-assign]
     app.state.service = service
     return app
 
@@ -130,12 +140,12 @@ class _Service:
                 raise unknown_model(name)
             return self.card
 
-        @router.post("/chat/completions", response_model=s.ChatCompletion, responses={200: EVENTS})
+        @router.post("/chat/completions", response_model=s.ChatCompletion, responses=_events("ChatChunk"))
         async def chat(body: s.ChatRequest, request: Request) -> Any:
             """Answer a conversation."""
             return await self.complete(body, request)
 
-        @router.post("/completions", response_model=s.Completion, responses={200: EVENTS})
+        @router.post("/completions", response_model=s.Completion, responses=_events("Completion"))
         async def completions(body: s.CompletionRequest, request: Request) -> Any:
             """Continue a prompt, or several."""
             return await self.complete(body, request)

@@ -69,7 +69,8 @@ def train(
     Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights
     as an uninterrupted run. `on_log` sees every line of the history. In several processes (torchrun) every batch is
     divided among them, and the run is the one that a single process would make. Raises ConfigError when there is
-    nothing to resume, the run was told otherwise or another is writing there, MicrogliaError when the loss is no longer a number.
+    nothing to resume, the run was told otherwise or another is writing there, MicrogliaError when the loss is no longer
+    a number.
     """
     processes.join()
     folder, look, started = processes.agreed(lambda: Path(output_dir)), look or Look(), time.monotonic()

@@ -22,7 +22,8 @@ from microglia.training.trained import Trained
 
 WEIGHTS, CHECKSUMS = "trained.safetensors", "sha256.json"
 STAGE = "agents"  # the folder that every run has below its own, with the checkpoints of its last stage
-P, Result = ParamSpec("P"), TypeVar("Result")
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def alone_in_its_folder(train: Callable[P, Result]) -> Callable[P, Result]:
