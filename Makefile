@@ -13,8 +13,10 @@ EXTRAS ?= dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 # A process per core, whole files each, so that a module's fixtures are made once; ARGS="-n 0" stays in one process.
 SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-# What depends on other people's code most: models, hooks, caches, the Trainer, checkpoints.
-CORE := tests/sites tests/test_attach.py tests/test_compact.py tests/test_generation.py tests/test_checkpoint.py tests/training
+# What depends on other people's code most: models, hooks, caches, adapters, the Trainer, checkpoints, the web, the shell.
+CORE := $(addprefix tests/, sites test_models.py test_attach.py test_compact.py test_compact_wrapped.py test_generation.py \
+	test_device_map.py test_checkpoint.py test_network.py training/test_passes.py training/test_training.py \
+	training/test_saved.py serving cli/test_cli.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format docs notebooks reasoner bench wheel lowest clean
@@ -91,7 +93,7 @@ $(LOWEST): pyproject.toml constraints.txt scripts/lowest_versions.py
 	@rm -rf build/lowest
 	@"$(PYTHON)" -m venv build/lowest
 	@$(BIN)/python scripts/lowest_versions.py > build/lowest/constraints.txt
-	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e . pytest hypothesis
+	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e ".[serve]" pytest hypothesis openai httpx2 jsonschema
 	@touch $@
 
 lowest: setup $(LOWEST) ## test the core with the lowest versions that pyproject.toml allows

@@ -25,8 +25,11 @@ def folder(tmp_path):
 
 
 def edit(folder, **changes):
+    """Change the configuration as somebody would who means it: without the checksum of itself."""
     path = folder / CONFIG
-    row = {**json.loads(path.read_text()), **changes}
+    row = json.loads(path.read_text())
+    row["sha256"].pop(CONFIG, None)
+    row |= changes
     path.write_text(json.dumps({name: value for name, value in row.items() if value != "gone"}))
 
 
@@ -101,6 +104,27 @@ def test_damage_ends_in_one_sentence(folder, kind):
     with pytest.raises(CheckpointError, match=sentence) as caught:
         Checkpoint.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_no_flipped_bit_of_the_configuration_goes_unseen(folder):
+    """At every byte, each of its bits in turn: refused, or (in the blanks) of no consequence."""
+    config = Checkpoint.from_pretrained(folder).config
+    data, sentences = (folder / CONFIG).read_bytes(), []
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        (folder / CONFIG).write_bytes(damaged)
+        try:
+            assert Checkpoint.from_pretrained(folder).config == config
+        except CheckpointError as error:
+            sentences.append(str(error))
+    assert len(sentences) > len(data) / 2
+    assert not any("\n" in sentence for sentence in sentences)
+    (folder / CONFIG).write_bytes(data.replace(b'"threshold": 0.0', b'"threshold": 0.1'))
+    with pytest.raises(CheckpointError, match=r"was changed by hand.* take the line 'microglia_config.json' out of it"):
+        Checkpoint.from_pretrained(folder)
+    edit(folder, threshold=0.1)
+    assert Checkpoint.from_pretrained(folder).config.threshold == 0.1
 
 
 @pytest.mark.parametrize("size", [0, 1000, 50_000])

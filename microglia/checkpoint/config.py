@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from microglia.checkpoint.files import CONFIG, checksum
 from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
 from microglia.geometry import HeadGeometry
@@ -163,9 +164,13 @@ class MicrogliaConfig:
         return found
 
     def to_json(self, checksums: Mapping[str, str]) -> bytes:
-        """Readable JSON with the SHA-256 of the files beside it. Raises CheckpointError for what JSON cannot hold."""
+        """Readable JSON with the SHA-256 of the files beside it and of what it says itself.
+
+        Raises CheckpointError for what JSON cannot hold.
+        """
         row = {"format_version": FORMAT_VERSION, **asdict(self), "sha256": dict(checksums)}
         try:
+            row["sha256"] = {**checksums, CONFIG: _digest(json.loads(json.dumps(row)))}  # as it will be read
             return json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         except (TypeError, ValueError) as error:
             raise CheckpointError(
@@ -176,9 +181,16 @@ class MicrogliaConfig:
     def from_json(cls, data: bytes, where: str) -> tuple["MicrogliaConfig", dict[str, str]]:
         """The configuration and the checksums of the other files. `where` names the file in a CheckpointError."""
         row = {"promise": {}, **_parsed(data, where)}  # which the first checkpoints did not have
+        version = row.pop("format_version")
         checksums = row.pop("sha256", None)
         if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
             raise CheckpointError(f"{where} has no SHA-256 of the files beside it; copy or save the checkpoint again")
+        own = checksums.pop(CONFIG, None)  # which those of before and those that people write have not
+        if own is not None and own != _digest({"format_version": version, **row, "sha256": checksums}):
+            raise CheckpointError(
+                f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
+                f"take the line {CONFIG!r} out of it if the change was meant"
+            )
         values = _typed(cls, row, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
@@ -208,8 +220,13 @@ def is_lora(model: nn.Module) -> bool:
     return hasattr(model, "get_base_model")
 
 
+def _digest(row: Mapping[str, Any]) -> str:
+    """SHA-256 of what a configuration says, however it is laid out."""
+    return checksum(json.dumps(row, sort_keys=True).encode())
+
+
 def _parsed(data: bytes, where: str) -> dict[str, Any]:
-    """JSON object of a format version that this microglia knows; the version is taken out."""
+    """JSON object of a format version that this microglia knows."""
 
     def refuse(constant: str) -> float:
         raise ValueError(f"{constant} is not JSON")
@@ -218,7 +235,7 @@ def _parsed(data: bytes, where: str) -> dict[str, Any]:
         row = json.loads(data.decode("utf-8"), parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are two
         raise CheckpointError(f"{where} is damaged or cut short ({error}); copy or save it again") from error
-    version = row.pop("format_version", None) if isinstance(row, dict) else None
+    version = row.get("format_version") if isinstance(row, dict) else None
     if isinstance(version, bool) or not isinstance(version, int):
         raise CheckpointError(f"{where} has no format_version, so microglia did not write it; give a checkpoint folder")
     if version > FORMAT_VERSION:

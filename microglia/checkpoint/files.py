@@ -109,6 +109,30 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Makes `folder`. Inside, it is claimed, unless somebody else had done so: whether it is tells the value.
+
+    The system ends a claim with the process that made it, however that ends. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        free = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            free = False
+        except OSError:
+            pass  # a file system without locks: as good as it was without
+        yield free
+    finally:
+        os.close(descriptor)
+
+
 def read_all(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
     """The contents that `checksums` (name → SHA-256) mean. Raises CheckpointError when one is missing or damaged."""
     return {name: _read(folder, name, digest) for name, digest in checksums.items()}

@@ -32,6 +32,8 @@ class Admission:
             prompts, longest, field = [self.chat(request.messages)], request.longest, "messages"
         else:
             prompts, longest, field = request.prompts, request.max_tokens, "prompt"
+            if "max_tokens" not in request.model_fields_set:
+                longest = min(longest, self.config.max_new_tokens)
         if len(prompts) > (most := self.config.max_waiting):
             sentence = f"{len(prompts)} prompts were given and this server's queue holds {most}; send fewer at once"
             raise Refusal(400, sentence, param=field)

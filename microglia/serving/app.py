@@ -1,10 +1,12 @@
 """The addresses of the server: completions, models, health and metrics."""
 
 import asyncio
+import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter
@@ -14,7 +16,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,11 +27,12 @@ from microglia.serving.config import ServingConfig
 from microglia.serving.job import Event, Finished
 from microglia.serving.metrics import CONTENT_TYPE, Metrics
 from microglia.serving.queue import Worker
-from microglia.serving.refusal import Refusal, install, refusal
+from microglia.serving.refusal import SHOWN, Refusal, install, refusal
 from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
-OWN_NAMES = ("127.0.0.1", "localhost", "[::1]", "[")  # the last is how the middleware cuts an IPv6 address off its port
+PORT = re.compile(r":\d*$")
+OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
 SENTENCES: dict[int | str, str] = {
     400: "The request is wrong, or asks for what this server does not do.",
     401: "The API key is missing or wrong.",
@@ -44,7 +46,14 @@ SENTENCES: dict[int | str, str] = {
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": s.Error, "description": text} for status, text in SENTENCES.items()
 }
-EVENTS = {"description": "The answer; with `stream`, server-sent events.", "content": {"text/event-stream": {}}}
+
+
+def _events(kind: str) -> dict[int | str, dict[str, Any]]:
+    """What a completion's address returns beside JSON: events with a `kind` each, the last with the text [DONE]."""
+    data = {"type": "string", "contentMediaType": "application/json"}
+    data["contentSchema"] = {"$ref": f"#/components/schemas/{kind}"}  # type: ignore[assignment]
+    told = "The answer; with `stream`, server-sent events, whose data is this, or an error, and at the end [DONE]."
+    return {200: {"description": told, "content": {"text/event-stream": {"schema": data}}}}
 
 
 def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
@@ -70,9 +79,11 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
     app.add_middleware(_Counted, metrics=service.metrics)
     if config.loopback and config.api_key is None:
         # A page in a browser on this machine must not reach the model through a name that it lets point here.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(OWN_NAMES))
+        app.add_middleware(_Named, names=OWN_NAMES | {f"[{config.host}]" if ":" in config.host else config.host})
     app.include_router(service.open_addresses())
     app.include_router(service.guarded_addresses())
+    plain = app.openapi
+    app.openapi = cache(lambda: s.with_chunks(plain()))  # type: ignore[method-assign]
     app.state.service = service
     return app
 
@@ -129,12 +140,12 @@ class _Service:
                 raise unknown_model(name)
             return self.card
 
-        @router.post("/chat/completions", response_model=s.ChatCompletion, responses={200: EVENTS})
+        @router.post("/chat/completions", response_model=s.ChatCompletion, responses=_events("ChatChunk"))
         async def chat(body: s.ChatRequest, request: Request) -> Any:
             """Answer a conversation."""
             return await self.complete(body, request)
 
-        @router.post("/completions", response_model=s.Completion, responses={200: EVENTS})
+        @router.post("/completions", response_model=s.Completion, responses=_events("Completion"))
         async def completions(body: s.CompletionRequest, request: Request) -> Any:
             """Continue a prompt, or several."""
             return await self.complete(body, request)
@@ -239,6 +250,22 @@ class _Bounded:
             return message
 
         await self.app(scope, counted, send)
+
+
+class _Named:
+    """Refuses requests to other host names than `names`; starlette's own refuses with plain text."""
+
+    def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
+        self.app, self.names = app, names
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            name = PORT.sub("", Headers(scope=scope).get("host", "")).lower()
+            if name not in self.names:
+                sentence = f"this server does not answer as {name[:SHOWN]!r}; send requests to http://127.0.0.1:PORT"
+                refused = Refusal(400, sentence, code="unknown_host")
+                return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 class _Counted:

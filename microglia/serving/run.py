@@ -1,7 +1,10 @@
 """Listen on a socket and serve until a signal comes; then finish the answers that are being written."""
 
+import signal
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import ceil
 
 import uvicorn
@@ -47,8 +50,21 @@ def address(sock: socket.socket) -> str:
 def serve(app: FastAPI, config: ServingConfig, *, ready: Callable[[str], None] = lambda url: None) -> None:
     """Serve until SIGINT or SIGTERM. `ready(url)` is called when connections are accepted.
 
-    Raises KeyboardInterrupt after a graceful end by SIGINT, as uvicorn hands the signal on.
+    Raises KeyboardInterrupt after a graceful end by either, as uvicorn hands the signal on.
     """
-    with listen(config) as sock:
+    with listen(config) as sock, _term_as_interrupt():
         ready(address(sock))
         server_for(app, config).run(sockets=[sock])
+
+
+@contextmanager
+def _term_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM is what Ctrl-C is. Else, handed on by uvicorn, it would end the process before its last words."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that signals reach
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

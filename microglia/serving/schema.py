@@ -239,3 +239,11 @@ class Error(BaseModel):
     """What every refusal looks like."""
 
     error: ErrorDetail
+
+
+def with_chunks(schema: dict[str, Any]) -> dict[str, Any]:
+    """An OpenAPI schema, and in it the shape of a streamed conversation's events, which no address returns as JSON."""
+    chunk = ChatChunk.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+    parts = chunk.pop("$defs")
+    schema["components"]["schemas"] |= {**parts, "ChatChunk": chunk}
+    return schema

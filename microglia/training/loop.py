@@ -27,7 +27,7 @@ from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
-from microglia.training.saved import last_whole, load_trained
+from microglia.training.saved import STAGE, alone_in_its_folder, last_whole, load_trained
 from microglia.training.sharding import shard_layers
 from microglia.training.trained import Trained
 from microglia.training.trainer import PruningTrainer
@@ -49,6 +49,7 @@ class TrainingResult:
     seconds: float
 
 
+@alone_in_its_folder
 def train(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -69,7 +70,8 @@ def train(
     Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights
     as an uninterrupted run. `on_log` sees every line of the history. In several processes (torchrun) every batch is
     divided among them, and the run is the one that a single process would make. Raises ConfigError when there is
-    nothing to resume or the run was told otherwise, MicrogliaError when the loss is no longer a number.
+    nothing to resume, the run was told otherwise or another is writing there, MicrogliaError when the loss is no longer
+    a number.
     """
     processes.join()
     _check_report(config.report_to)
@@ -110,7 +112,7 @@ def train(
             data_collator=Collator(pad),
             train_dataset=train_data,
             eval_dataset=eval_data,
-            callbacks=[EarlyStoppingCallback(config.patience)] if config.patience and stage == "agents" else None,
+            callbacks=[EarlyStoppingCallback(config.patience)] if config.patience and stage == STAGE else None,
         )
         trainer.remove_callback(PrinterCallback)  # prints to stdout, which belongs to results
         trainer.remove_callback(ProgressCallback)
@@ -134,12 +136,12 @@ def train(
     if config.lora == "joint":
         set_trainable(model, True)
     if config.gradient_checkpointing:
-        _checkpointing(lm, "enable", {"use_reentrant": False})
+        checkpointing(lm, "enable", {"use_reentrant": False})
     try:
-        trainer = run("agents", policy)
+        trainer = run(STAGE, policy)
     finally:
         if config.gradient_checkpointing:
-            _checkpointing(lm, "disable")
+            checkpointing(lm, "disable")
         model.requires_grad_(False)
         model.eval()
     history = trainer.state.log_history
@@ -203,7 +205,7 @@ def _check_report(report_to: str) -> None:
         ) from error
 
 
-def _checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
+def checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
     """Gradient checkpointing, which transformers 5.20 or so renamed to activation checkpointing."""
     name = f"activation_checkpointing_{switch}"
     getattr(lm, name if hasattr(lm, name) else f"gradient_checkpointing_{switch}")(*arguments)

@@ -6,18 +6,53 @@ without its optimiser say, it would end with other weights; so it is passed over
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
 
-from microglia.checkpoint.files import checksum, write_atomically
-from microglia.errors import CheckpointError, MicrogliaError
+from microglia import processes
+from microglia.checkpoint.files import checksum, claimed, write_atomically
+from microglia.errors import CheckpointError, ConfigError, MicrogliaError
 from microglia.training.trained import Trained
 
 WEIGHTS, CHECKSUMS = "trained.safetensors", "sha256.json"
+STAGE = "agents"  # the folder that every run has below its own, with the checkpoints of its last stage
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def alone_in_its_folder(train: Callable[P, Result]) -> Callable[P, Result]:
+    """`train`, which raises ConfigError when another run is writing to the same `output_dir`.
+
+    Two runs in one folder would remove and replace each other's checkpoints, and neither could be resumed.
+    """
+
+    @wraps(train)
+    def alone(*args: P.args, **options: P.kwargs) -> Result:
+        processes.join()
+        folder = Path(str(options["output_dir"]))
+        with ExitStack() as stack:
+            # Where nothing can be resumed or written, nothing is made: the run itself says so.
+            if options.get("resume") and not folder.is_dir():
+                return train(*args, **options)
+            if not processes.agreed(lambda: _claim(folder / STAGE, stack)):
+                raise ConfigError(f"another run is writing to {folder}; wait for its end or give another folder")
+            return train(*args, **options)
+
+    return alone
+
+
+def _claim(folder: Path, stack: ExitStack) -> bool:
+    """Whether this process has `folder` for itself until the stack is closed."""
+    try:
+        return stack.enter_context(claimed(folder))
+    except OSError:
+        return True
 
 
 def seal(folder: Path) -> None:

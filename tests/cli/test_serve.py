@@ -1,4 +1,4 @@
-"""`microglia serve` as a process: says where it is, answers, and ends by Ctrl-C with its totals."""
+"""`microglia serve` as a process: says where it is, answers, and ends by a signal with its totals."""
 
 import json
 import os
@@ -29,7 +29,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_process_serves_until_ctrl_c(checkpoint):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what service managers and containers send
+def test_a_process_serves_until_a_signal(checkpoint, name):
     folder, system = checkpoint
     verb = ["serve", str(folder), "--port", "0", "--json"]
     command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
@@ -45,7 +46,7 @@ def test_a_process_serves_until_ctrl_c(checkpoint):
             answer = client.chat.completions.create(model="tiny-pruned", messages=[message], max_tokens=5)
         assert answer.choices[0].message.content.strip() == system.generate("1 + 1 =", 5)
         assert answer.usage.sparsity == pytest.approx(system.get_sparsity())
-        process.send_signal(signal.SIGINT)
+        process.send_signal(getattr(signal, name))
         stdout, stderr = process.communicate(timeout=300)
     finally:
         process.kill()

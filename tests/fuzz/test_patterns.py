@@ -1,12 +1,14 @@
-"""Any geometry, bucket and scores: the decision is rectangular, never empty, and the same in a batch."""
+"""Any geometry, bucket and scores: the decision is rectangular, never empty, the same in a batch, and carried out."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microglia.compact import row_rectangle
+from microglia.attach import attached, gated
+from microglia.compact import compacted, row_rectangle
 from microglia.gate import Gate, keep_ratio, rectangle, threshold_for
 from microglia.geometry import HeadGeometry
+from tests.tiny import Fixed, step_logits, tiny_model, tiny_prompts
 
 quick = settings(max_examples=150, deadline=None)
 
@@ -68,3 +70,33 @@ def test_the_dial_never_keeps_less_than_was_asked(drawn, target):
     threshold = threshold_for([logits], [geometry], target, bucket)
     keep = Gate(threshold=threshold, bucket=bucket)(logits, geometry)
     assert keep_ratio([keep]).mean() >= target - 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    family=st.sampled_from(["llama", "qwen3", "mistral", "phi3", "gemma3_text"]),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.sampled_from([2, 4, 8])),
+    bucket=st.none() | st.integers(1, 4),
+    fill=st.sampled_from(["zero", "mean"]),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    data=st.data(),
+)
+def test_any_pattern_is_compacted_as_it_is_masked(family, shape, bucket, fill, lengths, data):
+    groups, queries, head_dim = shape
+    heads = groups * queries
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": head_dim}
+    if family == "phi3":  # which has no head size of its own
+        sizes = {**sizes, "hidden_size": heads * head_dim}
+    model = tiny_model(family, **sizes)
+    rows = data.draw(st.sampled_from([1, len(lengths)]))
+    asked = data.draw(st.lists(st.booleans(), min_size=2 * rows * heads, max_size=2 * rows * heads))
+    policy = Fixed(list(torch.tensor(asked).float().view(2, rows, heads) - 0.5))
+    ids, mask = tiny_prompts(*lengths)
+    answer = tiny_prompts(*(2 for _ in lengths), seed=2)[0]
+    found, kept = [], []
+    for pruning in (gated, compacted):
+        with attached(model, policy, gate=Gate(bucket=bucket), fill=fill, pruning=pruning) as trace:
+            found.append(step_logits(model, ids, mask, answer))
+            kept.append(torch.stack(trace.keep))
+    assert kept[0].equal(kept[1])
+    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-5)

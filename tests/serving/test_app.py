@@ -1,6 +1,7 @@
 """The server through OpenAI's own client, and what it refuses."""
 
 import json
+import time
 from functools import cache
 
 import jsonschema
@@ -125,6 +126,16 @@ def test_answers_and_refusals_have_the_promised_shape(served):
         check(served, path, served.http.post(path, json=body))
         for wrong in ({"temperature": 9}, {"model": "gpt-9"}):
             assert "error" in check(served, path, served.http.post(path, json={**body, **wrong}))
+        shape = schema(served.app)["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]["schema"]
+        streamed = served.http.post(path, json={**body, "stream": True, "stream_options": {"include_usage": True}})
+        events = [line.removeprefix("data: ") for line in streamed.text.splitlines() if line]
+        assert events[-1] == "[DONE]"
+        for event in events[:-1]:
+            jsonschema.validate(
+                json.loads(event), {**shape["contentSchema"], "components": schema(served.app)["components"]}
+            )
+        with pytest.raises(jsonschema.ValidationError):  # it says something
+            jsonschema.validate({}, {**shape["contentSchema"], "components": schema(served.app)["components"]})
     check(served, "/v1/models", served.http.get("/v1/models"))
     check(served, "/v1/models/{name}", served.http.get(f"/v1/models/{NAME}"))
     assert served.http.get("/openapi.json").json() == schema(served.app)
@@ -228,7 +239,18 @@ def test_addresses_methods_and_types_that_do_not_exist(served):
     assert served.http.get("/v1/models/other").json()["error"]["code"] == "model_not_found"
     # What a page of another site could send without asking the browser: refused by its type and by its host name.
     assert served.http.post("/v1/completions", content=json.dumps(TEXT)).status_code == 400
-    assert served.http.get("/v1/models", headers={"Host": "evil.example"}).status_code == 400
+    for host in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "[::2]:1", ""):
+        refused = served.http.get("/v1/models", headers={"Host": host})
+        assert refused.status_code == 400
+        assert "this server does not answer as" in check(served, "/v1/models", refused)["error"]["message"]
+    for host in ("localhost", "LOCALHOST:1", "[::1]:8000", "127.0.0.1"):
+        assert served.http.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_it_answers_as_the_address_that_it_listens_on(model):
+    with running(model, host="127.0.0.2") as served:
+        assert served.url.startswith("http://127.0.0.2:")
+        assert served.client.models.retrieve(NAME).id == NAME
 
 
 def test_limits_key_and_a_full_queue(model):
@@ -275,6 +297,35 @@ def test_the_end_waits_for_running_answers(model):
         served.thread.join(60)
         assert not served.thread.is_alive()
         assert not served.app.state.service.worker.thread.is_alive()
+
+
+def test_an_answer_that_needs_longer_than_the_grace_is_cut_off(model):
+    with running(model, grace=1) as served:
+        steps = []
+        hook = model.lm.register_forward_pre_hook(lambda *_: steps.append(time.sleep(0.05)))
+        stream = served.client.completions.create(**{**TEXT, "max_tokens": 300}, stream=True)
+        next(iter(stream))
+        served.server.should_exit = True
+        served.thread.join(60)
+        assert not served.thread.is_alive()
+        assert len(steps) < 300
+        hook.remove()
+
+
+def test_clients_that_hang_up_are_counted_and_not_written_for(model):
+    with running(model, max_batch=1) as served:
+        with served.held() as go:
+            stream = served.client.completions.create(**{**TEXT, "max_tokens": 300}, stream=True)
+            assert go.reached.wait(60)
+            with pytest.raises(openai.APITimeoutError):  # in the queue, and not as a stream
+                served.client.with_options(timeout=0.5).completions.create(**TEXT)
+            stream.close()
+            while served.metric("microglia_answers_total", reason="cut") < 2:
+                go.wait(0.01)
+        served.client.completions.create(**TEXT)
+        assert served.metric("microglia_answers_total", reason="length") == 1
+        assert served.metric("microglia_completion_tokens_total") < 300
+        assert served.metric("microglia_requests_total", path="/v1/completions", status="200") == 2
 
 
 def test_a_failing_model_is_an_error_and_not_the_end(model):

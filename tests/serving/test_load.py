@@ -35,13 +35,18 @@ async def ask(url, index, question):
                 await stream.close()
                 return None
             return "".join([chunk.choices[0].text async for chunk in stream])
+        if index % 4 == 2:
+            del body["prompt"]
+            chat = await client.chat.completions.create(**body, messages=[{"role": "user", "content": question}])
+            return chat.choices[0].message.content
         return (await client.completions.create(**body)).choices[0].text
 
 
 def test_no_answer_is_mixed_up_or_lost():
     model, asked = tiny_pruned(), questions()
+    prompts = [model.template.format(question=q) if index % 4 == 2 else q for index, q in enumerate(asked)]
     truths = [
-        alone(question, 4 + index % 9, **KINDS[index % len(KINDS)]).texts[0] for index, question in enumerate(asked)
+        alone(prompt, 4 + index % 9, **KINDS[index % len(KINDS)]).texts[0] for index, prompt in enumerate(prompts)
     ]
     assert len(set(truths)) > CLIENTS // 2  # a mix-up would show
 

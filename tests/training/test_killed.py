@@ -57,7 +57,7 @@ def test_kill_9_costs_nothing(start, tmp_path):
     assert finished(start(tmp_path / "whole")) == 0
     seconds = time.monotonic() - began
     truth = load_file(tmp_path / "whole" / RESULT)
-    generator, killed = random.Random(0), 0
+    generator, killed, half_way = random.Random(0), 0, 0
     for trial in range(TRIALS):
         folder = tmp_path / f"trial-{trial}"
         for _ in range(2):  # twice, so that a resumed run is killed too
@@ -65,7 +65,10 @@ def test_kill_9_costs_nothing(start, tmp_path):
             process.join(seconds * generator.random())
             process.kill()
             killed += finished(process) == -9
+            half_way += any(folder.glob("agents/checkpoint-*")) and not (folder / RESULT).exists()
         assert finished(start(folder)) == 0, f"trial {trial} could not be resumed"
         found = load_file(folder / RESULT)
         assert all(found[name].equal(x) for name, x in truth.items()), f"trial {trial} ended with other weights"
+    print(f"{TRIALS} trials: {killed} of {2 * TRIALS} runs were killed, {half_way} of them with a checkpoint to resume")
     assert killed >= TRIALS / 2  # else nothing was tried
+    assert half_way  # nor was anything resumed

@@ -10,6 +10,7 @@ from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import AgentPolicy, StaticPolicy
 from microglia.sites import find_sites
+from microglia.training import loop
 from microglia.training.config import TrainingConfig
 from microglia.training.data import Batch, Collator
 from microglia.training.loss import gate_entropy, mean_keep, task_loss
@@ -124,7 +125,7 @@ def test_agents_stay_in_float32_on_a_model_in_half_precision(checkpointing):
     before = [p.detach().clone() for p in policy.parameters()]
     optimizer = torch.optim.AdamW(policy.parameters())
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        loop.checkpointing(model, "enable", {"use_reentrant": False})
         model.train()
     with ExitStack() as stack:
         whole = stack if checkpointing else None

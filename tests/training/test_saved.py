@@ -4,13 +4,17 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
-from microglia.errors import CheckpointError, MicrogliaError
+from microglia.errors import CheckpointError, ConfigError, MicrogliaError
 from microglia.training.saved import CHECKSUMS, seal
 from tests.full_disk import room_for
+from tests.tiny import tiny_model
+from tests.tiny_folder import character_tokenizer
 from tests.training.test_training import SHORT, same, tiny_run
 
 STATE, WEIGHTS = "trainer_state.json", "trained.safetensors"
@@ -87,6 +91,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MicrogliaError, match=r"file.*training_config\.json cannot be written .* another folder"):
         tiny_run(tmp_path / "file" / "below", SHORT)
+
+
+def test_two_runs_do_not_write_to_one_folder(finished, tmp_path):
+    """Before the first checkpoint and after it, afresh and with --resume: the second is refused, the first goes on."""
+    model = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
+    refused = []
+
+    def second(*_):
+        if refused_at := {2: "before", 10: "after"}.get(len(passes)):
+            for resume in (False, True):
+                other = replace(SHORT, seed=1)
+                sentence = r"another run is writing to .*; wait for its end or give another folder"
+                # the random numbers are this process's, and the first run goes on drawing them
+                with torch.random.fork_rng(), pytest.raises(ConfigError, match=sentence):
+                    tiny_run(tmp_path, other if refused_at == "before" else SHORT, resume=resume)
+                refused.append(refused_at)
+        passes.append(1)
+
+    passes = []
+    hook = model.model.layers[0].register_forward_hook(second)
+    policy = tiny_run(tmp_path, SHORT, model=model)[1].policy
+    hook.remove()
+    assert refused == ["before", "before", "after", "after"]
+    assert same(finished[1], policy)
+    assert same(finished[1], tiny_run(tmp_path, SHORT, resume=True)[1].policy)
 
 
 def test_every_file_has_a_checksum(run):
