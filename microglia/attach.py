@@ -1,5 +1,6 @@
 """Reversible gating of a model: read the prompt with every head, decide, write the answer with the kept ones."""
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +32,15 @@ class Pruning(Protocol):
 
 @dataclass
 class Trace:
-    """What was seen in the last prompt and what was decided: features (B, F), logits and keep (B, H), per site."""
+    """What was seen in the last prompt and what was decided: features (B, F), logits and keep (B, H), per site.
+
+    prompts: how many were read so far, a batch counting as one.
+    """
 
     features: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)
+    prompts: int = 0
 
     @property
     def keep_ratio(self) -> Tensor:
@@ -104,7 +109,7 @@ def attached(
     fill: what a pruned head leaves behind, `zero` or `mean` (its mean output over this prompt).
     tokens: (B, T), true at prompt tokens, for a pass that holds more than the prompt; else the attention mask says it.
     Yields the Trace of the last prompt. Raises MicrogliaError when the model is already attached, here or in another
-    thread.
+    thread, and when threads read and write on one attached model at the same time.
     """
     if scope not in SCOPES:
         raise ConfigError(f"scope={scope!r} is unknown; choose answer or all")
@@ -116,7 +121,7 @@ def attached(
     lm = causal_lm(model)
     sites = find_sites(lm)
     reader = _Reader(sites, policy, gate or Gate(), look, scope, fill, pruning, tokens)
-    with _exclusive(lm), ExitStack() as stack:
+    with _held(lm, alone=True), ExitStack() as stack:
         stack.callback(reader.forget)
         stack.callback(lm.register_forward_pre_hook(reader.before, with_kwargs=True).remove)
         stack.callback(lm.register_forward_hook(reader.after, with_kwargs=True, always_call=True).remove)
@@ -142,6 +147,9 @@ class _Reader:
         self.trace = Trace()
         self.watching, self.pruned = ExitStack(), ExitStack()
         self.seen: list[Seen] | None = None
+        self.passing: int | None = None  # the thread in a forward pass
+        self.guard = threading.Lock()
+        self.prompt = 0
 
     def forget(self) -> None:
         """Back to the dense model."""
@@ -150,14 +158,27 @@ class _Reader:
         self.pruned.close()
 
     def before(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with self.guard:
+            if self.passing not in (None, threading.get_ident()):
+                raise MicrogliaError(
+                    f"two threads run this attached {type(lm).__name__} at the same time; let one answer end before "
+                    "the next prompt, or use a second copy of the model"
+                )
+            self.passing = threading.get_ident()
         cache = kwargs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             if not self.trace.keep:
                 raise MicrogliaError(
                     "the cache holds tokens that were read before attaching; start from the whole prompt"
                 )
+            if getattr(cache, _PROMPT, self.prompt) != self.prompt:
+                raise MicrogliaError(
+                    "the cache is that of another prompt than the last one, whose heads the model has now; let one "
+                    "answer end before the next prompt is read, or use a second copy of the model"
+                )
             return
         self.forget()
+        self.prompt, self.trace.prompts = next(_PROMPTS), self.trace.prompts + 1
         tokens = _tokens(args, kwargs) if self.tokens is None else self.tokens
         if int(tokens.sum(1).min()) < 1:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
@@ -169,6 +190,9 @@ class _Reader:
         self.seen = self.watching.enter_context(watch)
 
     def after(self, lm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.passing != threading.get_ident():
+            return  # a pass that was refused, while another thread is in its own
+        self.passing = None
         if self.seen is None:
             return
         seen, self.seen = self.seen, None
@@ -179,6 +203,8 @@ class _Reader:
             self._decide(seen)
         fill = [entry.mean_output for entry in seen] if self.fill == "mean" else None
         cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            setattr(cache, _PROMPT, self.prompt)  # copies of the cache have it too
         self.pruned.enter_context(self.pruning(self.sites, self.trace.keep, fill=fill, cache=cache))  # type: ignore[arg-type]
 
     def _decide(self, seen: list[Seen]) -> None:
@@ -221,21 +247,30 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return mask[:, -inputs.shape[1] :].bool()
 
 
-_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
-_LOCKS_GUARD = threading.Lock()
+_PROMPT, _PROMPTS = "_microglia_prompt", itertools.count(1)  # which prompt a cache is of
+_USES: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()  # dense answers now; -1: attached
+_USES_GUARD = threading.Lock()
+
+
+def dense(lm: nn.Module) -> AbstractContextManager[None]:
+    """While inside, nobody can attach the model: what is written meanwhile is written with every head."""
+    return _held(lm, alone=False)
 
 
 @contextmanager
-def _exclusive(lm: nn.Module) -> Iterator[None]:
-    """One attachment per model at a time: two would gate each other's answers."""
-    with _LOCKS_GUARD:
-        lock = _LOCKS.setdefault(lm, threading.Lock())
-    if not lock.acquire(blocking=False):
-        raise MicrogliaError(
-            f"this {type(lm).__name__} is already attached, here or in another thread; leave that context first or "
-            "use a second copy of the model"
-        )
+def _held(lm: nn.Module, *, alone: bool) -> Iterator[None]:
+    """One attachment per model at a time, and none beside dense answers: they would gate each other's answers."""
+    with _USES_GUARD:
+        uses = _USES.get(lm, 0)
+        if uses < 0 or (alone and uses):
+            state = "already attached" if uses < 0 else "writing a dense answer"
+            raise MicrogliaError(
+                f"this {type(lm).__name__} is {state}, here or in another thread; leave that context first or "
+                "use a second copy of the model"
+            )
+        _USES[lm] = -1 if alone else uses + 1
     try:
         yield
     finally:
-        lock.release()
+        with _USES_GUARD:
+            _USES[lm] = 0 if alone else _USES[lm] - 1

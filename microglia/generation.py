@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from microglia.attach import Trace, attached, gated
+from microglia.attach import Trace, attached, dense, gated
 from microglia.compact import compacted
-from microglia.errors import ConfigError, DataError
+from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.gate import Gate
 from microglia.look import Look
 from microglia.policy import Policy
@@ -66,33 +65,46 @@ def generate(
     Without a policy the model stays dense. `path` is `compact` (heads are gone) or `masked` (heads are multiplied by
     zero; the same tokens, no time saved) or `graph` (heads are gone and decode steps are captured, for GPUs; keep a
     `decoder` between calls, else everything is captured anew). `options` go to the model's own `generate` (sampling,
-    streamer, stopping, beams); greedy by default. Raises DataError for an empty or too long prompt.
+    streamer, stopping, beams, custom_generate); greedy by default. Raises DataError for an empty or too long prompt,
+    MicrogliaError while another thread uses the model in a way that would mix the answers.
     """
     if path not in (*PATHS, "graph"):
         raise ConfigError(f"path={path!r} is unknown; choose {', '.join(PATHS)} or graph")
     for name in ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-        if policy is not None and options.get(name):
+        if policy is not None and _asked(options, name):
             raise ConfigError(
                 f"{name} reads the prompt in parts or with guesses, so nothing could be decided on it; leave it out"
             )
-    if policy is not None and options.get("use_cache") is False:
+    if policy is not None and _asked(options, "use_cache") is False:
         raise ConfigError(
             "use_cache=False reads the prompt again for every token, so nothing is ever pruned; leave it out"
         )
     lm: Any = causal_lm(model)
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+    if policy is not None:
+        options["use_cache"] = True  # whatever the model's own configuration says: without one nothing is ever pruned
     attach = functools.partial(attached, lm, gate=gate, look=look, fill=fill, scope=scope)
     if path == "graph":
         output, trace = _on_graphs(decoder or GraphDecoder(lm), policy, attach, batch, max_new_tokens, options)
     else:
-        with attach(policy, pruning=PATHS[path]) if policy is not None else nullcontext() as trace:
+        with attach(policy, pruning=PATHS[path]) if policy is not None else dense(lm) as trace:
             output = lm.generate(**batch, max_new_tokens=max_new_tokens, **options)
+    if trace is not None and trace.prompts != 1 and options.get("custom_generate") is not None:
+        raise MicrogliaError(
+            f"custom_generate read a whole text {trace.prompts} times, but a prompt is read once and continued by its "
+            "cache, else nothing is pruned; call model(...), not model.forward(...), and hand past_key_values on"
+        )
     tokens = getattr(output, "sequences", output)[:, batch["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
     if policy is None or trace is None:
         return Generated(tokens, texts, [])
     return Generated(tokens, texts, trace.keep, [split_features(x, policy.features) for x in trace.features])
+
+
+def _asked(options: dict[str, Any], name: str) -> Any:
+    """What the caller said of an option: by itself, or in a generation_config of his own."""
+    return options.get(name, getattr(options.get("generation_config"), name, None))
 
 
 def _on_graphs(
@@ -105,15 +117,15 @@ def _on_graphs(
 ) -> tuple[Any, Trace | None]:
     """What `generate` returns, by captured steps: plain greedy in a loop of replays, all else in the model's own."""
     lm, mask = decoder.parts.lm, batch["attention_mask"]
-    if options.get("num_beams", 1) > 1 or options.get("num_return_sequences", 1) > 1:
+    if any((_asked(options, name) or 1) > 1 for name in ("num_beams", "num_return_sequences")):
         raise ConfigError("beams and several answers to a prompt move rows of the captured cache; use path='compact'")
     config, fill = lm.generation_config, attach.keywords["fill"] == "mean"
     stop = options.get("eos_token_id", config.eos_token_id)
     stop = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
     pad = options["pad_token_id"]
-    with (
+    with (  # in this order: whoever is refused must not have touched what another thread captured and uses
+        attach(policy, pruning=decoder.pruning) if policy is not None else dense(lm) as trace,
         decoder.serving(mask, new_tokens, fill=fill, stop=stop, pad=0 if pad is None else pad) as room,
-        attach(policy, pruning=decoder.pruning) if policy is not None else nullcontext() as trace,
     ):
         if not _is_plain(config, options):
             return lm.generate(**batch, past_key_values=room.cache, max_new_tokens=new_tokens, **options), trace

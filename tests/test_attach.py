@@ -1,5 +1,6 @@
 """Attaching: untouched while every head is kept, restored whatever happens, deciding on the prompt alone."""
 
+import copy
 import threading
 
 import pytest
@@ -182,6 +183,55 @@ def test_a_second_attachment_is_refused_here_and_in_another_thread():
     assert len(caught) == 1
     attach()
     assert len(caught) == 1  # free again
+
+
+def in_a_thread(work):
+    """What `work` raised in a thread of its own, or what it returned."""
+    found = []
+
+    def run():
+        try:
+            found.append(work())
+        except MicrogliaError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("pruning", [gated, compacted])
+def test_an_answer_is_never_continued_with_the_heads_of_a_later_prompt(pruning):
+    """Two threads that generate inside one attachment: the first one's answer ends in an error, not in a mixture."""
+    model = tiny_model("llama")
+    with torch.no_grad(), attached(model, uneven_policy(model), gate=ONE, pruning=pruning):
+        first = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
+        copied = copy.deepcopy(first)
+        whole = torch.cat([MASK, MASK[:, -1:]], 1)
+        truth = model(input_ids=ANSWER[:, :1], attention_mask=whole, past_key_values=first).logits
+        assert model(input_ids=ANSWER[:, :1], attention_mask=whole, past_key_values=copied).logits.equal(truth)
+        in_a_thread(lambda: model(input_ids=IDS[:, 1:], attention_mask=MASK[:, 1:], use_cache=True).logits.shape)
+        for cache in (first, copied):
+            with pytest.raises(MicrogliaError, match="the cache is that of another prompt than the last one"):
+                model(input_ids=ANSWER[:, :1], past_key_values=cache)
+
+
+def test_a_pass_beside_another_threads_pass_is_refused_and_does_not_disturb_it():
+    model, caught = tiny_model("llama"), []
+    policy = uneven_policy(model)
+    with attached(model, policy, gate=ONE, pruning=compacted):
+        truth = step_logits(model, IDS, MASK, ANSWER)
+
+    def meanwhile(*_):
+        caught.append(in_a_thread(lambda: model(input_ids=IDS, use_cache=True)))
+
+    handle = model.model.layers[0].mlp.register_forward_hook(meanwhile)
+    with attached(model, policy, gate=ONE, pruning=compacted):
+        assert step_logits(model, IDS, MASK, ANSWER).equal(truth)
+    handle.remove()
+    assert len(caught) == 1 + ANSWER.shape[1]
+    assert all("two threads run this attached LlamaForCausalLM at the same time" in error for error in caught)
 
 
 @pytest.mark.parametrize(

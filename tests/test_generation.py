@@ -1,14 +1,19 @@
 """generate(): the compacted path says what the masked path says, token for token, and what cannot work is refused."""
 
+import functools
+import threading
+
 import accelerate
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from microglia.attach import attached
 from microglia.compact import compacted
-from microglia.errors import ConfigError, DataError
+from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.gate import Gate
 from microglia.generation import encode_prompts, generate
+from microglia.replay import GraphDecoder
 from tests.tiny import BACKENDS, tiny_model, tiny_tokenizer, uneven_policy, wild_policy
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
@@ -115,6 +120,97 @@ def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_says():
     assert batch["attention_mask"].sum(1).tolist() == [len(prompt) for prompt in PROMPTS]
 
 
+@torch.no_grad()
+def own_loop(model, input_ids, generation_config, whole=False, past=False, **given):
+    """A user's greedy loop. whole: it reads everything anew for every token. past: past the model's hooks."""
+    ids, mask, cache = input_ids, given["attention_mask"], None if whole else given["past_key_values"]
+    call = model.forward if past else model
+    for step in range(generation_config.max_new_tokens):
+        place = (mask.cumsum(1) - 1).clamp(min=0)
+        seen = ids.shape[1] - 1 if step and not whole else 0
+        out = call(
+            ids[:, seen:], attention_mask=mask, position_ids=place[:, seen:], past_key_values=cache, use_cache=not whole
+        )
+        cache = None if whole else out.past_key_values
+        ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+    return ids
+
+
+@pytest.mark.parametrize("path", ["masked", "compact", "graph"])
+@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
+def test_a_loop_of_the_users_own_is_pruned_like_the_librarys(make, path):
+    model = tiny_model("llama")
+    policy, options = make(model), {"gate": ONE, "max_new_tokens": 6, "eos_token_id": None}
+    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, path="masked", **options)
+    own = generate(model, tiny_tokenizer(), PROMPTS, policy, path=path, custom_generate=own_loop, **options)
+    assert own.tokens.equal(truth.tokens)
+    assert all(a.equal(b) for a, b in zip(own.keep, truth.keep, strict=True))
+    assert not own.tokens.equal(generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=6, eos_token_id=None).tokens)
+
+
+@pytest.mark.parametrize(("how", "times"), [({"whole": True}, 4), ({"past": True}, 0)])
+def test_a_loop_in_which_nothing_would_be_pruned_is_refused(how, times):
+    model = tiny_model("llama")
+    loop = functools.partial(own_loop, **how)
+    with pytest.raises(MicrogliaError, match=f"custom_generate read a whole text {times} times, but a prompt is read"):
+        generate(
+            model, tiny_tokenizer(), PROMPTS, uneven_policy(model), path="masked", custom_generate=loop,
+            max_new_tokens=4, eos_token_id=None,
+        )  # fmt: skip
+
+
+def test_a_model_that_is_configured_without_a_cache_is_pruned_all_the_same():
+    model = tiny_model("llama")
+    policy = uneven_policy(model)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH)
+    model.generation_config.use_cache = model.config.use_cache = False
+    assert generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH).tokens.equal(truth.tokens)
+
+
+class Meanwhile:
+    """A streamer that, at the first new token, lets another thread try to generate on the same model."""
+
+    def __init__(self, work):
+        self.work, self.calls, self.found = work, 0, None
+
+    def put(self, value):
+        self.calls += 1
+        if self.calls == 2:
+            thread = threading.Thread(target=self.other)
+            thread.start()
+            thread.join()
+
+    def other(self):
+        try:
+            self.found = self.work().tokens
+        except MicrogliaError as error:
+            self.found = str(error)
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("theirs", ["dense", "compact", "graph"])
+@pytest.mark.parametrize("ours", ["dense", "compact", "graph"])
+def test_two_threads_get_right_answers_or_an_error_and_never_mixed_ones(ours, theirs):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    policy, decoder = uneven_policy(model), GraphDecoder(model)
+
+    def write(path, prompts, **options):
+        pruned = None if path == "dense" else policy
+        path = "masked" if path == "dense" else path
+        return generate(model, tokenizer, prompts, pruned, gate=ONE, path=path, decoder=decoder, **LENGTH, **options)
+
+    truth, other = write(ours, PROMPTS[:1]).tokens, write(theirs, PROMPTS[1:2]).tokens
+    streamer = Meanwhile(lambda: write(theirs, PROMPTS[1:2]))
+    assert write(ours, PROMPTS[:1], streamer=streamer).tokens.equal(truth)
+    if ours == theirs == "dense":
+        assert streamer.found.equal(other)
+    else:
+        assert "here or in another thread" in streamer.found
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -143,6 +239,8 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads the prompt in parts or with guesses"),
         ({"prefill_chunk_size": 3}, "prefill_chunk_size reads the prompt in parts or with guesses"),
         ({"use_cache": False}, "use_cache=False reads the prompt again for every token"),
+        ({"generation_config": GenerationConfig(use_cache=False)}, "use_cache=False reads the prompt again"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=3)}, "prompt_lookup_num_tokens reads"),
     ],
 )
 def test_options_that_leave_nothing_to_decide_on_are_refused(options, sentence):
