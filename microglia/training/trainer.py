@@ -8,16 +8,17 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from microglia import processes
 from microglia.errors import MicrogliaError
 from microglia.training.config import TrainingConfig
+from microglia.training.order import ORDER, Order, Ordered
 from microglia.training.saved import WEIGHTS, load_trained, readable, seal
 from microglia.training.schedule import scheduled
 from microglia.training.trained import Moment, Trained
@@ -59,6 +60,7 @@ class PruningTrainer(Trainer):
         self.config = config
         self.curriculum = Curriculum(config)
         self.add_callback(self.curriculum)
+        self._order = Order()
         self._gates = ExitStack()  # what must hold until the backward pass is over
         self._sums: dict[str, list[float]] = defaultdict(list)
 
@@ -117,6 +119,10 @@ class PruningTrainer(Trainer):
 
     # --- several processes --------------------------------------------------------------------------------------------
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        return None if sampler is None else Ordered(sampler, self._order)
+
     def get_train_dataloader(self) -> DataLoader:
         return _whole_batches(super().get_train_dataloader())
 
@@ -153,9 +159,14 @@ class PruningTrainer(Trainer):
         folder.mkdir(parents=True, exist_ok=True)
         trained: Trained = self.accelerator.unwrap_model(self.model)
         save_file(trained.trained_state(), folder / WEIGHTS)
+        if self._order.start is not None:
+            save_file({"start": self._order.start}, folder / ORDER)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint))
+        with readable(resume_from_checkpoint):
+            path = Path(resume_from_checkpoint) / ORDER  # which runs that older versions started have not
+            self._order.again = load_file(path)["start"] if path.is_file() else None
 
     def _load_best_model(self) -> None:
         if self.state.best_model_checkpoint:
@@ -168,6 +179,7 @@ class PruningTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
+        self._order.again = None  # called before the first batch of an epoch, or after it when one is gone on with
         with readable(checkpoint or ""):
             super()._load_rng_state(checkpoint)
 

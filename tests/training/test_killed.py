@@ -17,7 +17,8 @@ from microglia.training import TrainingConfig
 from microglia.training.loop import TOLD
 
 TRIALS = int(os.environ.get("MICROGLIA_KILLS", "2"))
-CONFIG = TrainingConfig(max_steps=8, batch_size=4, limit=24, eval_limit=4, save_steps=1, warmup_steps=0)
+# Four epochs of two steps: a run is resumed at every place of an epoch.
+CONFIG = TrainingConfig(max_steps=8, batch_size=4, limit=8, eval_limit=4, save_steps=1, warmup_steps=0)
 RESULT = "result.safetensors"
 PATIENCE = 600  # seconds; a slow machine is no failure
 

@@ -1,6 +1,8 @@
 """Whole runs on a tiny model: they learn, resume exactly, stop with a sentence, and lose nothing."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -67,6 +69,25 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
     assert list((tmp_path / "cut" / "agents").glob("checkpoint-*"))
     resumed = tiny_run(tmp_path / "cut", SHORT, resume=True)[1].policy
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("step", range(1, 7))
+def test_a_run_is_resumed_exactly_at_any_step_of_any_epoch(tmp_path, step):
+    """Three epochs of two steps, whose examples come in another order each time."""
+    config = replace(SHORT, limit=8, save_steps=1)
+    whole = tiny_run(tmp_path / "whole", config)[1].policy
+    last = f"agents/checkpoint-{step}/sha256.json"
+
+    def interrupt(*_):
+        if (tmp_path / "cut" / last).exists():
+            raise KeyboardInterrupt
+
+    model = tiny_model("llama", vocab_size=len(character_tokenizer()), max_position_embeddings=2048)
+    handle = model.model.layers[0].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt) if step < 6 else nullcontext():
+        tiny_run(tmp_path / "cut", config, model=model)
+    handle.remove()
+    assert same(whole, tiny_run(tmp_path / "cut", config, resume=True)[1].policy)
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": 8}, {"max_steps": 40, "eval_steps": 2, "patience": 1}])
