@@ -1,7 +1,7 @@
 """The order of an epoch's examples, which a run that goes on in the middle of that epoch must find again.
 
-transformers draws it from the process's random numbers when the epoch begins, and saves with each checkpoint their state
-as it is then only: gone on with from there, an epoch would go through its examples in another order.
+transformers draws it from the process's random numbers when the epoch begins, but what it saves with a checkpoint is
+where they stand later: gone on with from there, an epoch would go through its examples in another order.
 """
 
 from collections.abc import Iterator
