@@ -26,8 +26,8 @@ from microglia.evaluation.run import Evaluation
 from microglia.evaluation.significance import wilson_ci
 from microglia.gate import Gate, threshold_for
 from microglia.ledger import Ledger
-from microglia.pair import UNSURE, trained_twin
-from microglia.policy import AgentPolicy
+from microglia.pair import UNSURE, train_policy
+from microglia.policy import AgentPolicy, StaticPolicy
 from microglia.sites import find_sites
 from microglia.training import TrainingConfig, train
 from microglia.training.held_out import answer_losses
@@ -190,7 +190,8 @@ def _start(
     def work() -> list[list[float]]:
         folder = ground.folder / f"twin-{seed}"
         told = _told(progress, "static twin", steps)
-        twin = trained_twin(ground.bench, config, folder, bucket=base.bucket, data_dir=ground.data_dir, on_log=told)
+        twin = StaticPolicy.all_kept([site.geometry for site in find_sites(ground.bench.model)])
+        train_policy(ground.bench, twin, config, folder, bucket=base.bucket, data_dir=ground.data_dir, on_log=told)
         return [x.tolist() for x in twin.logits]
 
     key = {"twin": json.loads(json.dumps(asdict(config))), "bucket": base.bucket}

@@ -1,42 +1,30 @@
 """The main job on real problems in ten minutes: agents, their static twin and random masks on the embedded reasoner."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from microglia.benchmark import Plan, benchmark, text_subject
-from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
+from microglia.checkpoint import check_writable
+from microglia.evaluation.bench import Bench
 from microglia.evaluation.run import Evaluation, evaluate, follows_difficulty, paired
 from microglia.gate import Gate, threshold_for
-from microglia.generation import prompt_logits
 from microglia.look import Look
 from microglia.models import REASONER, load_model
-from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.pair import PairRecipe, save, train_pair
+from microglia.policy import Policy, StaticPolicy
 from microglia.sites import find_sites
 from microglia.tasks import get_task
-from microglia.tasks.prompts import render_prompt
-from microglia.training import TrainingConfig, train
+from microglia.training import TrainingConfig
 
 RANDOM_MASKS = 2  # each answers its share of the problems; they hardly ever stop by themselves, which takes long
 KEEP_RATIO = 0.75  # the dial: of all heads and problems, so many are kept
 SCARCE = 0.6  # and once more where heads are scarce, agents against twin
 DIAL_PROMPTS = 200  # validation problems on which the dial is set
 TWIN_LEARNING_RATE = 0.1  # of a free logit per head; an MLP's would leave it where it began
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Two stages of the same loss: first the static twin alone; then the agents, which start from the twin's logits and
-    so learn only what the input adds, and beside them, for the same number of steps, the twin again."""
-
-    first: TrainingConfig
-    second: TrainingConfig
 
 
 FIRST = TrainingConfig(
@@ -48,13 +36,13 @@ FIRST = TrainingConfig(
     ramp=0.7,
     save_steps=10_000,
 )
-RECIPE = Recipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0), seed=1))
+RECIPE = PairRecipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0)))
 
 
 def demo(
     output_dir: Path | str = "runs/demo",
     *,
-    recipe: Recipe = RECIPE,
+    recipe: PairRecipe = RECIPE,
     problems: int = 500,
     batch_size: int = 100,
     max_new_tokens: int = 144,
@@ -68,36 +56,19 @@ def demo(
     summary."""
     started, folder = time.monotonic(), Path(output_dir)
     check_writable(folder)
-    torch.manual_seed(seed)
     model, tokenizer = load_model(REASONER)
     task, look, gate = get_task("arithmetic"), Look(), Gate()
     geometries = [site.geometry for site in find_sites(model)]
-
-    def train_policy(policy: Policy, config: TrainingConfig, name: str) -> list[dict[str, Any]]:
-        tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
-        run = folder / "training" / name.replace(" ", "-")
-        shutil.rmtree(run, ignore_errors=True)  # the demo's own; it always starts anew
-        return train(model, tokenizer, task, policy, config, output_dir=run, look=look, quiet=quiet).history
-
-    twin = StaticPolicy.all_kept(geometries)
-    train_policy(twin, recipe.first, "static twin")
-    agents = AgentPolicy(geometries)
-    agents.start_from(list(twin.logits), limit=1.0)
-    history = train_policy(agents, recipe.second, "agents")
-    train_policy(twin, replace(recipe.second, learning_rate=TWIN_LEARNING_RATE / 2), "static twin, on")
-
-    held_out = task.load("validation", limit=DIAL_PROMPTS, seed=seed)
-    prompts = [render_prompt(tokenizer, example.question, task.template) for example in held_out]
+    dial = Bench(model, tokenizer, task, task.load("validation", limit=DIAL_PROMPTS, seed=seed), look=look)
+    pair = train_pair(dial, recipe, seed, folder / "training", tell=tell, quiet=quiet)
+    agents = pair.agents
 
     def at(policy: Policy, target: float) -> Gate:
         """The gate that keeps so many heads of the validation problems, or a few more."""
-        return replace(gate, threshold=threshold_for(logits(policy), geometries, target))
-
-    def logits(policy: Policy) -> list[torch.Tensor]:
-        return prompt_logits(model, tokenizer, prompts, policy, look=look)
+        return replace(gate, threshold=threshold_for(dial.logits(policy), geometries, target))
 
     masks = [StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)]
-    policies: dict[str, Policy] = {"pruned": agents, "static": twin}
+    policies: dict[str, Policy] = {"pruned": agents, "static": pair.twin}
     policies |= {f"random {i + 1}": mask for i, mask in enumerate(masks)}
     variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, gate)}
     variants |= {name: (policy, at(policy, KEEP_RATIO)) for name, policy in policies.items()}
@@ -122,7 +93,7 @@ def demo(
     tell("measuring time and memory")
     plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
     pruning = variants["pruned"][1]
-    subject = text_subject(agents, lambda _: pruning, tokenizer, [prompt + "\n" for prompt in prompts], look=look)
+    subject = text_subject(agents, lambda _: pruning, tokenizer, [prompt + "\n" for prompt in dial.prompts], look=look)
     measured = benchmark(model, subject, plan, {"model": REASONER, "seed": seed})
     parameters = sum(p.numel() for p in agents.parameters())
     summary = summarise(runs) | {
@@ -135,21 +106,11 @@ def demo(
         "circumstances": measured.circumstances,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "history.json").write_text(json.dumps(history, indent=2) + "\n")
+    (folder / "history.json").write_text(json.dumps(pair.history, indent=2) + "\n")
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
+    training = {"dataset": task.name, "config": asdict(recipe.of_seed(seed).second)}
     for name, which in {"checkpoint": "pruned", "static-twin": "static"}.items():
-        config = MicrogliaConfig.describing(
-            model,
-            policies[which],
-            base_model=REASONER,
-            gate=variants[which][1],
-            look=look,
-            fill="zero",
-            scope="answer",
-            template=task.template,
-            training={"dataset": task.name, "config": asdict(recipe.second)},
-        )
-        Checkpoint(policies[which], config, logits(policies[which])).save_pretrained(folder / name)
+        save(dial, policies[which], folder / name, variants[which][1], base_model=REASONER, training=training)
     return summary
 
 

@@ -1,8 +1,7 @@
 """Agents and their static twin, trained side by side: the same loss, steps and examples, with and without input.
 
 First the twin alone; then the agents, which start from the twin's logits and so learn only what the input adds, and
-beside them, for as many steps, the twin again. Seed 0 is what `microglia demo` trains, but for the agents' first
-weights.
+beside them, for as many steps, the twin again. What the agents have over the twin is what looking at the prompt adds.
 """
 
 import json
@@ -26,6 +25,7 @@ UNSURE = 1.0  # agents start from the twin's logits clipped to ± this: a gate t
 AGENTS, TWIN, WORK = "agents", "static-twin", "training"
 
 OnLog = Callable[[dict[str, Any]], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,29 @@ class PairRecipe:
         return PairRecipe(replace(self.first, seed=2 * seed), replace(self.second, seed=2 * seed + 1))
 
 
-def trained_twin(
+@dataclass(frozen=True)
+class Pair:
+    """Agents and their twin. `history` holds what training the agents logged; empty when they came from a folder."""
+
+    agents: Policy
+    twin: Policy
+    history: list[dict[str, Any]]
+
+
+def train_policy(
     bench: Bench,
+    policy: Policy,
     config: TrainingConfig,
     folder: Path,
     *,
     bucket: int | None = None,
     data_dir: Path | None = None,
-    twin: StaticPolicy | None = None,
     on_log: OnLog | None = None,
-) -> StaticPolicy:
-    """One free logit per head, trained on the bench's task; `twin` goes on from where it is. `folder` is emptied."""
+    quiet: bool = True,
+) -> list[dict[str, Any]]:
+    """Train `policy` in place on the bench's task and return the history. `folder` is for the work; it goes."""
     shutil.rmtree(folder, ignore_errors=True)
-    policy = twin or StaticPolicy.all_kept([site.geometry for site in find_sites(bench.model)])
-    train(
+    result = train(
         bench.model,
         bench.tokenizer,
         bench.task,
@@ -63,11 +72,32 @@ def trained_twin(
         look=bench.look,
         bucket=bucket,
         data_dir=data_dir,
-        quiet=True,
+        quiet=quiet,
         on_log=on_log,
     )
     shutil.rmtree(folder, ignore_errors=True)
-    return policy
+    return result.history
+
+
+def train_pair(
+    bench: Bench, recipe: PairRecipe, seed: int, folder: Path, *, tell: Tell | None = None, **how: Any
+) -> Pair:
+    """Train agents and twin of a seed. `tell` hears of each stage; `how` goes to `train_policy`."""
+    recipe, geometries = recipe.of_seed(seed), [site.geometry for site in find_sites(bench.model)]
+
+    def trained(name: str, policy: Policy, config: TrainingConfig) -> list[dict[str, Any]]:
+        if tell:
+            tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
+        return train_policy(bench, policy, config, folder, **how)
+
+    twin = StaticPolicy.all_kept(geometries)
+    trained("static twin", twin, recipe.first)
+    torch.manual_seed(seed)
+    agents = AgentPolicy(geometries)
+    agents.start_from(list(twin.logits), limit=UNSURE)
+    history = trained("agents", agents, recipe.second)
+    trained("static twin, on", twin, replace(recipe.second, learning_rate=recipe.first.learning_rate / 2))
+    return Pair(agents.eval(), twin.eval(), history)
 
 
 def trained_pair(
@@ -80,53 +110,38 @@ def trained_pair(
     bucket: int | None = None,
     data_dir: Path | None = None,
     on_log: OnLog | None = None,
-) -> tuple[Policy, Policy]:
+) -> Pair:
     """Agents and twin of a seed, kept as two checkpoints in `folder` and taken from there when they are there.
 
     bench: whose task is trained on, and whose examples the checkpoints' dial is set on.
     """
-    recipe = recipe.of_seed(seed)
-    told = {"dataset": bench.task.name, "first": asdict(recipe.first), "config": asdict(recipe.second)}
+    own = recipe.of_seed(seed)
+    told = {"dataset": bench.task.name, "first": asdict(own.first), "config": asdict(own.second)}
     found = [_saved(folder / name, bench, told) for name in (AGENTS, TWIN)]
     if found[0] is not None and found[1] is not None:
-        return found[0], found[1]
+        return Pair(found[0], found[1], [])
+    pair = train_pair(bench, recipe, seed, folder / WORK, bucket=bucket, data_dir=data_dir, on_log=on_log)
+    for name, policy in {AGENTS: pair.agents, TWIN: pair.twin}.items():
+        save(bench, policy, folder / name, Gate(bucket=bucket), base_model=base_model, training=told)
+    return pair
 
-    def twin_after(config: TrainingConfig, twin: StaticPolicy | None) -> StaticPolicy:
-        return trained_twin(bench, config, folder / WORK, bucket=bucket, data_dir=data_dir, twin=twin, on_log=on_log)
 
-    twin = twin_after(recipe.first, None)
-    torch.manual_seed(seed)
-    agents = AgentPolicy([site.geometry for site in find_sites(bench.model)])
-    agents.start_from(list(twin.logits), limit=UNSURE)
-    shutil.rmtree(folder / WORK, ignore_errors=True)
-    train(
+def save(
+    bench: Bench, policy: Policy, folder: Path, gate: Gate, *, base_model: str | None, training: dict[str, Any]
+) -> None:
+    """Write a checkpoint of `policy` whose dial is set on the bench's examples."""
+    config = MicrogliaConfig.describing(
         bench.model,
-        bench.tokenizer,
-        bench.task,
-        agents,
-        recipe.second,
-        output_dir=folder / WORK,
+        policy,
+        base_model=base_model,
+        gate=gate,
         look=bench.look,
-        bucket=bucket,
-        data_dir=data_dir,
-        quiet=True,
-        on_log=on_log,
+        fill=bench.fill,
+        scope=bench.scope,
+        template=bench.task.template,
+        training=training,
     )
-    twin = twin_after(replace(recipe.second, learning_rate=recipe.first.learning_rate / 2), twin)
-    for name, policy in {AGENTS: agents, TWIN: twin}.items():
-        config = MicrogliaConfig.describing(
-            bench.model,
-            policy,
-            base_model=base_model,
-            gate=Gate(bucket=bucket),
-            look=bench.look,
-            fill=bench.fill,
-            scope=bench.scope,
-            template=bench.task.template,
-            training=told,
-        )
-        Checkpoint(policy, config, bench.logits(policy)).save_pretrained(folder / name)
-    return agents.eval(), twin.eval()
+    Checkpoint(policy, config, bench.logits(policy)).save_pretrained(folder)
 
 
 def _saved(folder: Path, bench: Bench, told: dict[str, Any]) -> Policy | None:

@@ -131,17 +131,17 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
     import microglia.ablation
 
     real, twins, starts = microglia.ablation.train, [], []
-    real_twin, real_start = microglia.ablation.trained_twin, AgentPolicy.start_from
+    real_twin, real_start = microglia.ablation.train_policy, AgentPolicy.start_from
 
     def counted_twin(*args, **options):
-        twins.append(args[1].max_steps)
+        twins.append(args[2].max_steps)
         return real_twin(*args, **options)
 
     def watched_start(policy, logits, **options):
         starts.append(torch.stack(list(logits)))
         return real_start(policy, logits, **options)
 
-    monkeypatch.setattr(microglia.ablation, "trained_twin", counted_twin)
+    monkeypatch.setattr(microglia.ablation, "train_policy", counted_twin)
     monkeypatch.setattr(AgentPolicy, "start_from", watched_start)
     monkeypatch.setattr("microglia.ablation.train", counted)
     stopped = CliRunner().invoke(app, command)

@@ -7,7 +7,8 @@ import pytest
 
 from microglia.benchmark import Plan
 from microglia.cli.demo import adds, comparison, picture, verdict
-from microglia.demo import RECIPE, Recipe, demo
+from microglia.demo import RECIPE, demo
+from microglia.pair import PairRecipe
 from microglia.system import MicrogliaPruningSystem
 
 pytestmark = pytest.mark.slow
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.slow
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     small = {"max_steps": 3, "batch_size": 4, "limit": 32, "eval_limit": 4}
-    recipe = Recipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
+    recipe = PairRecipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("microglia.demo.DIAL_PROMPTS", 24)

@@ -35,7 +35,7 @@ def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> 
         return real(model, tokenizer, task, policy, config, **options)
 
     monkeypatch.setattr(microglia.pair, "train", watched)
-    agents, twin = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
+    pair = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
     kinds, configs, starts = zip(*runs, strict=True)
     assert kinds == ("StaticPolicy", "AgentPolicy", "StaticPolicy")
     assert [config.seed for config in configs] == [6, 7, 7]
@@ -44,15 +44,16 @@ def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> 
     assert torch.stack(starts[1]).equal(starts[2][0].clamp(-1, 1))  # from the twin's logits, clipped
     assert not (tmp_path / "3" / WORK).exists()
 
-    again, again_twin = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
+    again = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
     assert len(runs) == 3
-    assert (again.fingerprint(), again_twin.fingerprint()) == (agents.fingerprint(), twin.fingerprint())
+    assert again.agents.fingerprint() == pair.agents.fingerprint()
+    assert again.twin.fingerprint() == pair.twin.fingerprint()
     assert {Checkpoint.from_pretrained(tmp_path / "3" / n).config.policy for n in (AGENTS, TWIN)} == {
         "agents",
         "static",
     }
-    other, _ = trained_pair(bench, RECIPE, 4, tmp_path / "4", base_model="tiny")
-    assert other.fingerprint() != agents.fingerprint()
+    other = trained_pair(bench, RECIPE, 4, tmp_path / "4", base_model="tiny")
+    assert other.agents.fingerprint() != pair.agents.fingerprint()
 
 
 def test_a_pair_of_another_recipe_is_refused(bench, tmp_path) -> None:

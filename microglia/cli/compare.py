@@ -182,7 +182,7 @@ def pairs(
         raise Interrupted(
             f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
         ) from None
-    return [agents for agents, _ in made], [twin for _, twin in made]
+    return [pair.agents for pair in made], [pair.twin for pair in made]
 
 
 def _steps(update: Any, most: int, row: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from microglia.attach import gated
 from microglia.cli.main import app
 from microglia.compare.contenders import parsed, twin_recipe
 from microglia.compare.run import DENSE
-from microglia.demo import Recipe
 from microglia.evaluation.bench import Bench
+from microglia.pair import PairRecipe
 from microglia.record import read_records
 from microglia.sites import find_sites
 from microglia.system import MicrogliaPruningSystem
@@ -140,7 +140,7 @@ def test_a_score_that_no_seed_changes_is_measured_once(folder, made, tmp_path, m
 
 def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) -> None:
     short = TrainingConfig(max_steps=1, limit=4, batch_size=2, eval_limit=2, keep_ratio=0.6)
-    monkeypatch.setattr("microglia.demo.RECIPE", Recipe(short, short))
+    monkeypatch.setattr("microglia.demo.RECIPE", PairRecipe(short, short))
     model = folder.parent / "model"
     flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--seeds", "0,1", "--json", "--answer-room", 1.25]
     command = ["--train-pairs", "--model", model, "--output-dir", tmp_path, *flags]
