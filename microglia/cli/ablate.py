@@ -172,24 +172,22 @@ def views(data: dict[str, Any]) -> list[Any]:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
     table.add_column("")  # long names fold, so that the figures of a line fit 80 columns
     own = "own_accuracy" in data["rows"][0]
-    rest = ("own\nkept", "own\nright") if own else ("to base", "95 %")  # both do not fit 80 columns
+    rest = ("own\nkept", "own\nright") if own else ("to base",)  # both do not fit 80 columns
     for name in ("right", "to base", "95 %", "p", "loss", *rest):
         table.add_column(name, justify="right", no_wrap=True)
     for row in data["rows"]:
-        difference, loss = ["", "", ""], ["", ""]
+        difference, loss = ["", "", ""], ""
         if row.get("diff") is not None:
             low, high = row["diff_ci95"]
             ends = "" if low is None else f"{100 * low:+.1f} {100 * high:+.1f}"
             difference = [f"{100 * row['diff']:+.1f}", ends, f"{row['p_holm']:.2g}"]
-            low, high = row["loss_diff_ci95"]
-            ends = "" if low is None else f"{1000 * low:+.2g} {1000 * high:+.2g}"
-            loss = [f"{1000 * row['loss_diff']:+.2g}", ends]
+            loss = f"{1000 * row['loss_diff']:+.2g}"
         table.add_row(
             row["variant"],
             f"{row['accuracy']:.1%}",
             *difference,
             f"{1000 * row['loss']:.3g}",
-            *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else loss),
+            *((f"{row['own_keep_ratio']:.1%}", f"{row['own_accuracy']:.1%}") if own else (loss,)),
         )
     how = " Own: at the keep ratio that the training itself led to." if own else ""
     return [

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 SPLITS = ("train", "validation", "test")
 MAX_STEPS = 8
+STEPS = tuple(range(1, MAX_STEPS + 1))
 
 NAMES = {
     "he": "Tom Ben Sam Max Leo Omar Ravi Hugo Ivan Paul".split(),
@@ -323,8 +324,6 @@ FAMILIES: dict[str, Callable[[random.Random, int], tuple[list[str], str, _Chain]
     "percentages": _percentages,
     "bare": _bare,
 }
-
-
 MOST_STEPS = {"intermediate": len(DAYS) - 1, "bare": 1}  # the others reach MAX_STEPS
 
 
@@ -354,19 +353,17 @@ def split_of(answer: str) -> str:
     return "train" if slot < 8 else "validation" if slot == 8 else "test"
 
 
-def draw(
-    rng: random.Random, steps: int, family: str | None = None, *, among: Sequence[str] = tuple(FAMILIES)
-) -> Problem:
-    """One problem with exactly `steps` worked steps from `family`, or from one `among` several that allows so many.
+def draw(rng: random.Random, steps: int, families: Sequence[str] = tuple(FAMILIES)) -> Problem:
+    """One problem with exactly `steps` worked steps from one of `families`; one that stands twice, twice as often.
 
-    Raises ValueError for an unknown family or one that has no problems of so many steps.
+    Raises ValueError for an unknown family, or when none of them has problems of so many steps.
     """
-    if family is not None and family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}; choose one of {', '.join(FAMILIES)}")
-    if family is not None and not 1 <= steps <= (most := MOST_STEPS.get(family, MAX_STEPS)):
-        raise ValueError(f"family {family!r} has problems of 1 to {most} steps, not {steps}; change one of them")
+    if unknown := {*families} - {*FAMILIES}:
+        raise ValueError(f"unknown families {sorted(unknown)}; choose among {', '.join(FAMILIES)}")
+    if not 1 <= steps <= (most := max((MOST_STEPS.get(name, MAX_STEPS) for name in families), default=0)):
+        raise ValueError(f"families {[*families]} have problems of 1 to {most} steps, not {steps}; change one of them")
     while True:
-        name = family or rng.choice(among)
+        name = rng.choice(families)
         try:
             told, asked, chain = FAMILIES[name](rng, steps)
         except DeadEnd:
@@ -379,17 +376,11 @@ def draw(
 
 
 def problems(
-    split: str,
-    count: int,
-    *,
-    seed: int = 0,
-    steps: tuple[int, ...] = tuple(range(1, MAX_STEPS + 1)),
-    families: tuple[str, ...] = tuple(FAMILIES),
+    split: str, count: int, *, seed: int = 0, steps: Sequence[int] = STEPS, families: Sequence[str] = tuple(FAMILIES)
 ) -> Iterator[Problem]:
-    """`count` different problems of a split, steps and families drawn evenly; one that stands twice, twice as often.
+    """`count` different problems of a split, steps and families drawn evenly; the same for the same arguments.
 
-    The same arguments give the same problems. Raises ValueError for an unknown split or family, or a number of steps
-    outside 1 to 8.
+    Raises ValueError for an unknown split, a number of steps outside 1 to 8, and where `draw` does.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
@@ -397,16 +388,12 @@ def problems(
         raise ValueError(f"steps is empty; choose at least one number in 1 to {MAX_STEPS}")
     if bad := [s for s in steps if not 1 <= s <= MAX_STEPS]:
         raise ValueError(f"steps {bad} are outside 1 to {MAX_STEPS}; choose steps in that range")
-    if unknown := [name for name in families if name not in FAMILIES]:
-        raise ValueError(f"unknown families {unknown}; choose among {', '.join(FAMILIES)}")
-    if not any(MOST_STEPS.get(name, MAX_STEPS) >= max(steps) for name in families):
-        raise ValueError(f"none of the families {families} has problems of {max(steps)} steps; add one that has")
     rng = random.Random(f"{split}/{seed}")
     seen: set[str] = set()
     while len(seen) < count:
         wanted = steps[len(seen) % len(steps)]
-        problem = draw(rng, wanted, among=families)
+        problem = draw(rng, wanted, families)
         while problem.question in seen or split_of(problem.answer) != split:
-            problem = draw(rng, wanted, among=families)
+            problem = draw(rng, wanted, families)
         seen.add(problem.question)
         yield problem

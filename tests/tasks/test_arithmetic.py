@@ -133,16 +133,24 @@ def test_what_makes_no_sense_is_refused() -> None:
         next(problems("test", 1, steps=(9,)))
     with pytest.raises(ValueError, match="steps is empty"):
         next(problems("test", 1, steps=()))
-    with pytest.raises(ValueError, match="unknown family 'poetry'"):
-        draw(random.Random(0), 1, "poetry")
+    with pytest.raises(ValueError, match=r"unknown families \['poetry'\]"):
+        draw(random.Random(0), 1, ("poetry", "change"))
+    with pytest.raises(ValueError, match=r"families \['bare'\] have problems of 1 to 1 steps, not 2"):
+        next(problems("test", 1, steps=(2,), families=("bare",)))
+
+
+def test_a_family_that_stands_twice_is_drawn_twice_as_often() -> None:
+    found = [p.family for p in problems("train", 600, steps=(3,), families=("change", "rates", "rates"))]
+    assert set(found) == {"change", "rates"}
+    assert 340 < found.count("rates") < 460  # 400 expected, standard deviation 12
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("steps", range(1, MAX_STEPS + 1))
 def test_a_family_draws_so_many_steps_or_says_that_it_cannot(family: str, steps: int) -> None:
     if steps <= MOST_STEPS.get(family, MAX_STEPS):
-        problem = draw(random.Random(0), steps, family)
+        problem = draw(random.Random(0), steps, (family,))
         assert (problem.family, problem.steps) == (family, steps)
     else:
-        with pytest.raises(ValueError, match=f"family '{family}' has problems of 1 to {MOST_STEPS[family]} steps, not"):
-            draw(random.Random(0), steps, family)
+        with pytest.raises(ValueError, match=f"have problems of 1 to {MOST_STEPS[family]} steps, not"):
+            draw(random.Random(0), steps, (family,))
