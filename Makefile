@@ -93,12 +93,12 @@ $(LOWEST): pyproject.toml constraints.txt scripts/lowest_versions.py
 	@rm -rf build/lowest
 	@"$(PYTHON)" -m venv build/lowest
 	@$(BIN)/python scripts/lowest_versions.py > build/lowest/constraints.txt
-	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e ".[serve]" pytest hypothesis openai httpx2 jsonschema
+	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e ".[serve]" pytest pytest-xdist hypothesis openai httpx2 jsonschema
 	@touch $@
 
 lowest: setup $(LOWEST) ## test the core with the lowest versions that pyproject.toml allows
 	@echo "lowest: pytest -q $(CORE)"
-	@OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q -m "not slow" $(CORE) $(ARGS)
+	@OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q -m "not slow" $(SPREAD) $(CORE) $(ARGS)
 
 clean: ## remove .venv, caches and build products; runs and checkpoints stay
 	@echo "clean: removing .venv, caches and build products"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 AS_PINNED = {"torch"}
-TOOLS = {"pytest", "hypothesis", "openai", "httpx2", "jsonschema"}
+TOOLS = {"pytest", "pytest-xdist", "hypothesis", "openai", "httpx2", "jsonschema"}
 
 
 def lowest() -> list[str]:
