@@ -22,7 +22,7 @@ from microglia.training import TrainingConfig
 
 RANDOM_MASKS = 2  # each answers its share of the problems; they hardly ever stop by themselves, which takes long
 KEEP_RATIO = 0.75  # the dial: of all heads and problems, so many are kept
-SCARCE = 0.6  # and once more where heads are scarce, agents against twin
+SCARCE = 0.5  # and once more where heads are scarce, agents against twin
 DIAL_PROMPTS = 200  # validation problems on which the dial is set
 TWIN_LEARNING_RATE = 0.1  # of a free logit per head; an MLP's would leave it where it began
 
@@ -32,11 +32,12 @@ FIRST = TrainingConfig(
     batch_size=32,
     limit=3200,
     learning_rate=TWIN_LEARNING_RATE,
-    keep_ratio=0.6,
+    keep_ratio=0.5,
     ramp=0.7,
     save_steps=10_000,
 )
-RECIPE = PairRecipe(FIRST, replace(FIRST, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0)))
+SECOND = replace(FIRST, max_steps=200, limit=6400, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0))
+RECIPE = PairRecipe(FIRST, SECOND)
 
 
 def demo(
