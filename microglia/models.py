@@ -118,7 +118,7 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         found: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
         names = [*found.vocab_files_names.values()]
-        # transformers 5.2 makes up a tokenizer without a vocabulary where others raise.
+        # Older transformers 5 make up a tokenizer without a vocabulary where others raise.
         if names and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
             raise ValueError(f"there is no {' or '.join(names)}")
         return found

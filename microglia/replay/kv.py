@@ -111,6 +111,8 @@ class StaticKV(CacheLayerMixin):
         assert self.keys is not None
         return self.keys.shape[2]
 
+    get_max_cache_shape = get_max_length  # as transformers before 5.16 calls it
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: rows of a captured cache have their places."""
         raise MicrogliaError("beams move the rows of the cache, which is captured; use path='compact' for beam search")
