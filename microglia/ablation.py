@@ -27,7 +27,7 @@ from microglia.evaluation.significance import wilson_ci
 from microglia.gate import Gate, threshold_for
 from microglia.ledger import Ledger
 from microglia.pair import UNSURE, train_policy
-from microglia.policy import AgentPolicy, StaticPolicy
+from microglia.policy import TRAINED_ON_INPUT, StaticPolicy, new_agents
 from microglia.sites import find_sites
 from microglia.training import TrainingConfig, train
 from microglia.training.held_out import answer_losses
@@ -43,7 +43,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "alpha": (0.1, 0.3, 1.0),
     "beta": (0.0, 0.01, 0.1),
     "temperature": (0.5, 1.0, 2.0),
-    "hidden_dim": (32, 128, 512),
+    "policy": ("mixture", "agents"),
+    "hidden_dim": (4, 16, 64),
     "features": ("both", "norm", "entropy"),
     "fill": ("zero", "mean"),
     "bucket": (None, 1, 4),
@@ -55,19 +56,21 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 class Recipe:
     """A training and the agents that are trained.
 
+    policy, hidden_dim: which agents, as in `new_agents`.
     twin_steps: of the static twin beforehand, from whose logits the agents then start, as in the demo; 0 for none. The
     twin is trained by the base recipe, once per seed for all variants.
     """
 
     config: TrainingConfig = field(default_factory=TrainingConfig)
-    hidden_dim: int = 128
+    policy: str = "mixture"
+    hidden_dim: int | None = None
     features: str = "both"
     bucket: int | None = None
     twin_steps: int = 0
 
     def changed(self, name: str, value: Any) -> "Recipe":
         """The recipe with one thing changed. Raises ConfigError for an unknown name or a value out of range."""
-        own = ("hidden_dim", "features", "bucket", "twin_steps")
+        own = ("policy", "hidden_dim", "features", "bucket", "twin_steps")
         known = [*own, *(f.name for f in fields(TrainingConfig))]
         if name not in known:
             raise ConfigError(f"a recipe has no {name}; choose from {', '.join(known)}")
@@ -75,6 +78,8 @@ class Recipe:
         parts = value if isinstance(value, tuple) else (value,)
         if not all(part is None or isinstance(part, str) == word for part in parts):
             raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
+        if name == "policy" and value not in TRAINED_ON_INPUT:
+            raise ConfigError(f"policy={value!r} is unknown; choose {' or '.join(TRAINED_ON_INPUT)}")
         if name in own:
             return replace(self, **{name: value})
         if name == "alpha":  # which is not used where a multiplier steers to a keep ratio
@@ -138,7 +143,10 @@ def variants(
 
 
 def _resolved(recipe: Recipe, usual_bucket: int | None) -> Recipe:
-    return replace(recipe, bucket=None) if recipe.bucket == usual_bucket else recipe
+    """The recipe with what is usual written as None."""
+    recipe = replace(recipe, bucket=None) if recipe.bucket == usual_bucket else recipe
+    usual = recipe.hidden_dim == TRAINED_ON_INPUT[recipe.policy].usual_hidden_dim
+    return replace(recipe, hidden_dim=None) if usual else recipe
 
 
 def _one_at_a_time(factors: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
@@ -217,7 +225,7 @@ def _cell(
     geometries = [site.geometry for site in find_sites(model)]
     config = replace(recipe.config, seed=seed)
     torch.manual_seed(seed)
-    policy = AgentPolicy(geometries, hidden_dim=recipe.hidden_dim, features=recipe.features)
+    policy = new_agents(recipe.policy, geometries, hidden_dim=recipe.hidden_dim, features=recipe.features)
     if logits:
         policy.start_from([torch.tensor(site) for site in logits], limit=UNSURE)
     run = ground.folder / _name(recipe, seed)

@@ -17,7 +17,7 @@ from microglia.checkpoint import Checkpoint, MicrogliaConfig
 from microglia.errors import CheckpointError
 from microglia.evaluation.bench import Bench
 from microglia.gate import Gate
-from microglia.policy import AgentPolicy, Policy, StaticPolicy
+from microglia.policy import Policy, StaticPolicy, new_agents
 from microglia.sites import find_sites
 from microglia.training import TrainingConfig, train
 
@@ -30,14 +30,19 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class PairRecipe:
-    """first: of the twin alone; second: of the agents. The twin goes on at half the learning rate of the first."""
+    """first: of the twin alone; second: of the agents. The twin goes on at half the learning rate of the first.
+
+    policy, hidden_dim: which agents, as in `new_agents`.
+    """
 
     first: TrainingConfig
     second: TrainingConfig
+    policy: str = "mixture"
+    hidden_dim: int | None = None
 
     def of_seed(self, seed: int) -> "PairRecipe":
         """Both stages draw other examples and noise for every seed, and for each other."""
-        return PairRecipe(replace(self.first, seed=2 * seed), replace(self.second, seed=2 * seed + 1))
+        return replace(self, first=replace(self.first, seed=2 * seed), second=replace(self.second, seed=2 * seed + 1))
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ def train_pair(
     twin = StaticPolicy.all_kept(geometries)
     trained("static twin", twin, recipe.first)
     torch.manual_seed(seed)
-    agents = AgentPolicy(geometries)
+    agents = new_agents(recipe.policy, geometries, hidden_dim=recipe.hidden_dim)
     agents.start_from(list(twin.logits), limit=UNSURE)
     history = trained("agents", agents, recipe.second)
     trained("static twin, on", twin, replace(recipe.second, learning_rate=recipe.first.learning_rate / 2))
@@ -116,7 +121,8 @@ def trained_pair(
     bench: whose task is trained on, and whose examples the checkpoints' dial is set on.
     """
     own = recipe.of_seed(seed)
-    told = {"dataset": bench.task.name, "first": asdict(own.first), "config": asdict(own.second)}
+    told: dict[str, Any] = {"dataset": bench.task.name, "policy": recipe.policy, "hidden_dim": recipe.hidden_dim}
+    told |= {"first": asdict(own.first), "config": asdict(own.second)}
     found = [_saved(folder / name, bench, told) for name in (AGENTS, TWIN)]
     if found[0] is not None and found[1] is not None:
         return Pair(found[0], found[1], [])

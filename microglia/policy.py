@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from microglia.agent import KEEP_AT_START, MicrogliaAgent
+from microglia.agent import KEEP_AT_START, MaskMixture, MicrogliaAgent
 from microglia.errors import ConfigError
 from microglia.geometry import HeadGeometry
 from microglia.signals import SIGNALS, feature_size
@@ -39,17 +39,23 @@ class Policy(nn.Module):
 class AgentPolicy(Policy):
     """One MicrogliaAgent per site on features standardised with statistics of training prompts."""
 
-    def __init__(self, geometries: Sequence[HeadGeometry], *, hidden_dim: int = 128, features: str = "both") -> None:
+    usual_hidden_dim = 128
+
+    def __init__(
+        self, geometries: Sequence[HeadGeometry], *, hidden_dim: int | None = None, features: str = "both"
+    ) -> None:
         super().__init__()
-        self.features, self.hidden_dim = features, hidden_dim
+        self.features, self.hidden_dim = features, hidden_dim or self.usual_hidden_dim
         sizes = [feature_size(g.heads, features) for g in geometries]
         self.agents = nn.ModuleList(
-            MicrogliaAgent(heads=g.heads, features=size, hidden_dim=hidden_dim)
-            for g, size in zip(geometries, sizes, strict=True)
+            self._agent(g.heads, size, sum(sizes)) for g, size in zip(geometries, sizes, strict=True)
         )
         for index, size in enumerate(sizes):
             self.register_buffer(f"mean_{index}", torch.zeros(size))
             self.register_buffer(f"std_{index}", torch.ones(size))
+
+    def _agent(self, heads: int, own_features: int, all_features: int) -> nn.Module:
+        return MicrogliaAgent(heads=heads, features=own_features, hidden_dim=self.hidden_dim)
 
     @torch.no_grad()
     def fit_statistics(self, features: Sequence[Tensor]) -> None:
@@ -60,16 +66,52 @@ class AgentPolicy(Policy):
 
     @torch.no_grad()
     def start_from(self, logits: Sequence[Tensor], *, limit: float = float("inf")) -> None:
-        """Start every agent at these logits (H,) per site: the MLP then learns only what the input adds.
+        """Start every agent at these logits (H,) per site: it then learns only what the input adds.
 
         limit: logits are clipped to ±limit; where a gate is sure of itself, hardly any gradient passes.
         """
         for agent, values in zip(self.agents, logits, strict=True):
-            agent.network[-1].bias.copy_(values.clamp(-limit, limit))  # type: ignore[union-attr, index]
+            agent.start_from(values.clamp(-limit, limit))  # type: ignore[operator]
+
+    def standardised(self, index: int, features: Tensor) -> Tensor:
+        """Features (B, F) of site `index` as its agent wants them."""
+        mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")
+        return (features.to(mean) - mean) / std
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
-        mean, std = self.get_buffer(f"mean_{index}"), self.get_buffer(f"std_{index}")
-        return self.agents[index]((features.to(mean) - mean) / std)
+        return self.agents[index](self.standardised(index, features))
+
+
+class MixturePolicy(AgentPolicy):
+    """One MaskMixture of `hidden_dim` masks per site, which sees the features of every site before it decides."""
+
+    usual_hidden_dim = 16
+
+    def _agent(self, heads: int, own_features: int, all_features: int) -> nn.Module:
+        return MaskMixture(heads=heads, features=all_features, masks=self.hidden_dim)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        seen = torch.cat([self.standardised(index, x) for index, x in enumerate(features)], -1)
+        return [agent(seen) for agent in self.agents]
+
+    def site_logits(self, index: int, features: Tensor) -> Tensor:
+        raise ConfigError("a mixture sees every site before it decides; use scope='answer'")
+
+
+TRAINED_ON_INPUT: dict[str, type[AgentPolicy]] = {"agents": AgentPolicy, "mixture": MixturePolicy}
+
+
+def new_agents(
+    kind: str, geometries: Sequence[HeadGeometry], *, hidden_dim: int | None = None, features: str = "both"
+) -> AgentPolicy:
+    """Untrained agents of a kind: `agents` (MLPs) or `mixture`.
+
+    hidden_dim: of an MLP, or the number of masks of a mixture; None is 128 and 16.
+    Raises ConfigError for an unknown kind.
+    """
+    if kind not in TRAINED_ON_INPUT:
+        raise ConfigError(f"policy={kind!r} is unknown; choose {' or '.join(TRAINED_ON_INPUT)}")
+    return TRAINED_ON_INPUT[kind](geometries, hidden_dim=hidden_dim, features=features)
 
 
 class StaticPolicy(Policy):

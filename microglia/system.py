@@ -24,7 +24,7 @@ from microglia.generation import generate, prompt_logits
 from microglia.ledger import Ledger
 from microglia.look import Look
 from microglia.models import REASONER, load_model
-from microglia.policy import AgentPolicy, Policy
+from microglia.policy import Policy, new_agents
 from microglia.replay import GraphDecoder
 from microglia.sites import causal_lm, check_head_count, find_sites, input_device
 from microglia.tasks import Task, get_task
@@ -39,7 +39,9 @@ class MicrogliaPruningSystem:
     """A causal LM, the policy that prunes it, and how it looks, gates and fills.
 
     model: hub id, local folder, module in memory (then pass tokenizer) or `reasoner`, which ships with the package.
-    num_heads: checked against the model; None takes the model's. hidden_dim, features: of the agents.
+    num_heads: checked against the model; None takes the model's. policy: `agents` (an MLP per site) or `mixture` (masks
+        that every prompt mixes, docs/recipe.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
+    features: both, norm or entropy.
     seed: of the agents' first weights. dtype: None is float32 on a CPU and the stored type elsewhere.
     quantize: int8 or int4, weight-only, by torchao.
     """
@@ -48,8 +50,9 @@ class MicrogliaPruningSystem:
         self,
         model: str | Path | nn.Module = REASONER,
         num_heads: int | None = None,
-        hidden_dim: int = 128,
+        hidden_dim: int | None = None,
         *,
+        policy: str = "agents",
         features: str = "both",
         look: Look | None = None,
         bucket: int | None = None,
@@ -81,7 +84,7 @@ class MicrogliaPruningSystem:
         self.calibration: Sequence[Tensor] = ()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            agents = AgentPolicy([s.geometry for s in self.sites], hidden_dim=hidden_dim, features=features)
+            agents = new_agents(policy, [s.geometry for s in self.sites], hidden_dim=hidden_dim, features=features)
         self.policy: Policy = agents.to(self._device).eval()
         self._keep_ratios: list[float] = []
         self._decoder: GraphDecoder | None = None

@@ -43,6 +43,16 @@ def test_a_bucket_that_is_the_usual_one_is_no_variant() -> None:
     assert [v.name for v in variants(Recipe(bucket=1), {"bucket": (None, 2)}, usual_bucket=1)] == ["base", "bucket 2"]
 
 
+def test_a_hidden_dim_that_is_the_usual_one_is_no_variant() -> None:
+    assert [v.name for v in variants(Recipe(), {"hidden_dim": (4, 16, 128)})] == [
+        "base",
+        "hidden_dim 4",
+        "hidden_dim 128",
+    ]
+    mlp = variants(Recipe(policy="agents"), {"hidden_dim": (4, 16, 128)})
+    assert [v.name for v in mlp] == ["base", "hidden_dim 4", "hidden_dim 16"]
+
+
 def test_alpha_takes_the_place_of_a_keep_ratio() -> None:
     steered = Recipe().changed("keep_ratio", 0.6)
     found = variants(steered, {"alpha": (0.3,), "beta": (0.1,)})
@@ -56,16 +66,18 @@ def test_every_default_factor_can_be_changed() -> None:
     by_name = {v.name: v.recipe for v in found}
     assert by_name["alpha 1.0"].config.alpha == (0.01, 1.0)
     assert by_name["temperature 0.5"].config.temperature == (0.5, 0.5)
-    assert by_name["hidden_dim 32"].hidden_dim == 32
+    assert by_name["hidden_dim 4"].hidden_dim == 4
+    assert by_name["policy agents"].policy == "agents"
     assert by_name["lora joint"].config.lora == "joint"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("gamma", 1, "a recipe has no gamma; choose from hidden_dim, features, bucket"),
+        ("gamma", 1, "a recipe has no gamma; choose from policy, hidden_dim, features, bucket"),
         ("beta", "much", "beta='much' was given; it must be a number"),
         ("fill", 0, "fill=0 was given; it must be a word"),
+        ("policy", "gru", "policy='gru' is unknown; choose agents or mixture"),
         ("lora", "later", "lora='later' is unknown; choose one of"),
     ],
 )

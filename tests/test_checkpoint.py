@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.look import Look
 from microglia.models import load_model
-from microglia.policy import Policy, StaticPolicy
+from microglia.policy import MixturePolicy, Policy, StaticPolicy
 from microglia.sites import find_sites
 from microglia.training.lora import with_lora
 from tests.tiny import tiny_model
@@ -77,11 +78,12 @@ def test_every_family_comes_back_from_the_disk_the_same(family, tmp_path):
     assert torch.equal(before.tokens, after.tokens)
 
 
-def test_a_static_policy_comes_back_static(model, tmp_path):
-    policy = StaticPolicy.random([s.geometry for s in find_sites(model)], seed=3)
+@pytest.mark.parametrize("make", [partial(StaticPolicy.random, seed=3), MixturePolicy], ids=["static", "mixture"])
+def test_a_policy_comes_back_as_what_it_was(model, tmp_path, make):
+    policy = make([s.geometry for s in find_sites(model)])
     Checkpoint(policy, MicrogliaConfig.describing(model, policy)).save_pretrained(tmp_path)
     loaded = Checkpoint.from_pretrained(tmp_path)
-    assert isinstance(loaded.policy, StaticPolicy)
+    assert type(loaded.policy) is type(policy)
     assert same_state(loaded.policy, policy)
 
 

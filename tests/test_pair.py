@@ -10,6 +10,7 @@ from microglia.checkpoint import Checkpoint
 from microglia.errors import CheckpointError
 from microglia.evaluation.bench import Bench
 from microglia.pair import AGENTS, TWIN, WORK, PairRecipe, trained_pair
+from microglia.sites import find_sites
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.training import TrainingConfig
@@ -30,18 +31,19 @@ def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> 
     real, runs = microglia.pair.train, []
 
     def watched(model, tokenizer, task, policy, config, **options):
-        starts = [x.clone() for x in policy.logits] if hasattr(policy, "logits") else policy.agents[0].network[-1].bias
-        runs.append((type(policy).__name__, config, [x.detach().clone() for x in starts]))
+        geometries = [site.geometry for site in find_sites(model)]
+        starts = policy([torch.randn(1, 2 * g.heads) for g in geometries])
+        runs.append((type(policy).__name__, config, [x[0].detach().clone() for x in starts]))
         return real(model, tokenizer, task, policy, config, **options)
 
     monkeypatch.setattr(microglia.pair, "train", watched)
     pair = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
     kinds, configs, starts = zip(*runs, strict=True)
-    assert kinds == ("StaticPolicy", "AgentPolicy", "StaticPolicy")
+    assert kinds == ("StaticPolicy", "MixturePolicy", "StaticPolicy")
     assert [config.seed for config in configs] == [6, 7, 7]
     assert [config.learning_rate for config in configs] == [0.1, 1e-2, 0.05]
     assert replace(configs[1], learning_rate=1) == replace(configs[2], learning_rate=1)
-    assert torch.stack(starts[1]).equal(starts[2][0].clamp(-1, 1))  # from the twin's logits, clipped
+    torch.testing.assert_close(starts[1], [x.clamp(-1, 1) for x in starts[2]])  # from the twin's logits, clipped
     assert not (tmp_path / "3" / WORK).exists()
 
     again = trained_pair(bench, RECIPE, 3, tmp_path / "3", base_model="tiny")
@@ -49,7 +51,7 @@ def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> 
     assert again.agents.fingerprint() == pair.agents.fingerprint()
     assert again.twin.fingerprint() == pair.twin.fingerprint()
     assert {Checkpoint.from_pretrained(tmp_path / "3" / n).config.policy for n in (AGENTS, TWIN)} == {
-        "agents",
+        "mixture",
         "static",
     }
     other = trained_pair(bench, RECIPE, 4, tmp_path / "4", base_model="tiny")
@@ -58,6 +60,6 @@ def test_a_pair_is_trained_alike_and_only_once(bench, tmp_path, monkeypatch) -> 
 
 def test_a_pair_of_another_recipe_is_refused(bench, tmp_path) -> None:
     trained_pair(bench, RECIPE, 0, tmp_path / "pair", base_model="tiny")
-    longer = PairRecipe(SHORT, replace(SHORT, max_steps=3))
-    with pytest.raises(CheckpointError, match="was trained by another recipe; give another --output-dir"):
-        trained_pair(bench, longer, 0, tmp_path / "pair", base_model="tiny")
+    for other in (PairRecipe(SHORT, replace(SHORT, max_steps=3)), replace(RECIPE, policy="agents")):
+        with pytest.raises(CheckpointError, match="was trained by another recipe; give another --output-dir"):
+            trained_pair(bench, other, 0, tmp_path / "pair", base_model="tiny")

@@ -8,6 +8,7 @@ from microglia.checkpoint.config import MicrogliaConfig
 
 KINDS = {
     "agents": "input-adaptive agents",
+    "mixture": "input-adaptive agents, each mixing a few learned masks",
     "static": "one static mask for every prompt",
     "signal": "each prompt's own signal, nothing learned",
     "predictor": "one input-adaptive predictor at the first site",

@@ -14,13 +14,13 @@ from microglia.gate import Gate
 from microglia.geometry import HeadGeometry
 from microglia.look import Look
 from microglia.models import REASONER, reasoner_path
-from microglia.policy import AgentPolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
+from microglia.policy import TRAINED_ON_INPUT, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
 from microglia.signals import feature_size
 from microglia.sites import causal_lm, find_sites
 
 FORMAT_VERSION = 1  # raised when an older microglia could not read what a newer one writes
 POLICIES: dict[str, type[Policy]] = {
-    "agents": AgentPolicy,
+    **TRAINED_ON_INPUT,
     "static": StaticPolicy,
     "signal": SignalPolicy,
     "predictor": PredictorPolicy,
@@ -142,7 +142,7 @@ class MicrogliaConfig:
             return StaticPolicy.all_kept(self.geometries)
         if self.policy == "signal":
             return SignalPolicy(self.features)
-        kind = AgentPolicy if self.policy == "agents" else PredictorPolicy
+        kind = TRAINED_ON_INPUT.get(self.policy, PredictorPolicy)
         return kind(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
 
     def differences(self, model: nn.Module) -> list[str]:
@@ -210,8 +210,8 @@ def kind_of(policy: Policy) -> str:
         if type(policy) is kind:
             return name
     raise ConfigError(
-        f"a {type(policy).__name__} cannot be saved; only an AgentPolicy, a StaticPolicy, a SignalPolicy and a "
-        "PredictorPolicy can"
+        f"a {type(policy).__name__} cannot be saved; only an AgentPolicy, a MixturePolicy, a StaticPolicy, a "
+        "SignalPolicy and a PredictorPolicy can"
     )
 
 

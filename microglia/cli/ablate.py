@@ -31,7 +31,7 @@ def ablate(
         typer.Option(
             "--vary",
             help="beta=0,0.1; repeat it for more.",
-            show_default="alpha, beta, temperature, hidden-dim, features, fill, bucket, lora",
+            show_default="alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
         ),
     ] = None,
     base: Annotated[
@@ -74,7 +74,7 @@ def ablate(
     from microglia.record import append_records, circumstances
     from microglia.sites import find_sites
 
-    recipe = Recipe(RECIPE.second, twin_steps=RECIPE.first.max_steps)
+    recipe = Recipe(RECIPE.second, RECIPE.policy, RECIPE.hidden_dim, twin_steps=RECIPE.first.max_steps)
     for name, values in pairs("--set", base).items():
         recipe = recipe.changed(name, tuple(values) if len(values) > 1 else values[0])
     factors = pairs("--vary", vary) or FACTORS

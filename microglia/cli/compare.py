@@ -159,18 +159,17 @@ def pairs(
 ) -> tuple[list[Any], list[Any]]:
     """Agents and twins of all seeds, trained by the demo's recipe or taken from an earlier run."""
     from microglia.demo import RECIPE
-    from microglia.pair import PairRecipe, trained_pair
+    from microglia.pair import trained_pair
 
-    recipe = PairRecipe(RECIPE.first, RECIPE.second)
     made = []
-    most = max(recipe.first.max_steps, recipe.second.max_steps, 1)
+    most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
     try:
         for seed in seeds:
             with progress(f"training, seed {seed}") as update:
                 made.append(
                     trained_pair(
                         dial,
-                        recipe,
+                        RECIPE,
                         seed,
                         output_dir / PAIRS / str(seed),
                         base_model=source,

@@ -62,7 +62,13 @@ def train(
     lora_learning_rate: Annotated[
         float | None, Number(help="Of the adapters.", show_default="0.0003", rich_help_panel=METHOD)
     ] = None,
-    hidden_dim: Annotated[int, Number(min=1, help="Of an agent.", rich_help_panel=METHOD)] = 128,
+    policy: Annotated[
+        str, Number(help="agents: an MLP per site; mixture: of learned masks.", rich_help_panel=METHOD)
+    ] = "agents",
+    hidden_dim: Annotated[
+        int | None,
+        Number(min=1, help="Of an MLP; masks of a mixture.", show_default="128, 16", rich_help_panel=METHOD),
+    ] = None,
     features: Annotated[str, Number(help="both, norm or entropy.", rich_help_panel=METHOD)] = "both",
     norm: Annotated[str, Number(help="head, or hidden as the original.", rich_help_panel=METHOD)] = "head",
     window: Annotated[int, Number(help="Prompt tokens for entropy, 0: all.", rich_help_panel=METHOD)] = 64,
@@ -116,6 +122,7 @@ def train(
         model or "reasoner",
         num_heads,
         hidden_dim,
+        policy=policy,
         features=features,
         look=Look(norm=norm, window=window or None),
         bucket=bucket,

@@ -87,8 +87,11 @@ def test_evaluate_and_train_read_the_users_own_file_with_shots(trained, model, t
     data = only_json(run("evaluate", "--model-path", trained[0], *flags, "--max-new-tokens", 3, "--json"))
     assert (data["dataset"], data["shots"], data["scoring"], data["pruned"]["prompts"]) == ("jsonl", 2, "generation", 3)
     steps = "--max-steps 1 --batch-size 2 --eval-limit 2 --hidden-dim 8 --json".split()
-    data = only_json(run("train", "--model", model, "--output-dir", tmp_path / "run", *flags, *steps))
+    mixture = ["--policy", "mixture"]
+    data = only_json(run("train", "--model", model, "--output-dir", tmp_path / "run", *flags, *steps, *mixture))
     assert data["dataset"] == "jsonl"
+    saved = MicrogliaPruningSystem.from_pretrained(tmp_path / "run")
+    assert (type(saved.policy).__name__, saved.policy.hidden_dim) == ("MixturePolicy", 8)
 
 
 def test_evaluate_scores_choices(trained, tmp_path):
@@ -163,6 +166,7 @@ def test_each_script_calls_its_verb(name):
         ("train --model TINY --output-dir RUN --limit 4 --max-steps 2", "already holds checkpoints of a run"),
         ("train --model TINY --output-dir NEW --resume", "holds no run to resume"),
         ("train --model TINY --output-dir NEW --schedule zigzag", "schedule='zigzag' is unknown; choose one of linear"),
+        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents or mixture"),
         ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
     ],
 )
