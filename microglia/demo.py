@@ -36,7 +36,7 @@ FIRST = TrainingConfig(
     ramp=0.7,
     save_steps=10_000,
 )
-SECOND = replace(FIRST, max_steps=200, limit=6400, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0))
+SECOND = replace(FIRST, max_steps=150, limit=4800, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0))
 RECIPE = PairRecipe(FIRST, SECOND)
 
 

@@ -171,7 +171,7 @@ def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> Training
         "warmup_steps": config.warmup_steps,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "train_sampling_strategy": "group_by_length",
+        "train_sampling_strategy": "random",  # easy and hard in one batch: the keep ratio is steered over all of them
         "logging_steps": 10,
         "eval_strategy": "steps" if stop_early else "no",
         "eval_steps": config.eval_steps,
