@@ -50,7 +50,7 @@ def demo() -> str:
 def _adds(record: dict[str, Any]) -> str:
     """What looking at the prompt adds, with its interval."""
     gain, (low, high) = record["adaptivity"]["gain"], record["adaptivity"]["ci95"]
-    found = "a gain" if low > 0 else "no gain that the interval supports"
+    found = "a gain" if low > 0 else "a loss" if high < 0 else "neither a gain nor a loss that the interval supports"
     return (
         f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] with {record['static']['sparsity']:.0%} of "
         f"the heads pruned, {found}"
