@@ -35,7 +35,7 @@ def test_the_summary_is_what_the_interface_promises(ran):
     pruned = summary["pruned"]
     assert {"accuracy", "sparsity", "sparsity_by_difficulty", "accuracy_by_difficulty", "diff_ci95"} <= set(pruned)
     assert summary["dense"]["sparsity"] == 0
-    assert summary["agent_parameters"] == sum(16 * 128 + 128 + 128 * 8 + 8 for _ in range(6))
+    assert summary["agent_parameters"] == 6 * (6 * 16 * 16 + 16 + 16 * 8)  # 16 masks a site
     assert 0 < summary["agent_share"] < 0.01
     assert pruned["diff"] == pytest.approx(pruned["accuracy"] - summary["dense"]["accuracy"])
 
