@@ -92,7 +92,10 @@ DAMAGES = {
         lambda f: edit(f, sites=[{"name": "a", "layer": 0, "heads": 3, "kv_heads": 2, "head_dim": 1}]),
         r"3 heads in 2 groups of head size 1 make no geometry",
     ),
-    "value wrong": (lambda f: edit(f, policy="oracle"), r"policy='oracle' is unknown; choose agents or mixture or static"),
+    "value wrong": (
+        lambda f: edit(f, policy="oracle"),
+        r"policy='oracle' is unknown; choose agents or mixture or static",
+    ),
     "look wrong": (lambda f: edit(f, norm="x"), r"norm='x' is unknown; choose head or hidden"),
 }
 
