@@ -18,6 +18,7 @@ import gc
 import signal
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -118,6 +119,7 @@ class Run:
             reason = (
                 "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {error}"
             )
+            traceback.print_exc()
             self.say(f"{what}: not measured, {reason.splitlines()[0][:200]}")
         self.tidy()
 
@@ -358,21 +360,23 @@ def measure(run: Run, cell: Cell, key: dict[str, Any], gbs: float) -> None:
         run.write("gpu_decode", found.median, "ms", key, **extra)
     run.rows.append(row)
     print(table([row]), flush=True)
-    with run.attempt("kernels of a dense step"):
-        kernels(run, key, work["dense"])
+    for name in [name for name in work if name == "dense" or name.startswith("compact")][:2]:
+        with run.attempt(f"kernels of a step, {name}"):
+            kernels(run, {**key, "of": name}, work[name])
 
 
-def kernels(run: Run, key: dict[str, Any], dense: Callable[[], Any]) -> None:
-    """Where a dense step's time goes: the kernels that take most of it, for whoever wants to close the gap."""
+def kernels(run: Run, key: dict[str, Any], burst: Callable[[], Any]) -> None:
+    """Where a step's time goes: the kernels that take most of it, for whoever wants to close the gap."""
     kind = "CUDA" if run.device.type == "cuda" else "CPU"
     with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
-        dense()
+        burst()
     spent = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
     found = [(e.key, e.count, getattr(e, spent) / 1e3) for e in profile.key_averages()]
     found = sorted((f for f in found if f[2] > 0), key=lambda f: -f[2])
     steps, total = run.options.steps + 1, sum(ms for _, _, ms in found)
-    top = [(name[:60], count / steps, ms / steps) for name, count, ms in found[:8]]
+    top = [(name[:60], count / steps, ms / steps) for name, count, ms in found[:10]]
     run.write("gpu_kernels", total / steps, "ms", key, top=top)
+    print(f"  {key['of']}: {total / steps:.3f} ms in kernels, of which", flush=True)
     print("\n".join(f"  {ms:>8.3f} ms in {count:>6.1f} of {name}" for name, count, ms in top), flush=True)
 
 

@@ -55,6 +55,8 @@ class HeadGeometry:
 
     def columns(self, heads: Tensor) -> Tensor:
         """`(k,)` head (or group) indices → `(k·D,)` indices of their rows in a projection."""
+        if self.head_dim == 1:
+            return heads
         return (heads[:, None] * self.head_dim + torch.arange(self.head_dim, device=heads.device)).flatten()
 
     def kept(self, heads: int, kv_heads: int) -> "HeadGeometry":

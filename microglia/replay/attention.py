@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from microglia.cache import take_rows
 from microglia.sites import View
 
 KINDS = ("stock", "products")
+ADDED_MASK = "microglia_added"  # the name by which the library finds `added_mask`
 
 
 def step_attention(
@@ -36,6 +38,20 @@ def step_attention(
     output = output * asked[:, None, :, None].to(output.dtype)
     whole = output.new_zeros(len(output), output.shape[1], query.shape[1], output.shape[3])
     return whole.scatter(2, heads[:, None, :, None].expand(-1, output.shape[1], -1, output.shape[3]), output), None
+
+
+def added_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    """The mask of a step as what is added to the scores, once for all layers; sdpa would make it in every layer.
+
+    As the library's own mask for eager attention, which some of its versions make from a number of Python's: a copy
+    from the host, which no CUDA graph takes.
+    """
+    visible = sdpa_mask(*args, **kwargs | {"allow_is_causal_skip": False})
+    assert visible is not None  # what is skipped here is a causal mask, or one that hides nothing in both directions
+    return torch.zeros_like(visible, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+
+
+AttentionMaskInterface.register(ADDED_MASK, added_mask)
 
 
 def _attend(

@@ -22,7 +22,13 @@ from microglia.replay.weights import CompactWeights
 from microglia.sites import Site, View, causal_lm, find_sites
 
 ROOM = 64  # lengths of caches are multiples of it, so that requests of similar length share what was captured
-MODES = ("default", "max-autotune-no-cudagraphs")  # of torch.compile
+# What torch.compile is asked for. With coordinate descent the compiler writes products with a single row itself, as
+# sums that read the weights nearly as fast as memory gives them.
+MODES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "coordinate-descent": {"options": {"coordinate_descent_tuning": True}},
+    "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
+}
 CHECK = 16  # steps between two looks at whether all rows have ended: each look waits for the device
 
 
@@ -32,8 +38,8 @@ class GraphDecoder:
     stretch: neighbouring layers that share a level. 1 follows every site's own count with one launch per layer, the
         number of layers makes one launch of the whole step and rounds all sites up to the greediest.
     lowest: the smallest level as a share of the heads; sites that ask for less are filled up to it.
-    compiled: fuse the small operations of a layer before capturing: with torch.compile, in one of its modes (without
-        CUDA graphs of its own), or with the compiler given.
+    compiled: fuse the small operations of a layer before capturing: with torch.compile, in one of MODES, or with the
+        compiler given.
     attention: `stock` is the model's own, `products` reads keys and values on the whole device; see replay.attention.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     rooms: how many pairs of batch size and length are kept captured; the one used longest ago goes first.
@@ -184,10 +190,10 @@ def _compiler(compiled: bool | str | Callable[..., Any]) -> Callable[..., Any] |
     if isinstance(compiled, str):
         if compiled not in MODES:
             raise ConfigError(
-                f"compiled={compiled!r} is unknown; choose {' or '.join(MODES)}: other modes of torch.compile capture "
+                f"compiled={compiled!r} is unknown; choose {', '.join(MODES)}: other modes of torch.compile capture "
                 "graphs themselves"
             )
-        return functools.partial(torch.compile, dynamic=False, mode=compiled)
+        return functools.partial(torch.compile, dynamic=False, **MODES[compiled])
     return functools.partial(torch.compile, dynamic=False) if compiled is True else compiled or None
 
 

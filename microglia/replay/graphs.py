@@ -142,6 +142,8 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
+        if name == "lift_fresh":  # torch.tensor(0.0, device=…): fine on a CPU, refused by CUDA
+            raise MicrogliaError("a captured step may not make tensors from numbers of Python, which are on the host")
         if name in LOOKING:
             raise MicrogliaError(
                 f"a captured step may not look at values, but {name} does; keep the decision on tensors"

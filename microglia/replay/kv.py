@@ -89,14 +89,13 @@ class StaticKV(CacheLayerMixin):
 
     def move(self, placement: Placement) -> None:
         """Bring the groups that a decision keeps to the front, each row its own."""
-        if placement.source.shape[1] == 0:  # every group has its place
+        source, target = placement.source.flatten(), placement.target.flatten()
+        if len(source) == 0:  # every group has its place
             return
         for tensor in (self.keys, self.values):
             assert tensor is not None
-            first = torch.arange(len(tensor), device=tensor.device)[:, None] * tensor.shape[1]
             whole = widest(tensor.view(tensor.shape[0] * tensor.shape[1], -1))  # (B·G, room·D) in 16-byte words
-            moved = whole.index_select(0, (first + placement.source).flatten())
-            whole.index_copy_(0, (first + placement.target).flatten(), moved)
+            whole.index_copy_(0, target, whole.index_select(0, source))
 
     def get_seq_length(self) -> Any:
         """Tokens so far; within a step as a tensor (1,), as the library's own static layers have it."""

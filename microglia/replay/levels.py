@@ -55,8 +55,9 @@ def covering(levels: Sequence[Level], groups: int, queries: int) -> Level:
 class Placement:
     """Where the heads of decisions live at a level of g groups and q query heads in each.
 
-    slots: (B, g), the group in each place. heads: (B, g·q), the query heads in order. asked: (B, g·q), which of them
-    were asked for; the rest fills up. source, target: (B, M), groups to move and the places that they move to.
+    slots: (…, B, g), the group in each place. heads: (…, B, g·q), the query heads in order. asked: (…, B, g·q), which
+    of them were asked for; the rest fills up. source, target: (…, B, M), groups to move and the places that they move
+    to, counted over all rows: b·G + group.
     """
 
     slots: Tensor
@@ -65,28 +66,49 @@ class Placement:
     source: Tensor
     target: Tensor
 
+    def packed(self) -> Tensor:
+        """All of it in one tensor (…, B, N) of integers, so that it reaches a device in one copy."""
+        return torch.cat([self.slots, self.heads, self.asked.long(), self.source, self.target], dim=-1)
+
+    @staticmethod
+    def unpacked(packed: Tensor, geometry: HeadGeometry, level: Level) -> "Placement":
+        """Views of what was packed; there may be more behind it."""
+        sizes = _sizes(geometry, level)
+        return Placement(*packed[..., : sum(sizes)].split(sizes, dim=-1))
+
+
+def packed_size(geometry: HeadGeometry, levels: Sequence[Level]) -> int:
+    """The largest N of `Placement.packed`."""
+    return max(sum(_sizes(geometry, level)) for level in levels)
+
+
+def _sizes(geometry: HeadGeometry, level: Level) -> list[int]:
+    moves = min(level.groups, geometry.kv_heads - level.groups)
+    return [level.groups, level.heads, level.heads, moves, moves]
+
 
 def placed(keep: Tensor, geometry: HeadGeometry, level: Level) -> Placement:
-    """Decisions (B, H) → where their heads live, by operations whose shapes depend on the level only.
+    """Decisions (…, B, H) → where their heads live. Shapes depend on the level only.
 
     A kept group below g stays in its place; one above moves to a place below that is free. So at most min(g, G - g)
     groups of the cache are copied, none of them onto another that is kept, and doing it twice changes nothing.
     """
-    kept, count = keep > 0, level.groups
-    grouped = geometry.by_group(kept)  # (B, G, Q)
+    kept, count, size = keep > 0, level.groups, geometry.queries_per_group
+    grouped = geometry.by_group(kept)  # (…, B, G, Q)
     in_use = grouped.any(-1)
-    stays, comes = in_use[:, :count], in_use[:, count:]
-    moves = min(count, comes.shape[1])
-    target = _true_first(~stays)[:, :moves]
-    source = _true_first(comes)[:, :moves] + count
+    stays, comes = in_use[..., :count], in_use[..., count:]
+    moves = min(count, comes.shape[-1])
+    target = _true_first(~stays)[..., :moves]
+    source = _true_first(comes)[..., :moves] + count
     order = torch.arange(moves, device=keep.device)
     real = (order < (~stays).sum(-1, keepdim=True)) & (order < comes.sum(-1, keepdim=True))
     source = torch.where(real, source, target)
-    slots = torch.arange(count, device=keep.device).expand(len(keep), -1).scatter(1, target, source)
-    chosen = grouped.gather(1, slots[..., None].expand(-1, -1, geometry.queries_per_group))  # (B, g, Q)
+    slots = torch.arange(count, device=keep.device).expand(stays.shape).scatter(-1, target, source)
+    chosen = grouped.gather(-2, slots[..., None].expand(*slots.shape, size))  # (…, B, g, Q)
     queries = _true_first(chosen)[..., : level.queries]
-    heads = (slots[..., None] * geometry.queries_per_group + queries).flatten(1)
-    return Placement(slots, heads, kept.gather(1, heads), source, target)
+    heads = (slots[..., None] * size + queries).flatten(-2)
+    first = torch.arange(keep.shape[-2], device=keep.device)[:, None] * geometry.kv_heads
+    return Placement(slots, heads, kept.gather(-1, heads), first + source, first + target)
 
 
 def _true_first(x: Tensor) -> Tensor:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from microglia.fill import left_behind
-from microglia.replay.attention import step_attention, uncompiled
+from microglia.replay.attention import ADDED_MASK, step_attention, uncompiled
 from microglia.replay.graphs import Capture, Graph
 from microglia.replay.kv import Rows, StaticHeads, StaticKV
-from microglia.replay.levels import Level, covering, placed
+from microglia.replay.levels import Level, Placement, covering, packed_size, placed
 from microglia.replay.rope import Rotary
 from microglia.replay.swap import swap
 from microglia.replay.weights import CompactWeights
@@ -74,6 +74,7 @@ class Room:
     def __init__(self, parts: Parts, capture: Capture, batch: int, length: int, *, fill: bool) -> None:
         self.parts, self.capture, self.batch, self.length = parts, capture, batch, length
         lm, sites, device = parts.lm, parts.sites, parts.lm.device
+        self.geometry = sites[0].geometry  # of every site
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
             self.cache = StaticHeads([s.geometry for s in sites], batch, length, dtype=lm.dtype, device=device)
@@ -84,6 +85,7 @@ class Room:
             self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
             self.stop, self.pad = zeros(64) - 1, zeros(1)
             self.keep = [torch.ones(batch, s.geometry.heads, device=device) for s in sites]
+            self.plan = zeros(len(sites), batch, packed_size(self.geometry, parts.levels))  # placements, packed
             self.groups = [zeros(batch, s.geometry.kv_heads) for s in sites]
             self.heads = [zeros(batch, s.geometry.heads) for s in sites]
             self.asked = [torch.zeros_like(k) for k in self.keep]
@@ -135,30 +137,52 @@ class Room:
 
         masked: multiply by the gates instead, at the full level.
         """
-        whole = torch.stack([k.expand(self.batch, -1).float() for k in keep]).cpu()  # (sites, B, H), the one wait
-        forms = [self._form(whole[stretch.start : stretch.stop], masked) for stretch in self.parts.stretches]
+        whole = torch.stack([k.expand(self.batch, -1) for k in keep]).float()  # (sites, B, H)
+        known = whole.cpu()  # the one wait
+        forms = self._forms(known, masked)
         for form in dict.fromkeys(forms):
             self.prepare(form)
-        for site, buffer, k in zip(self.parts.sites, self.keep, keep, strict=True):
-            buffer.copy_(k.expand(self.batch, -1))
-            if self.left is not None and fill is not None:
+        torch._foreach_copy_(self.keep, list(whole))
+        if self.left is not None and fill is not None:
+            for site, k in zip(self.parts.sites, keep, strict=True):
                 self.left[site.index].copy_(left_behind(site, k, fill[site.index]))
+        self._place(forms, known)
         self.forms = forms
         for stretch, form in enumerate(forms):
             if (stretch, form) in self.switches:
                 self.switches[stretch, form].replay()
 
-    def _form(self, keep: Tensor, masked: bool) -> Form:
-        """The form of a stretch for the decisions (sites, B, H) of its sites."""
+    def _forms(self, keep: Tensor, masked: bool) -> list[Form]:
+        """The form of every stretch for decisions (sites, B, H) on the host."""
+        grouped = self.geometry.by_group(keep > 0)
+        groups = grouped.any(-1).sum(-1).amax(-1).tolist()  # of each site
+        queries = grouped.sum(-1).flatten(1).amax(-1).tolist()
+        dense = (keep > 0).flatten(1).all(-1).tolist()
+        agreed = (keep == keep[:, :1]).flatten(1).all(-1).tolist()
         full = self.parts.levels[0]
-        if bool((keep > 0).all()):
-            return self.dense
-        grouped = self.parts.sites[0].geometry.by_group(keep > 0)
-        groups, queries = int(grouped.any(-1).sum(-1).max()), int(grouped.sum(-1).max())
-        level = covering(self.parts.levels, groups, queries)
-        if masked or level == full:
-            return Form("masked", full)
-        return Form("shared" if bool((keep == keep[:, :1]).all()) else "rows", level)
+
+        def form(sites: slice) -> Form:
+            if all(dense[sites]):
+                return self.dense
+            level = covering(self.parts.levels, max(groups[sites]), max(queries[sites]))
+            if masked or level == full:
+                return Form("masked", full)
+            return Form("shared" if all(agreed[sites]) else "rows", level)
+
+        return [form(slice(stretch.start, stretch.stop)) for stretch in self.parts.stretches]
+
+    def _place(self, forms: Sequence[Form], keep: Tensor) -> None:
+        """Where the heads of decisions (sites, B, H) on the host live, found there and copied to the device at once.
+
+        On the device it would be some twenty kernels at every site, for a few hundred numbers.
+        """
+        plan = torch.zeros(self.plan.shape, dtype=torch.long)
+        for level in {form.level for form in forms if form.kind in ("shared", "rows")}:
+            stretches = [s for s, form in zip(self.parts.stretches, forms, strict=True) if form.level == level]
+            sites = [index for stretch in stretches for index in stretch]
+            packed = placed(keep[sites], self.geometry, level).packed()
+            plan[sites, :, : packed.shape[-1]] = packed
+        self.plan.copy_(plan)
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -190,6 +214,7 @@ class Room:
             return
         for buffer in self.keep:
             buffer.fill_(1)
+        self._place([form] * len(self.parts.stretches), torch.ones(len(self.keep), self.batch, self.geometry.heads))
         with self.capture.recording(), self._as(form):
             for _ in range(WARM_UP):
                 self._cut_forward(form, None)
@@ -208,6 +233,9 @@ class Room:
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
         with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+            if self.parts.compiler is not None:
+                head = self.parts.lm.get_output_embeddings()
+                swap(swaps, head, "forward", self.parts.compiler(head.forward))
             if self.parts.compiler is not None and not self.parts.rotaries:
                 for child in self.parts.stack.children():
                     if not isinstance(child, nn.ModuleList | nn.Embedding):  # the last norm, the rotary embedding
@@ -282,7 +310,7 @@ class Room:
     def _switch(self, stretch: int, form: Form) -> None:
         for index in self.parts.stretches[stretch]:
             site = self.parts.sites[index]
-            placement = placed(self.keep[index], site.geometry, form.level)
+            placement = Placement.unpacked(self.plan[index], self.geometry, form.level)
             self.kv(site).move(placement)
             if form.kind == "shared":
                 self.parts.weights[index].gather(form.level, placement)
@@ -304,9 +332,8 @@ class Room:
                 swaps.enter_context(limits.patch(recompile_limit=256))
             swaps.callback(setattr, self.cache.place, "stepping", False)
             self.cache.place.stepping = True
-            # The mask to be added, made once for all layers: sdpa would turn a boolean one into it in every layer.
             stack: Any = self.parts.stack
-            swap(swaps, stack, "config", View(stack.config, _attn_implementation="eager"))
+            swap(swaps, stack, "config", View(stack.config, _attn_implementation=ADDED_MASK))
             for rotary in self.parts.rotaries:
                 rotary.install(swaps)
             for site in self.parts.sites:

@@ -26,7 +26,7 @@ class CompactWeights:
 
     def __init__(self, site: Site, levels: Sequence[Level]) -> None:
         self.site = site
-        self.cuts = {level: self._cuts(_first_heads(site.geometry, level)) for level in levels if level != levels[0]}
+        self.cuts = {level: self._cuts(level) for level in levels if level != levels[0]}
         self.flat: dict[tuple[str, str], Tensor] = {}
         self.modules: dict[tuple[Level, str], nn.Module] = {}
         for cut in next(iter(self.cuts.values()), []):
@@ -43,8 +43,9 @@ class CompactWeights:
     def _inner(self, cut: Cut) -> Any:
         return plain(getattr(self.site.attention, cut.projection))
 
-    def _cuts(self, heads: tuple[Tensor, Tensor]) -> list[Cut]:
-        return self.site.layout.cuts(self.site.geometry, *heads)
+    def _cuts(self, level: Level) -> list[Cut]:
+        """Of some heads and groups of a level: what counts here is how many."""
+        return self.site.layout.cuts(self.site.geometry, torch.arange(level.heads), torch.arange(level.groups))
 
     def _reserve(self, projection: str, part: str) -> None:
         shapes = [
@@ -83,10 +84,11 @@ class CompactWeights:
 
     def gather(self, level: Level, placement: Placement) -> None:
         """Copy the heads of a decision that all rows share into the buffers; heads that only fill up write nothing."""
-        size = self.site.geometry.head_dim
-        for cut in self._cuts((placement.heads[0], placement.slots[0])):
-            inner, index = self._inner(cut), cut.index[::size] // size  # whole heads: much faster than single rows
-            dim = _dim(inner, cut)
+        geometry, size = self.site.geometry, self.site.geometry.head_dim
+        whole = HeadGeometry(geometry.heads, geometry.kv_heads, 1)  # copied head by head: much faster than row by row
+        now = self.site.layout.cuts(whole, placement.heads[0], placement.slots[0])
+        for cut, index in zip(self.cuts[level], [cut.index for cut in now], strict=True):
+            inner, dim = self._inner(cut), _dim(self._inner(cut), cut)
             weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
             assert weight is not None
             source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
@@ -108,8 +110,3 @@ def _shape(inner: Any, cut: Cut, part: str) -> list[int] | None:
     shape = list(inner.weight.shape)
     shape[_dim(inner, cut)] = len(cut.index)
     return shape
-
-
-def _first_heads(geometry: HeadGeometry, level: Level) -> tuple[Tensor, Tensor]:
-    """Some heads and groups of a level: what counts here is how many."""
-    return torch.arange(level.heads), torch.arange(level.groups)
