@@ -94,7 +94,8 @@ class CompactWeights:
             source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
             torch.index_select(widest(source), dim, index, out=widest(target))
             if cut.of_inputs:
-                target.mul_(placement.asked[0].view([-1 if d == dim else 1 for d in range(3)]))
+                asked = placement.asked[0].to(target.dtype)  # of the same type: a mixed product is three times slower
+                target.mul_(asked.view([-1 if d == dim else 1 for d in range(3)]))
             if bias is not None:
                 torch.index_select(inner.bias.detach().unflatten(0, (-1, size)), 0, index, out=bias.view(-1, size))
 
