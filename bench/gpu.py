@@ -258,6 +258,8 @@ class Cell:
         for way in ways if len(ways) > 1 else []:
             with self.run.attempt(f"ours {way}, batch {self.batch}, context {self.context}"):
                 self.ways[way] = self.dense_ms(way)
+                key = {"batch": self.batch, "context": self.context, "way": way}
+                self.run.write("gpu_way", self.ways[way], "ms", key, layers=len(self.sites), n=3)
         if self.ways:
             print("  ".join(f"{way} {ms:.3f} ms" for way, ms in self.ways.items()), flush=True)
         return min(self.ways, key=self.ways.__getitem__, default=ways[0])

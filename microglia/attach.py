@@ -211,9 +211,7 @@ class _Reader:
         self.trace.features = [stack_features(entry.signals, self.policy.features) for entry in seen]
         with self._exactly(self.trace.features[0]):
             self.trace.logits = self.policy(self.trace.features)
-            self.trace.keep = [
-                self.gate(logits, site.geometry) for logits, site in zip(self.trace.logits, self.sites, strict=True)
-            ]
+            self.trace.keep = self.gate.every(self.trace.logits, [site.geometry for site in self.sites])
 
     @contextmanager
     def _exactly(self, features: Tensor) -> Iterator[None]:

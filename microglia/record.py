@@ -189,7 +189,8 @@ def _command(argv: list[str]) -> str:
     """The command line without the folders of this machine: `microglia train …`, `python scripts/train.py …`."""
     program, *arguments = argv
     words = [Path(program).name, *arguments]
-    if arguments and (script := Path(arguments[0])).is_absolute():
+    if arguments and not arguments[0].startswith("-"):
+        script = Path.cwd() / arguments[0]
         if script.parent == Path(sys.executable).parent:
             words = [script.name, *arguments[1:]]
         elif script.is_relative_to(Path.cwd()):

@@ -158,6 +158,8 @@ def test_the_command_names_no_folder_of_this_machine(tmp_path: Path, monkeypatch
     bin_folder = Path(sys.executable).parent
     typed = [str(bin_folder / "python"), str(bin_folder / "microglia"), "train", "--note", "two words"]
     assert record._command(typed) == "microglia train --note 'two words'"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv/bin/python"))
+    assert record._command([".venv/bin/python", ".venv/bin/microglia", "train"]) == "microglia train"
     assert record._command(["python", "-m", "microglia", "train"]) == "python -m microglia train"
     assert record._command(["/usr/bin/python3", str(tmp_path / "scripts/x.py")]) == "python3 scripts/x.py"
     assert record._command(["python"]) == "python"

@@ -31,6 +31,23 @@ def test_a_rectangle_is_never_empty_and_its_kept_groups_are_equal(case):
         assert len(row[row > 0].unique()) == 1
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("options", [{}, {"mode": "straight-through"}, {"mode": "soft"}, {"noise": 1.0}], ids=str)
+def test_sites_together_decide_as_one_by_one(alike, options):
+    sites, gate = [GQA, GQA, GQA if alike else MHA], Gate(**options)
+    logits = [scores_of(g, seed, 0).requires_grad_() for seed, g in enumerate(sites)]
+    torch.manual_seed(0)
+    apart = [gate(x, g) for x, g in zip(logits, sites, strict=True)]
+    torch.manual_seed(0)
+    together = gate.every(logits, sites)
+    assert all(one.equal(other) for one, other in zip(apart, together, strict=True))
+    if gate.trains:
+        weights = [torch.rand_like(keep) for keep in apart]
+        losses = [sum((k * w).sum() for k, w in zip(keep, weights, strict=True)) for keep in (apart, together)]
+        expected, found = (torch.autograd.grad(loss, logits) for loss in losses)
+        assert all(one.equal(other) and one.any() for one, other in zip(expected, found, strict=True))
+
+
 @quick
 @given(cases)
 def test_a_rectangle_holds_at_least_as_many_heads_as_were_asked_for(case):

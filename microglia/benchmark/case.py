@@ -127,8 +127,7 @@ class Case:
             pruning.__exit__(None, None, None)
 
     def _decide(self, features: Sequence[Tensor]) -> list[Tensor]:
-        logits = self.policy(list(features))
-        return [self.gate(x, site.geometry) for x, site in zip(logits, self.sites, strict=True)]
+        return self.gate.every(self.policy(list(features)), [site.geometry for site in self.sites])
 
 
 def twin(cache: Any) -> Any:

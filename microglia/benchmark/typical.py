@@ -35,7 +35,7 @@ def typical_subject(
 
     def subject(batch: int, context: int, ratio: float | None) -> Prompted:
         gate = gate_at(ratio)
-        kept = keep_ratio([gate(x, g) for x, g in zip(logits, geometries, strict=True)])
+        kept = keep_ratio(gate.every(logits, geometries))
         middle = int(kept.argsort(stable=True)[(len(prompts) - 1) // 2])
         ids = encode_prompts(lm, tokenizer, [prompts[middle]], 0)["input_ids"][:, -context:]
         return Prompted(ids.expand(batch, -1).contiguous(), policy, gate, look or Look())

@@ -64,8 +64,8 @@ class Arena:
 
     def own_keep_ratio(self, policy: Policy) -> float:
         """What a trained policy keeps when it is left to itself."""
-        sites = find_sites(self.bench.model)
-        keep = [self.gate(x, site.geometry) for x, site in zip(self.dial.logits(policy), sites, strict=True)]
+        geometries = [site.geometry for site in find_sites(self.bench.model)]
+        keep = self.gate.every(self.dial.logits(policy), geometries)
         return float(keep_ratio(keep).mean())
 
 

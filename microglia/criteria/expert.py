@@ -33,7 +33,8 @@ class Expert(Criterion):
         trained(calibration, router, self.config)
         gate = Gate(bucket=calibration.bucket)
         logits = calibration.logits(router)
-        return [usage(gate(x, g), x) for x, g in zip(logits, calibration.geometries, strict=True)]
+        keep = gate.every(logits, calibration.geometries)
+        return [usage(k, x) for k, x in zip(keep, logits, strict=True)]
 
 
 def usage(keep: Tensor, logits: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class KeepPlan:
 
 def _decided(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return tuple(gate(x.float(), g)[0].cpu() for x, g in zip(logits, geometries, strict=True))
+        return tuple(keep[0].cpu() for keep in gate.every([x.float() for x in logits], geometries))
 
 
 def _mean_ratio(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> float:
-    return float(keep_ratio([gate(x, g) for x, g in zip(logits, geometries, strict=True)]).mean())
+    return float(keep_ratio(gate.every(logits, geometries)).mean())

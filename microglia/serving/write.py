@@ -85,7 +85,7 @@ class PrunedModel:
         logits = prompt_logits(self.model, self.tokenizer, [job.prompt for job in jobs], self.policy, look=self.look)
         gates = [replace(self.gate, threshold=job.pruning.threshold or 0.0) for job in jobs]
         for row, (job, gate) in enumerate(zip(jobs, gates, strict=True)):
-            keep = [gate(x[row : row + 1], site.geometry) for x, site in zip(logits, self.sites, strict=True)]
+            keep = gate.every([x[row : row + 1] for x in logits], [site.geometry for site in self.sites])
             job.counts = tuple(int(k.sum()) for k in keep)
 
     @torch.inference_mode()

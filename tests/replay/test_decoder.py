@@ -303,7 +303,9 @@ def test_what_a_captured_step_cannot_follow_is_refused():
         decoder.pruning([], [], cache=None).__enter__()
     with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
         GraphDecoder(model, attention="flash")
-    with pytest.raises(ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"):
+    with pytest.raises(
+        ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"
+    ):
         GraphDecoder(model, compiled="reduce-overhead")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="attention by 'flash_attention_2' takes no mask"):
