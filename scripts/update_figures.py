@@ -114,8 +114,8 @@ def gpu() -> str:
             cells.setdefault(cell, {})[extra["variant"]] = {"ms": record["value"], **extra}
     if not cells:
         return (
-            "**GPU figures are not measured yet.** The path has run on an H100, as docs/gpu.md tells, and is tested on the "
-            "CPU, with tapes\nthat replay recorded operations as CUDA graphs do."
+            "**GPU figures are not measured yet.** The path has run on an H100, as docs/gpu.md tells, and is tested on "
+            "the CPU, with tapes\nthat replay recorded operations as CUDA graphs do."
         )
     looking = [r["extra"] | {"value": r["value"]} for r in records if r["name"] == "gpu_looking"]
     trained = [r["extra"] | {"value": r["value"]} for r in records if r["name"] == "gpu_training_step"]

@@ -31,7 +31,7 @@ def test_a_tiny_run_measures_everything_and_goes_on_where_it_stopped(bench, tmp_
     own = {"dense", "masked 0.75", "compact 0.75", "masked 0.5", "compact 0.5"}
     assert {variant for batch, variant in cells if batch == 1} == {"hf", "hf static compiled"} | own
     assert {variant for batch, variant in cells if batch == 2} >= {"rows 0.75", "rows 0.5"}
-    names = {"gpu_bandwidth", "gpu_looking", "gpu_training_step", "gpu_decode", "gpu_kernels"}
+    names = {"gpu_bandwidth", "gpu_looking", "gpu_training_step", "gpu_decode", "gpu_kernels", "gpu_way"}
     assert {r.name for r in records} == names
     for record in records:
         if record.name == "gpu_decode" and record.extra["variant"].startswith("compact"):
