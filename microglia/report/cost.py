@@ -8,6 +8,8 @@ from microglia.report.section import Figure, Section
 from microglia.report.sources import Findings
 
 MIB = 2**20
+PRUNED = ("compact", "compact_total", "masked")
+SUBJECT = ("model", "layers", "dtype", "device")  # of a measurement: what only a chart of its own compares fairly
 SPEED = "Hollow: what the bytes saved would allow. Filled: what was measured. Thin line: 95 % interval."
 BEYOND = " Beyond its ceiling: the dense operations did not reach the memory's speed themselves."
 PEAK = (
@@ -17,12 +19,30 @@ PEAK = (
 
 
 def cost(findings: Findings) -> Section:
-    """Speed beside its ceiling, bytes of a decode step, and memory."""
-    rows = findings.timings
-    differs = _differs(rows)
-    pruned = [row for row in rows if row["variant"] in ("compact", "compact_total", "masked")]
+    """Speed beside its ceiling, bytes of a decode step, and memory: charts of their own for every model measured."""
+    subjects: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in findings.timings:
+        subjects.setdefault(tuple(row.get(key) for key in SUBJECT), []).append(row)
+    figures = [figure for rows in subjects.values() for figure in _figures(rows, _subject(rows[0], list(subjects)))]
+    pruned = [row for row in findings.timings if row["variant"] in PRUNED]
     if not pruned:
         return Section("cost", "")
+    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
+    intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. "
+    several = len({_case(row) for row in pruned}) > 1
+    differs = _differs(findings.timings)
+    parts = [_subject(best, list(subjects)), _named(best, several, differs) if several else ""]
+    intro += words.speed(best, ", ".join(part for part in parts if part))
+    return Section("cost", "Time and memory", intro, figures)
+
+
+def _figures(rows: Sequence[dict[str, Any]], subject: str) -> list[Figure]:
+    """The charts of one model; none without pruned rows."""
+    differs = _differs(rows)
+    pruned = [row for row in rows if row["variant"] in PRUNED]
+    if not pruned:
+        return []
+    of = f" · {subject}" if subject else ""
     several = len({_case(row) for row in pruned}) > 1
     shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
     speeds = [
@@ -38,8 +58,8 @@ def cost(findings: Findings) -> Section:
     told = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
     figures = [
         Figure(
-            "Speed-up beside its ceiling",
-            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling: {told}."),
+            f"Speed-up beside its ceiling{of}",
+            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling{of}: {told}."),
             ["", "batch", "context", "kept", "ms/token", "speed-up", "95 %", "ceiling", "share", "paid back after"],
             [_timing(row) for row in rows],
             SPEED + (BEYOND if any((row["realised_share"] or 0) > 1 for row in shown) else ""),
@@ -48,28 +68,41 @@ def cost(findings: Findings) -> Section:
     both = [row for row in rows if row["variant"] in ("dense", "compact")]
     steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
     kinds = [(0, "weights"), (1, "KV cache")]
-    alt = "Bytes that a decode step reads: " + "; ".join(
+    alt = f"Bytes that a decode step reads{of}: " + "; ".join(
         f"{n} {sum(p[2] for p in parts):,.1f} MiB" for n, parts in steps[:8]
     )
     titles = ["", "weights, MiB", "KV cache, MiB"]
     table = [[name, *(f"{amount:,.2f}" for *_, amount in parts)] for name, parts in steps]
     figures.append(
-        Figure("Bytes of a decode step", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
+        Figure(f"Bytes of a decode step{of}", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
     )
     if peaks := [row for row in both if row.get("peak_bytes")]:
         memory = _stacks(peaks, several, differs, ("peak", "peak_bytes"))
-        alt = "Peak memory of a request: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
+        alt = f"Peak memory of a request{of}: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
         table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
-        figures.append(Figure("Peak memory of a request", charts.stacked(memory, alt, "MiB"), ["", "MiB"], table, PEAK))
-    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
-    intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. "
-    intro += words.speed(best, _named(best, several, differs) if several else "")
-    return Section("cost", "Time and memory", intro, figures)
+        chart = charts.stacked(memory, alt, "MiB")
+        figures.append(Figure(f"Peak memory of a request{of}", chart, ["", "MiB"], table, PEAK))
+    return figures
+
+
+def _subject(row: dict[str, Any], subjects: Sequence[tuple[Any, ...]]) -> str:
+    """What was measured, as far as the page has several: the model, and what else tells it from the others."""
+    if len(subjects) == 1:
+        return ""
+    alike = [subject for subject in subjects if subject[0] == row.get("model")]
+    several = {key for key, values in zip(SUBJECT, zip(*alike, strict=True), strict=True) if len(set(values)) > 1}
+    parts = {
+        "model": str(row.get("model")),
+        "layers": f"{row['layers']} layers" if row.get("layers") else "",
+        "dtype": row.get("dtype") or "",
+        "device": (row.get("device") or "").partition(" (")[0],
+    }
+    return ", ".join(part for key, part in parts.items() if part and key in several | {"model"})
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
     return (
-        *(row.get(key) for key in ("model", "layers", "dtype", "device", "decides")),
+        *(row.get(key) for key in (*SUBJECT, "decides")),
         row["batch_size"],
         row["context"],
         row.get("keep_ratio") if row["variant"] != "dense" else None,
@@ -77,16 +110,8 @@ def _case(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _differs(rows: Sequence[dict[str, Any]]) -> set[str]:
-    """What has to be said to tell measurements apart: between all of them, or between those of one model."""
-
-    def several(key: str, rows: Sequence[dict[str, Any]]) -> bool:
-        return len({row.get(key) for row in rows}) > 1
-
-    found = {key for key in ("model", "batch_size", "context") if several(key, rows)}
-    for model in {row.get("model") for row in rows}:
-        own = [row for row in rows if row.get("model") == model]
-        found |= {key for key in ("layers", "dtype", "decides", "device") if several(key, own)}
-    return found
+    """What has to be said to tell measurements of a model apart."""
+    return {key for key in ("batch_size", "context") if len({row.get(key) for row in rows}) > 1}
 
 
 def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
@@ -94,16 +119,12 @@ def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
     if not several:
         return words.label(row["variant"])
     parts = {
-        "model": str(row.get("model")),
-        "layers": f"{row['layers']} layers" if row.get("layers") else "",
-        "dtype": row.get("dtype") or "",
-        "device": (row.get("device") or "").partition(" (")[0],
-        "decides": "" if row["variant"] == "dense" else f"decided {row.get('decides')}",
         "kept": "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept",
+        "decides": "per row" if row["variant"] != "dense" and row.get("decides") == "per row" else "",
         "batch_size": f"batch {row['batch_size']}",
         "context": f"context {row['context']:,}",
     }
-    return ", ".join(part for key, part in parts.items() if part and key in {*differs, "kept"})
+    return ", ".join(part for key, part in parts.items() if part and key in {*differs, "kept", "decides"})
 
 
 def _stacks(

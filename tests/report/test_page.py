@@ -120,7 +120,7 @@ def test_a_loss_of_time_is_no_share_of_what_could_be_saved():
     assert words.percent(-0.118, 0) == "−12%"
 
 
-def test_measurements_that_differ_in_their_numbers_format_are_told_apart(tmp_path):
+def test_measurements_that_differ_in_their_numbers_format_have_charts_of_their_own(tmp_path):
     folder = tmp_path / "runs"
     folder.mkdir()
     for name, dtype in (("a", "bfloat16"), ("b", "bfloat16, weights int8")):
@@ -128,8 +128,10 @@ def test_measurements_that_differ_in_their_numbers_format_are_told_apart(tmp_pat
         value = {"subject": {"model": "phi3-mini", "dtype": dtype}, "rows": rows, **made.AROUND}
         (folder / f"{name}.json").write_text(json.dumps(value))
     text = page(gather([folder]))
-    named = {c["data-name"] for c in Elements(text).having("data-ceiling")}
-    assert named == {"bfloat16, 75% kept", "bfloat16, weights int8, 75% kept"}
+    for what in ("Speed-up beside its ceiling", "Bytes of a decode step", "Peak memory of a request"):
+        for dtype in ("bfloat16", "bfloat16, weights int8"):
+            assert f"{what} · phi3-mini, {dtype}<" in text
+    assert len(Elements(text).having("data-ceiling")) == 2
 
 
 def test_every_picture_has_an_alternative_text_and_a_table(demo):
