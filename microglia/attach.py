@@ -113,6 +113,7 @@ def attached(
     """
     if scope not in SCOPES:
         raise ConfigError(f"scope={scope!r} is unknown; choose answer or all")
+    policy.check_scope(scope)
     if fill not in ("zero", "mean"):
         raise ConfigError(f"fill={fill!r} is unknown; choose zero or mean")
     look = look or Look()

@@ -19,6 +19,12 @@ class Policy(nn.Module):
     """Base class. `features` says which signals `site_logits` wants: both, norm or entropy."""
 
     features: str = "both"
+    all_at_once: str | None = None  # of a policy that cannot decide site by site: why
+
+    def check_scope(self, scope: str) -> None:
+        """Raise ConfigError if the policy cannot gate a prompt while it is read, site by site."""
+        if scope == "all" and self.all_at_once:
+            raise ConfigError(f"{self.all_at_once}; use scope='answer'")
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
         """Features (B, F) of site `index` → logits (B, H)."""
@@ -86,6 +92,7 @@ class MixturePolicy(AgentPolicy):
     """One MaskMixture of `hidden_dim` masks per site, which sees the features of every site before it decides."""
 
     usual_hidden_dim = 16
+    all_at_once = "a mixture sees every site before it decides"
 
     def _agent(self, heads: int, own_features: int, all_features: int) -> nn.Module:
         return MaskMixture(heads=heads, features=all_features, masks=self.hidden_dim)
@@ -95,7 +102,7 @@ class MixturePolicy(AgentPolicy):
         return [agent(seen) for agent in self.agents]
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
-        raise ConfigError("a mixture sees every site before it decides; use scope='answer'")
+        raise ConfigError(f"{self.all_at_once}; ask for all sites")
 
 
 TRAINED_ON_INPUT: dict[str, type[AgentPolicy]] = {"agents": AgentPolicy, "mixture": MixturePolicy}
@@ -152,6 +159,7 @@ class SignalPolicy(Policy):
 class PredictorPolicy(Policy):
     """One MLP that scores every head of every site from what was seen of the prompt at the first site."""
 
+    all_at_once = "a predictor sees the first site only and decides for all at once"
     mean: Tensor
     std: Tensor
 
@@ -174,4 +182,4 @@ class PredictorPolicy(Policy):
         return list(self.agent((features[0].to(self.mean) - self.mean) / self.std).split(self.sizes, -1))
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
-        raise ConfigError("a predictor sees the first site only and decides for all at once; use scope='answer'")
+        raise ConfigError(f"{self.all_at_once}; ask for all sites")

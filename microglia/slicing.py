@@ -91,13 +91,17 @@ def _take_quantised(weight: Any, dim: int, index: Tensor, block: int, name: str)
     return type(data)(**parts)
 
 
-def check_plain(weight: Any, inner: nn.Module, name: str) -> None:
+INSTEAD = (
+    "compaction needs float weights or torchao's int8 weight-only ones, load the model in another way or use "
+    "path='masked'"
+)
+
+
+def check_plain(weight: Any, inner: nn.Module, name: str, instead: str = INSTEAD) -> None:
+    """Raise MicrogliaError, which ends with what to do instead, unless a weight is a plain tensor of floats."""
     if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
         kind = type(inner).__name__ if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        raise MicrogliaError(
-            f"{name} stores its weight as {kind}, of which heads cannot be cut out; compaction needs float weights or "
-            "torchao's int8 weight-only ones, load the model in another way or use path='masked'"
-        )
+        raise MicrogliaError(f"{name} stores its weight as {kind}, of which heads cannot be cut out here; {instead}")
 
 
 def _lora_delta(projection: Any, cut: Cut, name: str) -> Tensor:

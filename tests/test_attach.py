@@ -11,7 +11,7 @@ from microglia.compact import compacted
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.gate import Gate
 from microglia.look import Look
-from microglia.policy import StaticPolicy
+from microglia.policy import MixturePolicy, StaticPolicy
 from microglia.sites import find_sites
 from tests.tiny import BACKENDS, positions, step_logits, tiny_model, tiny_prompts, uneven_policy, wild_policy
 
@@ -65,6 +65,15 @@ def test_scope_all_gates_the_prompt_too_from_each_sites_own_signals():
     for features, logits, keep, agent in zip(trace.features, trace.logits, trace.keep, range(2), strict=True):
         torch.testing.assert_close(policy.site_logits(agent, features), logits)
         assert keep.equal(ONE(logits, find_sites(model)[agent].geometry))
+
+
+def test_a_policy_that_needs_every_site_is_refused_before_a_prompt_is_read():
+    model = tiny_model("qwen2")
+    policy = MixturePolicy([site.geometry for site in find_sites(model)])
+    with pytest.raises(ConfigError, match="a mixture sees every site before it decides; use scope='answer'"):
+        attached(model, policy, scope="all").__enter__()
+    with attached(model, policy):  # nothing was left behind
+        step_logits(model, IDS, MASK, ANSWER)
 
 
 def test_mean_fill_stands_in_for_pruned_heads():

@@ -11,6 +11,7 @@ from microglia.attach import attached, gated
 from microglia.compact import compacted
 from microglia.errors import MicrogliaError
 from microglia.gate import Gate
+from microglia.replay import GraphDecoder
 from microglia.sites import find_sites
 from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven_policy
 
@@ -59,3 +60,10 @@ def test_a_group_of_scales_wider_than_a_head_is_refused():
     quantization.quantize_(model.model, Intx(torch.int4, PerGroup(16)))
     with pytest.raises(MicrogliaError, match="o_proj is quantised with one scale for every 16 inputs, which"):
         pruned(model, compacted, 1)
+
+
+def test_captured_steps_send_quantised_weights_to_another_path():
+    model = tiny_model("llama")
+    quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
+    with pytest.raises(MicrogliaError, match=r"q_proj stores .*; captured steps follow float weights only, use path="):
+        GraphDecoder(model)

@@ -63,7 +63,10 @@ def test_a_mixture_sees_every_site_and_so_cannot_decide_site_by_site():
         policy.agents[0].masks.normal_()
     before = policy(features)[0]
     assert not before.equal(policy([features[0], features[1] + 1])[0])
+    policy.check_scope("answer")
     with pytest.raises(ConfigError, match="a mixture sees every site before it decides; use scope='answer'"):
+        policy.check_scope("all")
+    with pytest.raises(ConfigError, match="a mixture sees every site before it decides; ask for all sites"):
         policy.site_logits(0, features[0])
 
 

@@ -36,7 +36,7 @@ class CompactWeights:
                     f"{name} carries an adapter, which captured steps do not follow; merge it first, "
                     "model = model.merge_and_unload(), or use path='compact'"
                 )
-            check_plain(inner.weight, inner, name)
+            check_plain(inner.weight, inner, name, "captured steps follow float weights only, use path='compact'")
             for part in ("weight", "bias"):
                 self._reserve(cut.projection, part)
 

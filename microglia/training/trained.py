@@ -42,6 +42,8 @@ class Trained(nn.Module):
         self, lm: nn.Module, policy: Policy | None, config: TrainingConfig, *, look: Look, bucket: int | None
     ) -> None:
         super().__init__()
+        if policy is not None:
+            policy.check_scope(config.scope)
         self.lm, self.policy, self.look, self.bucket = lm, policy, look, bucket
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
