@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.errors import ConfigError
-from microglia.signals import Queries, attention_entropy, mean_norm
+from microglia.signals import Queries, attention_entropy, mean_norm, token_count
 from microglia.signals.entropy import Glance, by_kernel, entropies, glance
 from microglia.sites import Site, replaced_attention, stock_attention
 
@@ -64,16 +64,18 @@ def watched(
     this very pass.
     """
     seen = [Seen({}) for _ in sites]
+    weight = tokens.float()
+    count = token_count(weight)
     queries = Queries(tokens, look.window)
     with ExitStack() as stack:
         for site, entry in zip(sites, seen, strict=True):
             if entropy:
                 watching = _with_entropy(site, entry, queries, now=on_site is not None)
                 stack.enter_context(replaced_attention(site, watching))
-            hook = _output_hook(site, entry, tokens, look, mean_outputs, on_site)
+            hook = _output_hook(site, entry, weight, count, look, mean_outputs, on_site)
             stack.callback(site.output.register_forward_pre_hook(hook).remove)
             if look.norm == "hidden":
-                stack.callback(site.output.register_forward_hook(_hidden_norm_hook(site, entry, tokens)).remove)
+                stack.callback(site.output.register_forward_hook(_hidden_norm_hook(site, entry, weight, count)).remove)
         yield seen
         _finish(seen)
 
@@ -116,6 +118,7 @@ def _output_hook(
     site: Site,
     entry: Seen,
     tokens: Tensor,
+    count: Tensor,
     look: Look,
     mean_outputs: bool,
     on_site: Callable[[int, dict[str, Tensor]], Tensor | None] | None,
@@ -124,7 +127,7 @@ def _output_hook(
         heads = site.geometry.split(inputs[0])  # (B, T, H, D)
         with torch.no_grad():
             if look.norm == "head":
-                entry.signals["norm"] = mean_norm(heads, tokens)
+                entry.signals["norm"] = mean_norm(heads, tokens, count)
             if mean_outputs:
                 weight = tokens.to(heads.dtype)
                 weight = weight / weight.sum(1, keepdim=True)
@@ -137,7 +140,7 @@ def _output_hook(
     return hook
 
 
-def _hidden_norm_hook(site: Site, entry: Seen, tokens: Tensor) -> Callable[..., Any]:
+def _hidden_norm_hook(site: Site, entry: Seen, tokens: Tensor, count: Tensor) -> Callable[..., Any]:
     def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
         if output.shape[-1] % site.geometry.heads:
             raise ConfigError(
@@ -145,6 +148,6 @@ def _hidden_norm_hook(site: Site, entry: Seen, tokens: Tensor) -> Callable[..., 
                 "pieces, which is not possible here; use norm='head'"
             )
         with torch.no_grad():
-            entry.signals["norm"] = mean_norm(output.unflatten(-1, (site.geometry.heads, -1)), tokens)
+            entry.signals["norm"] = mean_norm(output.unflatten(-1, (site.geometry.heads, -1)), tokens, count)
 
     return hook

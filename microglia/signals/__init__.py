@@ -2,7 +2,7 @@
 
 from microglia.signals.entropy import Queries, attention_entropy
 from microglia.signals.features import SIGNALS, feature_size, split_features, stack_features
-from microglia.signals.norm import mean_norm
+from microglia.signals.norm import mean_norm, token_count
 
 __all__ = [
     "SIGNALS",
@@ -12,4 +12,5 @@ __all__ = [
     "mean_norm",
     "split_features",
     "stack_features",
+    "token_count",
 ]
