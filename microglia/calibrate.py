@@ -84,7 +84,7 @@ class Calibrated:
             )
         if self.max_drop is None:
             return (
-                f"{self.keep_ratio:.1%} of the heads are kept; {sure} at most {_points(self.drop_bound)} are lost "
+                f"{self.keep_ratio:.1%} of the heads are kept; {sure} that costs at most {_points(self.drop_bound)} "
                 f"(measured: {_points(self.drop)} on {self.prompts} prompts)"
             )
         if self.threshold == EVERY_HEAD:
@@ -97,8 +97,8 @@ class Calibrated:
                 f"{_points(first.drop_bound)}; {hint}; the model stays dense"
             )
         return (
-            f"{self.keep_ratio:.1%} of the heads are kept; {sure} at most {_points(self.max_drop)} are lost against "
-            f"the dense model (measured: {_points(self.drop)} on {self.prompts} prompts)"
+            f"{self.keep_ratio:.1%} of the heads are kept; {sure} that costs at most {_points(self.max_drop)} "
+            f"against the dense model (measured: {_points(self.drop)} on {self.prompts} prompts)"
         )
 
 
@@ -285,4 +285,5 @@ def _checked(keep_ratios: Sequence[float]) -> list[float]:
 
 
 def _points(share: float | None) -> str:
-    return f"{100 * (share or 0):.3g} points"
+    points = f"{100 * (share or 0):.3g}"
+    return f"{points} point" if points == "1" else f"{points} points"

@@ -132,7 +132,7 @@ def test_the_last_setting_before_the_first_failure_is_chosen() -> None:
     assert [t.target for t in found.tried] == [0.9, 0.8, 0.7]
     assert bench.runs == 4  # one dense run for all of them, and none after the failure
     assert seen[0] == ("dense", 200, 200)
-    assert found.sentence.startswith("75.0% of the heads are kept; with 95% confidence at most 3 points are lost")
+    assert found.sentence.startswith("75.0% of the heads are kept; with 95% confidence that costs at most 3 points")
     assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= found.as_json().keys()
 
 

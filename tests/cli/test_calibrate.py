@@ -57,7 +57,7 @@ def test_every_setting_that_was_tried_is_shown(folder):
     done = run("--model-path", folder, "--max-drop", 0.9, "--settings", "0.9,0.5", "--limit", 4, *FEW[2:])
     assert done.exit_code == 0, done.stderr
     assert "chosen" in done.stdout
-    assert "with 95% confidence at most 90 points are lost" in " ".join(done.stdout.split())
+    assert "with 95% confidence that costs at most 90 points" in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def promise() -> dict:
             "drop_bound": 0.027,
         },
     ]
-    return {"sentence": "95.1% of the heads are kept; with 95% confidence at most 2.0 points are lost", "tried": tried}
+    return {"sentence": "95.1% of the heads are kept; with 95% confidence that costs at most 2 points", "tried": tried}
 
 
 def ablation_folder(folder: Path) -> Path:
