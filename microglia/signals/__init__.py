@@ -1,15 +1,34 @@
-"""Per-head statistics of a prompt: pure functions of tensors."""
+"""Statistics of a prompt per unit, gathered while it is read."""
 
-from microglia.signals.entropy import Queries, attention_entropy
-from microglia.signals.features import SIGNALS, feature_size, split_features, stack_features
-from microglia.signals.norm import mean_norm, token_count
+from microglia.signals.base import SIGNALS, Prompt, Signal, token_count
+from microglia.signals.entropy import Entropy, attention_entropy
+from microglia.signals.measure import (
+    Measured,
+    check_signals,
+    feature_size,
+    measured,
+    split_features,
+    stack_features,
+)
+from microglia.signals.norm import MeanOutput, Norm, mean_norm
+from microglia.signals.queries import Queries
+
+SIGNALS.update(norm=Norm(), entropy=Entropy())
 
 __all__ = [
     "SIGNALS",
+    "Entropy",
+    "MeanOutput",
+    "Measured",
+    "Norm",
+    "Prompt",
     "Queries",
+    "Signal",
     "attention_entropy",
+    "check_signals",
     "feature_size",
     "mean_norm",
+    "measured",
     "split_features",
     "stack_features",
     "token_count",

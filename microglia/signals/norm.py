@@ -1,14 +1,21 @@
-"""Activation norm: how much each head writes, on average over the prompt."""
+"""Activation norm: how much each head writes, on average over the prompt. And its mean output, which can stand in for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from microglia.signals.base import Prompt, Signal, token_count
+from microglia.units import HeadSite, Site
 
 
 def mean_norm(outputs: Tensor, tokens: Tensor, count: Tensor | None = None) -> Tensor:
     """Mean over prompt tokens of the L2 norm of each head's output.
 
     `outputs` (B, T, H, D); `tokens` (B, T), true at prompt tokens (not at padding). `count` (B, 1) says how many they
-    are; who asks at many sites finds it once, and gives tokens as float32. Returns (B, H) in float32.
+    are; a caller with many sites computes it once, and gives tokens as float32. Returns (B, H) in float32.
     """
     # Half precision is summed in float32 without a copy of the outputs; float64 stays and is rounded at the end.
     exact = torch.promote_types(outputs.dtype, torch.float32)
@@ -17,6 +24,52 @@ def mean_norm(outputs: Tensor, tokens: Tensor, count: Tensor | None = None) -> T
     return (norms * weight[..., None]).sum(1) / (token_count(weight) if count is None else count)
 
 
-def token_count(tokens: Tensor) -> Tensor:
-    """Prompt tokens of each row, at least 1: (B, T) → (B, 1)."""
-    return tokens.sum(1, keepdim=True).clamp(min=1)
+class OutputSignal(Signal):
+    """A signal of what every head gives to the output projection."""
+
+    unit: ClassVar[str] = "head"
+
+    def of_outputs(self, outputs: Tensor, prompt: Prompt) -> Tensor:
+        """Heads' outputs (B, T, H, D) → the value."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what it measures; define of_outputs")
+
+    @contextmanager
+    def measure(self, site: Site, prompt: Prompt, put: Callable[[Any], None]) -> Iterator[None]:
+        assert isinstance(site, HeadSite)
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            with torch.no_grad():
+                put(self.of_outputs(site.geometry.split(inputs[0]), prompt))
+
+        handle = site.output.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class Norm(OutputSignal):
+    """Mean L2 norm of the head's output."""
+
+    name: ClassVar[str] = "norm"
+
+    def of_outputs(self, outputs: Tensor, prompt: Prompt) -> Tensor:
+        return mean_norm(outputs, prompt.weight, prompt.count)
+
+    def score(self, values: Tensor) -> Tensor:
+        """Relative to the site's mean: norms grow with depth."""
+        return values / values.mean(-1, keepdim=True).clamp(min=1e-20)
+
+
+class MeanOutput(OutputSignal):
+    """Mean output of each head over the prompt, (B, H, D): what a pruned head may leave behind. No feature."""
+
+    name: ClassVar[str] = "mean_output"
+
+    def of_outputs(self, outputs: Tensor, prompt: Prompt) -> Tensor:
+        weight = prompt.weight.to(outputs.dtype)
+        return torch.einsum("bthd,bt->bhd", outputs, weight / weight.sum(1, keepdim=True))
+
+    def score(self, values: Tensor) -> Tensor:
+        """Not a score: heads are not ranked by it."""
+        raise NotImplementedError("a mean output ranks no heads")

@@ -1,0 +1,29 @@
+"""Where everything lives in a Hugging Face model: layers, projections, head geometry, sizes."""
+
+from microglia.anatomy.anatomy import Anatomy, Layer, causal_lm, context_length, input_device
+from microglia.anatomy.attention import View, replaced_attention, stock_attention, with_attention
+from microglia.anatomy.families import FAMILIES, Family
+from microglia.anatomy.geometry import HeadGeometry, RowShape
+from microglia.anatomy.layouts import Fused, FusedEqual, Mlp, Separate
+from microglia.anatomy.swap import swap
+
+__all__ = [
+    "FAMILIES",
+    "Anatomy",
+    "Family",
+    "Fused",
+    "FusedEqual",
+    "HeadGeometry",
+    "Layer",
+    "Mlp",
+    "RowShape",
+    "Separate",
+    "View",
+    "causal_lm",
+    "context_length",
+    "input_device",
+    "replaced_attention",
+    "stock_attention",
+    "swap",
+    "with_attention",
+]

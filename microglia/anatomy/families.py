@@ -1,0 +1,57 @@
+"""All that is known of model families: one line each. To add one: that line, and its tiny model in tests/tiny.py."""
+
+from dataclasses import dataclass
+
+from microglia.anatomy.layouts import AttentionLayout, Fused, FusedEqual, Mlp, Separate
+from microglia.registry import Registry
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the models of a family keep what, by the names that transformers gives it.
+
+    causal, decoder: classes of the language model and of its stack of layers. attention, mlp: how a layer's two halves
+    store their projections. attention_name, mlp_name: of the halves in a layer. norms: of a layer, before attention and
+    before the MLP. export_as: the family whose classes an export loads with (Phi-3 taken apart is Mistral).
+    gguf: whether llama.cpp's architecture `deci` computes it.
+    """
+
+    causal: str
+    decoder: str
+    attention: AttentionLayout = Separate()
+    mlp: Mlp = Mlp()
+    attention_name: str = "self_attn"
+    mlp_name: str = "mlp"
+    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    export_as: str | None = None
+    gguf: bool = False
+
+
+# By the class of the attention module, which models that wrap a language model (vision and text, say) share with it.
+FAMILIES: Registry[Family] = Registry(
+    "family",
+    {
+        "LlamaAttention": Family("LlamaForCausalLM", "LlamaModel", gguf=True),
+        "MistralAttention": Family("MistralForCausalLM", "MistralModel", gguf=True),
+        "Qwen2Attention": Family("Qwen2ForCausalLM", "Qwen2Model", gguf=True),
+        "Qwen3Attention": Family("Qwen3ForCausalLM", "Qwen3Model"),
+        "Gemma2Attention": Family("Gemma2ForCausalLM", "Gemma2Model"),
+        "Gemma3Attention": Family("Gemma3ForCausalLM", "Gemma3TextModel"),
+        "Phi3Attention": Family(
+            "Phi3ForCausalLM",
+            "Phi3Model",
+            attention=Fused(),
+            mlp=Mlp(("gate_up_proj",), packed=True),
+            export_as="MistralAttention",
+            gguf=True,
+        ),
+        "GPT2Attention": Family(
+            "GPT2LMHeadModel",
+            "GPT2Model",
+            attention=FusedEqual(),
+            mlp=Mlp(("c_fc",), "c_proj"),
+            attention_name="attn",
+            norms=("ln_1", "ln_2"),
+        ),
+    },
+)

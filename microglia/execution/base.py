@@ -1,0 +1,88 @@
+"""How a decision is carried out, behind one protocol that every entry point takes: library, server, harness, benchmark."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from microglia.registry import Registry
+from microglia.units import Site
+
+
+@dataclass(frozen=True)
+class Decision:
+    """keep (B, U) or (1, U) per site; fill (B, U, …) per site is what pruned units leave behind, zero when None."""
+
+    keep: Sequence[Tensor]
+    fill: Sequence[Tensor | None] | None = None
+
+    def fill_of(self, site: Site) -> Tensor | None:
+        """What stands in for a site's pruned units."""
+        return None if self.fill is None else self.fill[site.index]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A batch that is about to be read: its mask (B, T), false at padding, and the most new tokens of an answer.
+
+    fill: whether pruned units leave their mean behind. end_tokens, pad_token: what ends an answer, what follows it.
+    """
+
+    mask: Tensor
+    new_tokens: int
+    fill: bool = False
+    end_tokens: tuple[int, ...] = ()
+    pad_token: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an execution brings to a request.
+
+    cache: to be given to the model as past_key_values, None for its own. greedy: writes the likeliest answers (B, N)
+    after the prompt's last logits (B, V), where the execution has a loop of its own.
+    """
+
+    cache: Cache | None = None
+    greedy: Callable[[Tensor], Tensor] | None = None
+
+
+class Execution(ABC):
+    """One way to carry out decisions. To add one: a subclass, registered in EXECUTIONS.
+
+    name: in the registry. prunes: False for the one that leaves the model dense.
+    """
+
+    name: ClassVar[str]
+    prunes: ClassVar[bool] = True
+
+    @classmethod
+    def for_model(cls, model: nn.Module) -> "Execution":
+        """The execution, made for a model; what it keeps between requests belongs to that model."""
+        return cls()
+
+    def check_generation(self, options: dict[str, Any]) -> None:
+        """Raise ConfigError for options of the model's `generate` that this execution cannot follow."""
+
+    @contextmanager
+    def prepared(self, request: Request) -> Iterator[Prepared]:
+        """While inside, the model reads this request and continues it."""
+        yield Prepared()
+
+    @abstractmethod
+    def apply(
+        self, sites: Sequence[Site], decision: Decision, cache: Cache | None
+    ) -> AbstractContextManager[None]:
+        """While inside, the sites are pruned as decided. `cache` is the prompt's; what it loses is gone for good."""
+
+
+EXECUTIONS: Registry[type[Execution]] = Registry("execution")
+
+
+def execution_for(execution: str | Execution, model: nn.Module) -> Execution:
+    """An execution by its name, made for a model, or the one that was given. Raises ConfigError for an unknown name."""
+    return execution if isinstance(execution, Execution) else EXECUTIONS[execution].for_model(model)

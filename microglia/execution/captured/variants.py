@@ -1,0 +1,125 @@
+"""What a block of layers is captured for, and where the heads of the present decision stand in its static tensors.
+
+- `dense`: every head, the model's own weights;
+- `masked`: the same, each head's output multiplied by its gate (for decisions between the full bucket and the next, and
+  for comparison);
+- `shared`: compact weights, for rows that agree;
+- `rows`: dense projections, each row's own heads in the cache.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from microglia.anatomy import HeadGeometry, RowShape
+from microglia.execution.captured.buckets import Bucket, SlotMap, covering, packed_size, slot_map
+from microglia.units import HeadSite
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of step and the bucket of its shapes."""
+
+    kind: Literal["dense", "masked", "shared", "rows"]
+    bucket: Bucket
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether heads must be copied into their slots before it runs."""
+        return self.kind in ("shared", "rows")
+
+
+class DecisionBuffers:
+    """Static tensors that hold a decision (B, H) per site: gates, slots, and what pruned heads leave behind."""
+
+    def __init__(
+        self,
+        sites: Sequence[HeadSite],
+        buckets: Sequence[Bucket],
+        blocks: Sequence[range],
+        batch: int,
+        bias: Tensor | None,
+    ) -> None:
+        """bias: a template (B, 1, hidden) of what pruned heads leave behind, None where they leave nothing."""
+        self.sites, self.buckets, self.blocks, self.batch = sites, buckets, blocks, batch
+        self.geometry: HeadGeometry = sites[0].geometry  # of every site
+        device = next(sites[0].output.parameters()).device
+        with torch.inference_mode(False):
+            zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
+            heads, groups = self.geometry.heads, self.geometry.kv_heads
+            self.keep = [torch.ones(batch, heads, device=device) for _ in sites]
+            self.slots = zeros(len(sites), batch, packed_size(self.geometry, buckets))  # slot maps, packed
+            self.groups = [zeros(batch, groups) for _ in sites]
+            self.heads = [zeros(batch, heads) for _ in sites]
+            self.kept = [torch.zeros_like(k) for k in self.keep]
+            self.bias = None if bias is None else [torch.zeros_like(bias) for _ in sites]
+
+    def slots_of(self, index: int, bucket: Bucket) -> SlotMap:
+        """Where the heads of a site's decision stand: views of the static tensors."""
+        return SlotMap.unpacked(self.slots[index], self.geometry, bucket)
+
+    def rows_of(self, index: int, bucket: Bucket) -> RowShape:
+        """Each row's own heads at a site: views of the static tensors."""
+        return RowShape(
+            self.groups[index][:, : bucket.groups],
+            self.heads[index][:, : bucket.heads],
+            self.kept[index][:, : bucket.heads],
+        )
+
+    def set_rows(self, index: int, bucket: Bucket) -> None:
+        """Copy a site's slots to where a step over rows of own heads reads them."""
+        source, target = self.slots_of(index, bucket), self.rows_of(index, bucket)
+        target.groups.copy_(source.groups)
+        target.heads.copy_(source.heads)
+        target.kept.copy_(source.kept)
+
+    def write(self, keep: Tensor, fill: Sequence[Tensor | None] | None) -> None:
+        """The gates (sites, B, H) of a decision, and what its pruned heads leave behind."""
+        torch._foreach_copy_(self.keep, list(keep))
+        for site, k, f in zip(self.sites, keep, fill or [], strict=False):
+            if self.bias is not None and f is not None:
+                self.bias[site.index].copy_(site.fill_bias(k, f))
+
+    def reset(self, variant: Variant) -> None:
+        """Every head kept, laid out for a variant."""
+        for buffer in self.keep:
+            buffer.fill_(1)
+        every = torch.ones(len(self.sites), self.batch, self.geometry.heads)
+        self.place([variant] * len(self.blocks), every)
+
+    def variants(self, keep: Tensor, *, masked: bool = False) -> list[Variant]:
+        """The variant of every block for decisions (sites, B, H) on the host."""
+        grouped = self.geometry.by_group(keep > 0)
+        groups = grouped.any(-1).sum(-1).amax(-1).tolist()  # of each site
+        queries = grouped.sum(-1).flatten(1).amax(-1).tolist()
+        dense = (keep > 0).flatten(1).all(-1).tolist()
+        agreed = (keep == keep[:, :1]).flatten(1).all(-1).tolist()
+        full = self.buckets[0]
+
+        def variant(block: range) -> Variant:
+            sites = slice(block.start, block.stop)
+            if all(dense[sites]):
+                return Variant("dense", full)
+            bucket = covering(self.buckets, max(groups[sites]), max(queries[sites]))
+            if masked or bucket == full:
+                return Variant("masked", full)
+            return Variant("shared" if all(agreed[sites]) else "rows", bucket)
+
+        return [variant(block) for block in self.blocks]
+
+    def place(self, variants: Sequence[Variant], keep: Tensor) -> None:
+        """Find the slots of decisions (sites, B, H) on the host and copy them to the device at once.
+
+        On the device it would be some twenty kernels at every site, for a few hundred numbers.
+        """
+        slots = torch.zeros(self.slots.shape, dtype=torch.long)
+        for bucket in {variant.bucket for variant in variants if variant.is_cut}:
+            blocks = [b for b, variant in zip(self.blocks, variants, strict=True) if variant.bucket == bucket]
+            sites = [index for block in blocks for index in block]
+            packed = slot_map(keep[sites], self.geometry, bucket).packed()
+            slots[sites, :, : packed.shape[-1]] = packed
+        self.slots.copy_(slots)

@@ -1,0 +1,95 @@
+"""Compact weights in buffers that never move: a bucket is a view of them, a new prompt copies its heads in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from microglia.anatomy import HeadGeometry
+from microglia.anatomy.projection import Cut, check_plain, plain, resized, weight_dim
+from microglia.errors import MicrogliaError
+from microglia.execution.captured.buckets import Bucket, SlotMap
+from microglia.execution.captured.kv import widest
+from microglia.units import HeadSite
+
+
+class CompactWeights:
+    """The projections of one site with the heads of the present decision.
+
+    Every bucket below the full one is a contiguous view from the start of one flat buffer per tensor: no bucket has
+    memory of its own, and what a captured step reads never moves. The full bucket is the model's own weights.
+    """
+
+    def __init__(self, site: HeadSite, every: Sequence[Bucket]) -> None:
+        self.site = site
+        self.cuts = {bucket: self._cuts(bucket) for bucket in every if bucket != every[0]}
+        self.flat: dict[tuple[str, str], Tensor] = {}
+        self.modules: dict[tuple[Bucket, str], nn.Module] = {}
+        for cut in next(iter(self.cuts.values()), []):
+            inner, name = self._inner(cut.projection), f"{site.name}.{cut.projection}"
+            if inner is not getattr(site.attention, cut.projection):
+                raise MicrogliaError(
+                    f"{name} carries an adapter, which captured steps do not follow; merge it first, "
+                    "model = model.merge_and_unload(), or use execution='compact'"
+                )
+            check_plain(inner.weight, inner, name, "captured steps follow float weights only, use execution='compact'")
+            for part in ("weight", "bias"):
+                self._reserve(cut.projection, part)
+
+    def _inner(self, projection: str) -> Any:
+        return plain(getattr(self.site.attention, projection))
+
+    def _cuts(self, bucket: Bucket) -> list[Cut]:
+        """Of some heads and groups of a bucket: what counts here is how many."""
+        heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
+        return self.site.layer.family.attention.cuts(self.site.geometry, heads, groups)
+
+    def _shape(self, cut: Cut, part: str) -> list[int] | None:
+        inner = self._inner(cut.projection)
+        if part == "bias":
+            return None if inner.bias is None or cut.of_inputs else [len(cut.index)]
+        shape = list(inner.weight.shape)
+        shape[weight_dim(inner, of_inputs=cut.of_inputs)] = len(cut.index)
+        return shape
+
+    def _reserve(self, projection: str, part: str) -> None:
+        cuts = [cut for every in self.cuts.values() for cut in every if cut.projection == projection]
+        sizes = [torch.Size(shape).numel() for cut in cuts if (shape := self._shape(cut, part)) is not None]
+        if sizes:
+            like = getattr(self._inner(projection), part)
+            self.flat[projection, part] = torch.zeros(max(sizes), dtype=like.dtype, device=like.device)
+
+    def view(self, cut: Cut, part: str) -> Tensor | None:
+        """The part of the buffer that a cut fills; None for what the cut does not change (a bias after the heads)."""
+        shape = self._shape(cut, part)
+        return None if shape is None else self.flat[cut.projection, part][: torch.Size(shape).numel()].view(shape)
+
+    def projections(self, bucket: Bucket) -> dict[str, nn.Module]:
+        """The compact projections of a bucket by their names; the same modules every time."""
+        for cut in self.cuts[bucket]:
+            if (bucket, cut.projection) not in self.modules:
+                inner, weight, bias = self._inner(cut.projection), self.view(cut, "weight"), self.view(cut, "bias")
+                assert weight is not None
+                bias = inner.bias if bias is None else bias
+                module = resized(inner, weight, bias, len(cut.index), of_inputs=cut.of_inputs)
+                self.modules[bucket, cut.projection] = module
+        return {name: module for (at, name), module in self.modules.items() if at == bucket}
+
+    def gather(self, bucket: Bucket, slots: SlotMap) -> None:
+        """Copy the heads of a decision that all rows share into the buffers; heads that only fill up write nothing."""
+        geometry, size = self.site.geometry, self.site.geometry.head_dim
+        whole = HeadGeometry(geometry.heads, geometry.kv_heads, 1)  # copied head by head: much faster than row by row
+        now = self.site.layer.family.attention.cuts(whole, slots.heads[0], slots.groups[0])
+        for cut, index in zip(self.cuts[bucket], [cut.index for cut in now], strict=True):
+            inner = self._inner(cut.projection)
+            dim = weight_dim(inner, of_inputs=cut.of_inputs)
+            weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
+            assert weight is not None
+            source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
+            torch.index_select(widest(source), dim, index, out=widest(target))
+            if cut.of_inputs:
+                kept = slots.kept[0].to(target.dtype)  # of the same type: a mixed product is three times slower
+                target.mul_(kept.view([-1 if d == dim else 1 for d in range(3)]))
+            if bias is not None:
+                torch.index_select(inner.bias.detach().unflatten(0, (-1, size)), 0, index, out=bias.view(-1, size))

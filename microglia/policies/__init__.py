@@ -1,0 +1,45 @@
+"""Who decides: agents and mixtures that learn from prompts, static masks, plain signals, a predictor."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from microglia.errors import ConfigError
+from microglia.policies.agents import AgentPolicy, LearnedPolicy, MaskMixture, MicrogliaAgent, MixturePolicy
+from microglia.policies.base import POLICIES, Policy, SitewisePolicy
+from microglia.policies.fixed import SignalPolicy, StaticPolicy
+from microglia.policies.predictor import PredictorPolicy
+from microglia.registry import listed
+from microglia.units import Geometry
+
+__all__ = [
+    "POLICIES",
+    "AgentPolicy",
+    "LearnedPolicy",
+    "MaskMixture",
+    "MicrogliaAgent",
+    "MixturePolicy",
+    "Policy",
+    "PredictorPolicy",
+    "SignalPolicy",
+    "SitewisePolicy",
+    "StaticPolicy",
+    "new_agents",
+]
+
+
+def agent_kinds() -> list[str]:
+    """Names of the policies that learn from prompts."""
+    return [name for name, kind in POLICIES.items() if issubclass(kind, LearnedPolicy)]
+
+
+def new_agents(
+    name: str, geometries: Sequence[Geometry], *, signals: Sequence[str] = ("norm", "entropy"), **options: Any
+) -> LearnedPolicy:
+    """Untrained agents: `agents` (MLPs of hidden_dim 128) or `mixture` (hidden_dim: 16 masks), or a kind of your own.
+
+    Raises ConfigError for an unknown kind.
+    """
+    kind = POLICIES.get(name)
+    if kind is None or not issubclass(kind, LearnedPolicy):
+        raise ConfigError(f"policy={name!r} is unknown; choose {listed(agent_kinds())}")
+    return kind.create(geometries, signals, **options)

@@ -1,0 +1,127 @@
+"""The one value that is trained, saved, loaded, served, compared and attached: who decides, and how it is carried on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from microglia.errors import ConfigError
+from microglia.gate import Gate, keep_ratio
+from microglia.policies import Policy
+from microglia.registry import listed
+from microglia.signals import SIGNALS, MeanOutput, Signal
+from microglia.units import UNITS, Geometry
+
+Fill = Literal["zero", "mean"]
+
+
+@dataclass(frozen=True, eq=False)
+class Budget:
+    """From a keep ratio to a threshold: a policy's logits on calibration prompts.
+
+    logits: (N, U) per site for N prompts that should be like those to come and unlike those that trained the policy.
+    bucket: of the gate, None for the geometries' own.
+    """
+
+    logits: Sequence[Tensor]
+    geometries: Sequence[Geometry]
+    bucket: int | None = None
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts stand behind it."""
+        return len(self.logits[0]) if len(self.logits) else 0
+
+    def threshold(self, target: float) -> float:
+        """The threshold at which the mean keep ratio over the prompts comes closest to `target` from above.
+
+        One threshold for all prompts and sites: prompts still differ. Raises ConfigError for a target outside (0, 1].
+        """
+        if not 0 < target <= 1:
+            raise ConfigError(f"keep_ratio={target} was given; it must be above 0 and at most 1")
+        values = self._values
+        low, high = float(values.min()) - 1, float(values.max()) + 1
+        for _ in range(40):
+            middle = (low + high) / 2
+            if self.keep_ratio(middle) >= target:
+                low = middle
+            else:
+                high = middle
+        below = values[values < low - 1e-6]
+        # Halfway to the next lower logit: on the edge, rounding in another batch could cost the last unit.
+        return (low + float(below.max())) / 2 if len(below) else low - 1
+
+    def keep_ratio(self, threshold: float) -> float:
+        """The mean share of units that the prompts keep at a threshold."""
+        # In the logits' own precision, as the gate will: in a finer one the last unit could fall on the other side.
+        gate = Gate(threshold=threshold, bucket=self.bucket)
+        return float(keep_ratio(gate.every(self.logits, self.geometries)).mean())
+
+    @cached_property
+    def _values(self) -> Tensor:
+        return torch.cat([x.flatten() for x in self.logits]).double()
+
+
+@dataclass(frozen=True, eq=False)
+class Pruner:
+    """A policy, the gate that turns its logits into decisions, what it measures, and what pruned units leave behind.
+
+    window: entropy over the last so many prompt tokens, None for all. fill: what a pruned head leaves behind, `zero` or
+    `mean` (its mean output over this prompt). units: the kinds that are decided about, see `microglia.units`.
+    budget: what turns a keep ratio into a threshold, see `at`.
+    """
+
+    policy: Policy
+    gate: Gate = Gate()
+    window: int | None = 64
+    fill: Fill = "zero"
+    units: tuple[str, ...] = ("head",)
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        if self.fill not in get_args(Fill):
+            raise ConfigError(f"fill={self.fill!r} is unknown; choose {listed(get_args(Fill))}")
+        if self.window is not None and self.window < 1:
+            raise ConfigError(f"window={self.window} was given; it must be at least 1, or None for all prompt tokens")
+        for unit in self.units:
+            _ = UNITS[unit]
+
+    @property
+    def signals(self) -> list[Signal]:
+        """What is measured while a prompt is read."""
+        means: list[Signal] = [MeanOutput()] if self.fill == "mean" else []
+        return [SIGNALS[name] for name in self.policy.signals] + means
+
+    def at(self, keep_ratio: float | None) -> "Pruner":
+        """This pruner at another budget: so many units are kept on average, prompts still differ. None: unchanged.
+
+        Raises ConfigError where there are no prompts to calibrate a keep ratio on.
+        """
+        if keep_ratio is None:
+            return self
+        if self.budget is None or not self.budget.prompts:
+            raise ConfigError(
+                f"keep_ratio={keep_ratio} was given, but there are no prompts to calibrate it on; train first or give "
+                "set_keep_ratio some"
+            )
+        return self.with_threshold(self.budget.threshold(keep_ratio))
+
+    def with_threshold(self, threshold: float) -> "Pruner":
+        """This pruner with another threshold."""
+        return replace(self, gate=replace(self.gate, threshold=threshold))
+
+    def with_budget(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> "Pruner":
+        """This pruner with calibration logits (N, U) per site; the gate's bucket counts in them too."""
+        return replace(self, budget=Budget(logits, geometries, self.gate.bucket))
+
+    def keep(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
+        """Logits (B, U) per site → keep (B, U) per site."""
+        return self.gate.every(logits, geometries)
+
+    def fingerprint(self) -> str:
+        """Equal for pruners that decide alike, and for no others."""
+        gate = {name: value for name, value in asdict(self.gate).items() if name != "rows"}
+        return f"{self.policy.fingerprint()} {gate} {self.window} {self.fill} {self.units}"

@@ -1,0 +1,71 @@
+"""Measure a prompt while the model reads it: the signals of every site, from one dense forward pass."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from microglia.signals.base import SIGNALS, Prompt, Signal
+from microglia.units import Site
+
+
+def check_signals(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of signals, in their order. Raises ConfigError for an unknown one, or one that is named twice."""
+    for name in names:
+        _ = SIGNALS[name]
+    return tuple(dict.fromkeys(names))
+
+
+def feature_size(units: int, signals: Sequence[str]) -> int:
+    """Length of the feature vector of a site with so many units."""
+    return units * len(check_signals(signals))
+
+
+def stack_features(values: Mapping[str, Tensor], signals: Sequence[str]) -> Tensor:
+    """Signals by name, (B, U) each → features (B, F), side by side in the order of `signals`."""
+    return torch.cat([values[name] for name in signals], dim=-1)
+
+
+def split_features(features: Tensor, signals: Sequence[str]) -> dict[str, Tensor]:
+    """Features (B, F) → their signals by name, (B, U) each: what `stack_features` made them of."""
+    if features.shape[-1] == 0:
+        return {}
+    return dict(zip(signals, features.chunk(len(signals), dim=-1), strict=True))
+
+
+@dataclass
+class Measured:
+    """Values (B, U) by signal and site index. complete: whether the pass came to its end, so that all of them are there."""
+
+    prompt: Prompt
+    values: dict[str, dict[int, Any]] = field(default_factory=dict)
+    complete: bool = False
+
+    def features(self, site: Site, signals: Sequence[str]) -> Tensor:
+        """The site's values of these signals side by side, (B, F); (B, 0) where none is measured at it."""
+        values = {name: self.values[name][site.index] for name in signals if site.index in self.values[name]}
+        if not values:
+            return self.prompt.weight.new_zeros(len(self.prompt.weight), 0)
+        return stack_features(values, tuple(values))
+
+
+@contextmanager
+def measured(sites: Sequence[Site], signals: Sequence[Signal], prompt: Prompt) -> Iterator[Measured]:
+    """Gather signals from the one forward pass made inside; they are finished when it is left."""
+    result = Measured(prompt)
+    with ExitStack() as stack:
+        for signal in signals:
+            places = result.values[signal.name] = {}
+            for site in sites:
+                if site.unit == signal.unit:
+                    stack.enter_context(signal.measure(site, prompt, partial(places.__setitem__, site.index)))
+        yield result
+    expected = [sum(site.unit == signal.unit for site in sites) for signal in signals]
+    result.complete = [len(result.values[signal.name]) for signal in signals] == expected
+    for signal in signals if result.complete else ():
+        places = result.values[signal.name]
+        result.values[signal.name] = dict(zip(places, signal.finish(list(places.values())), strict=True))

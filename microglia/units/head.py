@@ -1,0 +1,196 @@
+"""Attention heads: query heads of a layer, in groups that share a key/value head.
+
+One decision for all rows gathers rows of q, k, v and columns of o, rewrites the geometry with them (as gpt-fast does for
+tensor parallelism) and lets stock attention run on the smaller shapes. Rows that decide for themselves keep dense
+projections, read once for all rows, and attention over a `(B, k, T, D)` cache of each row's own heads.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from microglia.anatomy import HeadGeometry, Layer, RowShape, View, replaced_attention, stock_attention, swap
+from microglia.anatomy.projection import cut_bytes, features, plain, sliced
+from microglia.errors import MicrogliaError
+from microglia.units.kv import keep_kv_heads, take_rows
+from microglia.units.site import UNITS, Site
+
+
+@UNITS.register("head")
+@dataclass(frozen=True, eq=False)
+class HeadSite(Site):
+    """The query heads of one attention layer."""
+
+    unit: ClassVar[str] = "head"
+    geometry_type: ClassVar[type] = HeadGeometry
+
+    geometry: HeadGeometry
+
+    @classmethod
+    def in_layer(cls, index: int, layer: Layer) -> "HeadSite":
+        return cls(index, layer, layer.heads)
+
+    @property
+    def name(self) -> str:
+        return self.layer.attention_name
+
+    @property
+    def attention(self) -> nn.Module:
+        return self.layer.attention
+
+    @property
+    def output(self) -> nn.Module:
+        """The output projection; its input `(B, T, H·D)` is the one place where heads are told apart and gated."""
+        return self.layer.output
+
+    @contextmanager
+    def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
+        """keep (B, H) or (1, H). fill (B, H, D) stands in for what a pruned head would have written."""
+        hook = _gate_hook(self, keep, where, fill)
+        handle = self.output.register_forward_pre_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def cut(self, stack: ExitStack, keep: Tensor, cache: Cache | None) -> None:
+        kept = self.geometry.kept_by(keep)
+        if kept is None:
+            per_group = self.geometry.by_group(keep).sum(-1).tolist()
+            raise MicrogliaError(
+                f"{self.name} keeps {per_group} heads in its groups; every kept group must keep the same number, "
+                "make decisions with HeadGeometry.rectangle"
+            )
+        heads = keep.nonzero().flatten()
+        groups = self.geometry.by_group(keep).any(-1).nonzero().flatten()
+        layout, block = self.layer.family.attention, self.geometry.head_dim
+        for one in layout.cuts(self.geometry, heads, groups):
+            projection = getattr(self.attention, one.projection)
+            smaller = sliced(projection, one, f"{self.name}.{one.projection}", block)
+            swap(stack, self.attention, one.projection, smaller)
+        self.rewrite(stack, kept)
+        if cache is not None:
+            keep_kv_heads(cache, self.layer.index, groups)
+
+    def rewrite(self, stack: ExitStack, kept: HeadGeometry, **changes: Any) -> None:
+        """Until `stack` closes, the attention module believes that it has the geometry `kept`.
+
+        changes: more values in which its view of the config differs.
+        """
+        attributes, config = self.layer.family.attention.rewritten(kept)
+        for name, value in attributes.items():
+            swap(stack, self.attention, name, value)
+        if config or changes:
+            swap(stack, self.attention, "config", View(self.attention.config, **{**config, **changes}))
+
+    def cut_rows(self, stack: ExitStack, keep: Tensor, cache: Cache | None) -> None:
+        if cache is None:
+            raise MicrogliaError(
+                "rows that decide for themselves live in the key/value cache; generate with use_cache=True"
+            )
+        shape = self.geometry.row_shape(keep)
+        stack.enter_context(replaced_attention(self.attention, _row_attention(self, shape)))
+        keep_kv_heads(cache, self.layer.index, shape.groups)
+
+    def filled(self, stack: ExitStack, keep: Tensor, fill: Tensor) -> None:
+        bias = self.fill_bias(keep, fill)
+        stack.callback(self.output.register_forward_hook(lambda module, inputs, output: output + bias).remove)
+
+    def fill_bias(self, keep: Tensor, fill: Tensor) -> Tensor:
+        """What the pruned heads' `fill` (B, H, D) adds after the dense output projection: a bias per row, (B, 1, hidden).
+
+        `keep` (B, H) or (1, H).
+        """
+        with torch.no_grad():
+            left = (fill * (1 - keep)[..., None].to(fill.dtype)).flatten(-2)[:, None]  # (B, 1, H·D)
+            bias: Tensor = self.output(left) - self.output(torch.zeros_like(left))  # without the projection's own bias
+            return bias
+
+    # --- cost ---------------------------------------------------------------------------------------------------------
+
+    def _kept(self, keep: Tensor) -> Iterator[tuple[nn.Module, int, bool]]:
+        """Of every projection: itself, its kept rows or columns, and whether these are inputs (columns)."""
+        shape = self.geometry.row_shape(keep[:1])
+        for one in self.layer.family.attention.cuts(self.geometry, shape.heads[0], shape.groups[0]):
+            yield getattr(self.attention, one.projection), len(one.index), one.of_inputs
+
+    def saved_bytes(self, keep: Tensor) -> int:
+        return sum(cut_bytes(module, kept, of_inputs=inputs) for module, kept, inputs in self._kept(keep))
+
+    def saved_flops(self, keep: Tensor) -> int:
+        total = 0
+        for module, kept, of_inputs in self._kept(keep):
+            weight: Any = plain(module).weight
+            whole = features(module, of_inputs=of_inputs)
+            total += 2 * int(weight.numel()) * (whole - kept) // whole
+        return total
+
+    def kv_share(self, keep: Tensor) -> float:
+        return self.geometry.row_shape(keep).groups.shape[-1] / self.geometry.kv_heads
+
+    def attended_width(self, keep: Tensor | None = None) -> int:
+        if keep is None:
+            return self.geometry.width
+        return self.geometry.row_shape(keep).heads.shape[-1] * self.geometry.head_dim
+
+
+def _gate_hook(site: HeadSite, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        heads = site.geometry.split(inputs[0])  # (B, T, H, D)
+        _check_rows(site, len(heads), len(keep))
+        gate = keep[:, None, :, None].to(heads)
+        if where is not None:
+            gate = torch.where(where[:, :, None, None], gate, torch.ones_like(gate))
+        heads = heads * gate if fill is None else heads * gate + (1 - gate) * fill[:, None].to(heads)
+        return (heads.flatten(-2), *inputs[1:])
+
+    return hook
+
+
+def _check_rows(site: HeadSite, rows: int, decisions: int) -> None:
+    if decisions not in (1, rows):
+        raise MicrogliaError(
+            f"{site.name} got a batch of {rows} rows but decisions for {decisions}; continue the batch that was read, "
+            "or read the new prompts first"
+        )
+
+
+def _row_attention(site: HeadSite, shape: RowShape) -> Callable[..., tuple[Tensor, None]]:
+    stock = stock_attention(site.attention)
+    dense: Any = View(site.attention, config=site.attention.config)  # back ends look their own name up in the config
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        _check_rows(site, len(query), len(shape.heads))
+        return attend_rows(stock, dense, shape, query, key, value, mask, **kwargs), None
+
+    return attention
+
+
+def attend_rows(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    module: nn.Module,
+    shape: RowShape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention of each row's own heads: q (B, H, T, D) of all heads, k and v (B, g, Tk, D) of the rows' own.
+
+    attend: the attention function for the smaller shapes. Returns (B, T, H, D), zero where pruned.
+    """
+    heads = shape.heads
+    kept: Any = View(module, num_key_value_groups=heads.shape[1] // shape.groups.shape[1])
+    output = attend(kept, take_rows(query, heads), key, value, mask, **kwargs)[0]  # (B, T, k, D)
+    output = output * shape.kept[:, None, :, None].to(output.dtype)
+    batch, length, _, size = output.shape
+    whole = output.new_zeros(batch, length, query.shape[1], size)
+    return whole.scatter(2, heads[:, None, :, None].expand(-1, length, -1, size), output)

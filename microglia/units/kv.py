@@ -1,0 +1,65 @@
+"""Key/value caches that hold kept heads only: of all rows the same, or of each row its own."""
+
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from microglia.errors import MicrogliaError
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """`x` (B, G, T, D) and each row's own `index` (B, k) → (B, k, T, D)."""
+    return x.gather(1, index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]))
+
+
+def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
+    """Drop the key/value heads not in `index` from one layer of a prompt's cache, for good.
+
+    `index` (k,) for the same heads in every row; (B, k) for each row's own, in which case later updates are cut too.
+    """
+    entry: Any = kv.layers[layer]
+    if not hasattr(entry, "keys"):
+        raise MicrogliaError(
+            f"the cache's layer {layer} is a {type(entry).__name__}, which holds no keys and values; "
+            "use a dynamic or static cache"
+        )
+    if index.dim() == 1:
+        if entry.keys is not None and entry.keys.numel():
+            entry.keys, entry.values = entry.keys.index_select(1, index), entry.values.index_select(1, index)
+        return
+    if entry.keys is not None and entry.keys.numel():
+        entry.keys, entry.values = take_rows(entry.keys, index), take_rows(entry.values, index)
+    kind: Any = _with_row_heads(type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+    own = kind.__new__(kind)
+    own.__dict__.update(entry.__dict__, index=index)
+    kv.layers[layer] = own
+
+
+class RowHeads:
+    """Mixed into a cache layer in which every row holds its own `index` (B, k) of the key/value heads: `(B, k, T, D)`.
+
+    Everything but `update` stays the layer's own: lengths, sliding windows, cropping, and reordering (beams of a prompt
+    share its decision).
+    """
+
+    index: Tensor
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New keys and values (B, G, T, D) of all heads → kept ones of all tokens (B, k, T', D)."""
+        keys, values = take_rows(key_states, self.index), take_rows(value_states, self.index)
+        return super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+
+
+@cache
+def _with_row_heads(layer: type) -> type:
+    # _layer_type None: a subclass must not register itself as the library's class for that type of layer.
+    return type(f"RowHeads{layer.__name__}", (RowHeads, layer), {"_layer_type": None})
+
+
+def kv_bytes(kv: Cache) -> int:
+    """Bytes of keys and values that a cache holds now."""
+    layers: list[Any] = kv.layers
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(t.numel() * t.element_size() for t in tensors)
