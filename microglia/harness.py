@@ -1,7 +1,7 @@
 """lm-evaluation-harness on a microglia checkpoint: its tasks, prompts and scorers, with the pruned model's answers.
 
     python -m microglia.harness run --model microglia --tasks gsm8k,arc_challenge --batch_size 16 \\
-        --model_args checkpoint=checkpoints,path=compact,keep_ratio=0.75
+        --model_args checkpoint=checkpoints,execution=compact,keep_ratio=0.75
 
 is `lm_eval` with one more model; importing this module does the same for `lm_eval.simple_evaluate`. Needs the extra
 `eval`. The context of a request is the prompt and is read with every head; continuations and generated texts are gated.
@@ -10,15 +10,15 @@ by generation, or by the likelihood of whole texts.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from microglia.attach import Trace, attached
+import torch
+
+from microglia.anatomy import causal_lm
+from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.evaluation.likelihood import Likelihood, likelihoods
-from microglia.gate import keep_ratio as kept
-from microglia.generation import PATHS
-from microglia.sites import causal_lm
+from microglia.evaluation.likelihood import likelihoods
+from microglia.execution import Request, execution_for
 from microglia.system import MicrogliaPruningSystem
 
 try:
@@ -34,7 +34,7 @@ NAME = "microglia"
 class MicrogliaLM(HFLM):
     """A checkpoint as lm_eval's model; whatever is not said here is as in its own model `hf`.
 
-    checkpoint: folder or hub id, or a system in memory. path: compact, masked or dense. keep_ratio: see
+    checkpoint: folder or hub id, or a system in memory. execution: compact, captured, masked or dense. keep_ratio: see
     `set_keep_ratio`. base_model: instead of the one that the checkpoint names. options: those of `hf` that do not load
     a model, such as max_length or add_bos_token.
     """
@@ -42,28 +42,22 @@ class MicrogliaLM(HFLM):
     def __init__(
         self,
         checkpoint: str | MicrogliaPruningSystem,
-        path: str = "compact",
+        execution: str = "compact",
         keep_ratio: float | None = None,
         base_model: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
-        trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        if path not in (*PATHS, "dense"):
-            raise ConfigError(f"path={path!r} is unknown; choose {', '.join(PATHS)} or dense")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ConfigError(f"batch_size={batch_size!r} was given; give a number, as automatic sizes are for hf only")
         if isinstance(checkpoint, MicrogliaPruningSystem):
             system = checkpoint
         else:
-            system = MicrogliaPruningSystem.from_pretrained(
-                checkpoint, base_model, device=device, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-        self.system, self.path = system, path
-        self.pruning_gate = system.gate if keep_ratio is None else system.gate_for(keep_ratio)
+            loading = {name: options.pop(name) for name in ("device", "dtype", "trust_remote_code") if name in options}
+            system = MicrogliaPruningSystem.from_pretrained(checkpoint, base_model, **loading)
+        self.execution = execution_for(execution, system.model)
+        self.pruner = system.pruner.at(keep_ratio) if self.execution.prunes else None
         self.keep_ratios: list[float] = []
         super().__init__(
             pretrained=causal_lm(system.model), tokenizer=system.tokenizer, batch_size=int(batch_size), **options
@@ -75,23 +69,18 @@ class MicrogliaLM(HFLM):
         """Requests are (texts, context ids, continuation ids); contexts that are too long lose their beginning."""
         pairs = []
         for _, context, continuation in requests:
-            room = max(self.max_length + 1 - len(continuation), 1)
-            pairs.append((list(context[-room:]), list(continuation)))
-        system, dense = self.system, self.path == "dense"
-        found: list[Likelihood] = likelihoods(
+            space = max(self.max_length + 1 - len(continuation), 1)
+            pairs.append((list(context[-space:]), list(continuation)))
+        scored = likelihoods(
             self.model,
             pairs,
-            None if dense else system.policy,
+            self.pruner,
             pad_token_id=self.tokenizer.pad_token_id,
-            gate=self.pruning_gate,
-            look=system.look,
-            fill=system.fill,
-            scope=system.scope,
-            path="masked" if dense else self.path,
+            execution=self.execution,
             batch_size=override_bs or self.batch_size,
         )
-        self.keep_ratios += [one.keep_ratio for one in found]
-        answers = [(one.log_probability, one.greedy) for one in found]
+        self.keep_ratios += [one.keep_ratio for one in scored]
+        answers = [(one.log_probability, one.greedy) for one in scored]
         for (texts, _, _), answer in zip(requests, answers, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, answer)
@@ -99,39 +88,35 @@ class MicrogliaLM(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Only dense: a text without a prompt gives nothing to decide on."""
-        if self.path != "dense":
+        if self.pruner is not None:
             raise ConfigError(
                 "a perplexity task scores texts without a prompt, so there is nothing to decide on which heads to "
-                "keep; leave such tasks out or give path=dense"
+                "keep; leave such tasks out or give execution=dense"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
-        with self._attached() as trace:
-            tokens = super()._model_generate(context, max_length, stop, **options)
-        self.keep_ratios += kept(trace.keep).tolist() if trace else [1.0] * len(context)
+        if self.pruner is None:
+            self.keep_ratios += [1.0] * len(context)
+            return super()._model_generate(context, max_length, stop, **options)
+        mask = options.get("attention_mask")
+        mask = torch.ones_like(context) if mask is None else mask
+        request = Request(mask, max_length - context.shape[1], fill=self.pruner.fill == "mean")
+        with (
+            attached(self.model, self.pruner, self.execution) as trace,
+            self.execution.prepared(request) as prepared,
+        ):
+            cache = {} if prepared.cache is None else {"past_key_values": prepared.cache}
+            tokens = super()._model_generate(context, max_length, stop, **options, **cache)
+        self.keep_ratios += trace.keep_ratio.tolist()
         return tokens
 
-    def _attached(self) -> AbstractContextManager[Trace | None]:
-        system = self.system
-        if self.path == "dense":
-            return nullcontext()
-        return attached(
-            self.model,
-            system.policy,
-            gate=self.pruning_gate,
-            look=system.look,
-            fill=system.fill,
-            scope=system.scope,
-            pruning=PATHS[self.path],
-        )
-
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes beside its results: also the path and the share of heads pruned, mean over requests."""
+        """What lm_eval writes beside its results: also the execution and the share of heads pruned, mean over requests."""
         ratios = self.keep_ratios or [1.0]
         return {
             **super().get_model_info(),
-            "microglia_path": self.path,
+            "microglia_execution": self.execution.name,
             "microglia_sparsity": 1 - sum(ratios) / len(ratios),
         }
 

@@ -65,6 +65,16 @@ class Budget:
         return torch.cat([x.flatten() for x in self.logits]).double()
 
 
+def check_parts(fill: str, window: int | None, units: Sequence[str]) -> None:
+    """Raise ConfigError for parts of a pruner that cannot be."""
+    if fill not in get_args(Fill):
+        raise ConfigError(f"fill={fill!r} is unknown; choose {listed(get_args(Fill))}")
+    if window is not None and window < 1:
+        raise ConfigError(f"window={window} was given; it must be at least 1, or None for all prompt tokens")
+    for unit in units:
+        _ = UNITS[unit]
+
+
 @dataclass(frozen=True, eq=False)
 class Pruner:
     """A policy, the gate that turns its logits into decisions, what it measures, and what pruned units leave behind.
@@ -82,12 +92,7 @@ class Pruner:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        if self.fill not in get_args(Fill):
-            raise ConfigError(f"fill={self.fill!r} is unknown; choose {listed(get_args(Fill))}")
-        if self.window is not None and self.window < 1:
-            raise ConfigError(f"window={self.window} was given; it must be at least 1, or None for all prompt tokens")
-        for unit in self.units:
-            _ = UNITS[unit]
+        check_parts(self.fill, self.window, self.units)
 
     @property
     def signals(self) -> list[Signal]:

@@ -12,36 +12,39 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia import processes
-from microglia.calibrate import Calibrated, turn, unseen
-from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
-from microglia.decision import Decision, decide
+from microglia.anatomy import Anatomy, input_device
+from microglia.checkpoint import Checkpoint, check_writable
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
-from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
-from microglia.evaluation.run import evaluate, paired
-from microglia.gate import Gate, check_bucket, keep_ratio, threshold_for
-from microglia.generation import generate, prompt_logits
-from microglia.ledger import Ledger
-from microglia.look import Look
+from microglia.evaluation.run import paired
+from microglia.evaluation.setup import Setup
+from microglia.execution import Execution, execution_for
+from microglia.experiments.calibrate import calibrate, unused_examples
+from microglia.experiments.ledger import Ledger
+from microglia.explain import Explanation, explain
+from microglia.gate import Gate, keep_ratio
+from microglia.generation import generate
 from microglia.models import REASONER, load_model
-from microglia.policy import Policy, new_agents
-from microglia.replay import GraphDecoder
-from microglia.sites import causal_lm, check_head_count, find_sites, input_device
+from microglia.policies import new_agents
+from microglia.pruner import Fill, Pruner
+from microglia.reading import read_prompts
+from microglia.results import EvaluationResult, Promise
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
-from microglia.training import TrainingConfig, TrainingResult, train
+from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
+from microglia.units import find_sites
 
-CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits; the dial's keep ratio is a mean over them
+CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits, from which a keep ratio becomes a threshold
 AT_ONCE = 32  # prompts per batch
 
 
 class MicrogliaPruningSystem:
-    """A causal LM, the policy that prunes it, and how it looks, gates and fills.
+    """A causal LM and its pruner.
 
     model: hub id, local folder, module in memory (then pass tokenizer) or `reasoner`, which ships with the package.
     num_heads: checked against the model; None takes the model's. policy: `agents` (an MLP per site) or `mixture` (masks
-        that every prompt mixes, docs/recipe.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
-    features: both, norm or entropy.
+        that every prompt mixes, docs/results.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
+    signals: what the agents see of a prompt. window, bucket, fill: see Pruner and Gate.
     seed: of the agents' first weights. dtype: None is float32 on a CPU and the stored type elsewhere.
     quantize: int8 or int4, weight-only, by torchao.
     """
@@ -53,41 +56,28 @@ class MicrogliaPruningSystem:
         hidden_dim: int | None = None,
         *,
         policy: str = "agents",
-        features: str = "both",
-        look: Look | None = None,
+        signals: Sequence[str] = ("norm", "entropy"),
+        window: int | None = 64,
         bucket: int | None = None,
-        fill: str = "zero",
+        fill: Fill = "zero",
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: str | torch.device | None = None,
-        quantize: str | None = None,
-        trust_remote_code: bool = False,
+        **loading: Any,
     ) -> None:
+        """loading: dtype, device, quantize and trust_remote_code, see `microglia.models.load_model`."""
         self.model: nn.Module
-        self.model, self.tokenizer = load_model(
-            model,
-            tokenizer=tokenizer,
-            dtype=dtype,
-            device=device,
-            quantize=quantize,
-            trust_remote_code=trust_remote_code,
-        )
+        self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, **loading)
         self.source = None if isinstance(model, nn.Module) else str(model)
-        self.sites = find_sites(self.model)
-        check_head_count(self.sites, num_heads)
-        check_bucket(bucket, [site.geometry for site in self.sites])
-        self.look, self.gate = look or Look(), Gate(bucket=bucket)
-        self.fill, self.scope, self.template = fill, "answer", Task.template
-        self.training: dict[str, Any] = {}
-        self.promise: dict[str, Any] = {}
-        self.calibration: Sequence[Tensor] = ()
+        Anatomy(self.model).check_head_count(num_heads)
+        gate = Gate(bucket=bucket)
+        gate.check_bucket(self._geometries)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            agents = new_agents(policy, [s.geometry for s in self.sites], hidden_dim=hidden_dim, features=features)
-        self.policy: Policy = agents.to(self._device).eval()
+            agents = new_agents(policy, self._geometries, signals=signals, hidden_dim=hidden_dim)
+        self.pruner = Pruner(agents.to(input_device(self.model)).eval(), gate, window, fill)
+        self.template, self.training, self.promise = Task.template, dict[str, Any](), dict[str, Any]()
         self._keep_ratios: list[float] = []
-        self._decoder: GraphDecoder | None = None
+        self._executions: dict[str, Execution] = {}
 
     def train(
         self,
@@ -109,36 +99,23 @@ class MicrogliaPruningSystem:
         """
         task = get_task(dataset_name)
         given = {"epochs": num_epochs, "alpha": alpha_schedule and tuple(alpha_schedule)}
-        options = {"fill": self.fill, **options, **{name: value for name, value in given.items() if value is not None}}
-        config = _training_config(options)
+        config = _training_config({**options, **{name: value for name, value in given.items() if value is not None}})
         if output_dir is not None:
             check_writable(output_dir)
         with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as folder:
-            result = train(
-                self.model,
-                self.tokenizer,
-                task,
-                self.policy,
-                config,
-                output_dir=folder,
-                look=self.look,
-                bucket=self.gate.bucket,
-                data_dir=data_dir,
-                resume=resume,
-                quiet=quiet,
-                on_log=on_log,
-            )
-        self.model, self.policy = result.model, result.policy
-        self.fill, self.scope, self.template = config.fill, config.scope, task.template
-        self.gate, self.promise = replace(self.gate, threshold=0.0), {}
+            run = RunFolder(folder, resume, quiet, on_log)
+            result = train(self.model, self.tokenizer, task, self.pruner, config, run, data_dir=data_dir)
+        self.model, self.template, self.promise = result.model, task.template, {}
+        self._executions = {}  # they were made for the model without adapters
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
-        self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])
+        prompts = [example_prompt(self.tokenizer, example, task.template) for example in held_out]
+        self.pruner = self._calibrated(result.pruner.with_threshold(0.0), prompts)
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
         self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
         if output_dir is not None and processes.is_first():
             self.save_pretrained(output_dir)
         processes.wait()
-        return result
+        return replace(result, pruner=self.pruner)
 
     @overload
     def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
@@ -149,34 +126,30 @@ class MicrogliaPruningSystem:
         prompt: str | Sequence[str],
         max_new_tokens: int = 256,
         *,
-        path: str = "compact",
+        execution: str | Execution = "compact",
         keep_ratio: float | None = None,
         raw: bool = False,
         **options: Any,
     ) -> str | list[str]:
         """The answer to a question, or the answers to several; each is written with its own heads.
 
-        path: compact (heads are gone), masked (the same answer, no time saved), graph (compact, with captured steps,
-            for GPUs) or dense (no pruning).
+        execution: compact (heads are gone), masked (the same answer, no time saved), captured (compact, with captured
+            steps, for GPUs), dense (no pruning), or an Execution of your own.
         keep_ratio: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
         options: of the model's own `generate` (sampling, streamer, stopping); greedy by default.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("no prompt was given; give at least one")
-        texts, ratios = [], []
+        pruner, how, texts, ratios = self.pruner.at(keep_ratio), self._execution(execution), list[str](), list[float]()
         for start in range(0, len(prompts), AT_ONCE):
+            rendered = self._rendered(prompts[start : start + AT_ONCE], raw)
             output = generate(
                 self.model,
                 self.tokenizer,
-                self._rendered(prompts[start : start + AT_ONCE], raw),
-                None if path == "dense" else self.policy,
-                gate=self.gate_for(keep_ratio),
-                look=self.look,
-                fill=self.fill,
-                scope=self.scope,
-                path="masked" if path == "dense" else path,
-                decoder=self._captured() if path == "graph" else None,
+                rendered,
+                pruner,
+                execution=how,
                 max_new_tokens=max_new_tokens,
                 **options,
             )
@@ -185,16 +158,10 @@ class MicrogliaPruningSystem:
         self._keep_ratios = ratios
         return texts[0] if isinstance(prompt, str) else texts
 
-    def _captured(self) -> GraphDecoder:
-        """The decoder of the present model; what it captured serves all later requests."""
-        if self._decoder is None or self._decoder.parts.lm is not causal_lm(self.model):
-            self._decoder = GraphDecoder(self.model)
-        return self._decoder
-
-    def decide(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Decision:
+    def explain(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Explanation:
         """Which heads a prompt keeps and why, head by head; nothing is generated. keep_ratio, raw: see `generate`."""
-        gate, (rendered,) = self.gate_for(keep_ratio), self._rendered([prompt], raw)
-        return decide(self.model, self.tokenizer, rendered, self.policy, gate=gate, look=self.look, scope=self.scope)
+        (rendered,) = self._rendered([prompt], raw)
+        return explain(self.model, self.tokenizer, rendered, self.pruner.at(keep_ratio))
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""
@@ -214,67 +181,54 @@ class MicrogliaPruningSystem:
         limit: int | None = None,
         seed: int = 0,
         data_dir: Path | str | None = None,
-        path: str = "compact",
+        execution: str | Execution = "compact",
         keep_ratio: float | None = None,
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         dense: bool = True,
         scoring: str = "generation",
         progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, Any]:
+    ) -> EvaluationResult:
         """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
 
         scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
-        Returns accuracy and sparsity of the pruned model, `pruned` and `dense` in full, `paired` (their difference with
-        its 95 % interval and p-value) and `answers`, one row per example. With LoRA, dense has the adapter too, so the
-        difference is the pruning's alone. `progress(name, done, total)` is called after every batch.
+        With LoRA, dense has the adapter too. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
-        judge = evaluate if scoring == "generation" else score_choices
-        how = {"max_new_tokens": max_new_tokens} if scoring == "generation" else {"scoring": scoring}
+        setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
         runs = {}
-        for name, policy in {"pruned": self.policy, **({"dense": None} if dense else {})}.items():
-            runs[name] = judge(
-                self.model,
-                self.tokenizer,
-                task,
-                examples,
-                policy,
-                gate=self.gate_for(keep_ratio),
-                look=self.look,
-                fill=self.fill,
-                scope=self.scope,
-                path=path,
-                batch_size=batch_size,
-                **how,
-                progress=(lambda done, total, name=name: progress(name, done, total)) if progress else None,  # type: ignore[misc]
-            )
+        for name, pruner in {"pruned": self.pruner.at(keep_ratio), **({"dense": None} if dense else {})}.items():
+            update = (lambda done, total, name=name: progress(name, done, total)) if progress else None  # type: ignore[misc]
+            if scoring == "generation":
+                runs[name] = setup.answers(pruner, update)
+            else:
+                runs[name] = score_choices(setup, pruner, scoring, update)
         pruned = runs["pruned"]
         self._keep_ratios = [answer.keep_ratio for answer in pruned.answers]
-        return {
-            "dataset": task.name,
-            "split": split,
-            "shots": task.shots,
-            "scoring": scoring,
-            "accuracy": pruned.accuracy,
-            "sparsity": pruned.sparsity,
-            **{name: run.summary() for name, run in runs.items()},
-            **({"paired": paired(runs["dense"], pruned)} if dense else {}),
-            "answers": {name: run.rows() for name, run in runs.items()},
-        }
+        return EvaluationResult(
+            dataset=task.name,
+            split=split,
+            shots=task.shots,
+            scoring=scoring,
+            accuracy=pruned.accuracy,
+            sparsity=pruned.sparsity,
+            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+            paired=paired(runs["dense"], pruned) if dense else None,
+            answers={name: run.rows() for name, run in runs.items()},
+        )
 
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
-        """Turn the dial: from now on so many heads are kept on average; prompts still differ. Returns the threshold.
+        """From now on so many heads are kept on average; prompts still differ. Returns the threshold.
 
-        prompts: questions to calibrate on; without them the held-out ones of the training are used, whose decisions the
+        prompts: questions to calibrate on; without them the held-out ones of the training are used, whose logits the
         checkpoint holds. None as ratio goes back to the trained decision.
         """
         if prompts is not None:
-            self.calibration = self._logits(list(prompts))
-        self.gate = replace(self.gate, threshold=0.0) if ratio is None else self.gate_for(ratio)
+            self.pruner = self._calibrated(self.pruner, self._rendered(list(prompts)))
+        self.pruner = self.pruner.with_threshold(0.0) if ratio is None else self.pruner.at(ratio)
         self.promise = {}  # was for another threshold
-        return self.gate.threshold
+        return self.pruner.gate.threshold
 
     def calibrate(
         self,
@@ -284,60 +238,44 @@ class MicrogliaPruningSystem:
         limit: int | None = None,
         seed: int = 0,
         data_dir: Path | str | None = None,
-        path: str = "compact",
+        execution: str | Execution = "compact",
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         ledger: Path | str | None = None,
         **aim: Any,
-    ) -> Calibrated:
-        """Turn the dial as far as a promise allows, on held-out prompts that training did not look at.
+    ) -> Promise:
+        """Prune as far as a promise allows, on held-out prompts that training did not use.
 
-        aim: options of `microglia.calibrate.turn`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        aim: options of `experiments.calibrate.calibrate`: max_drop with confidence, or keep_ratio, or latency_ratio.
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)
         trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
-        examples = unseen(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
-        bench = Bench(self.model, self.tokenizer, task, examples, self.look, self.fill, self.scope, path)
-        bench = replace(bench, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        told: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}
-        about = {**told, "max_new_tokens": max_new_tokens, "base_model": self.source, "fill": self.fill}
-        about |= {"scope": self.scope, "look": asdict(self.look), "policy": self.policy.fingerprint()}
-        found = turn(bench, self.policy, self.gate_for, ledger=Ledger(ledger, about), **aim)
-        self.gate = replace(self.gate, threshold=found.threshold)
-        self.promise = {**told, **found.as_json(), "sentence": found.sentence}
-        return found
-
-    def gate_for(self, ratio: float | None) -> Gate:
-        """The gate, with the threshold for a keep ratio if one is given; see `set_keep_ratio`."""
-        if ratio is None:
-            return self.gate
-        if not len(self.calibration):
-            raise ConfigError(
-                f"keep_ratio={ratio} was given, but there are no prompts to calibrate it on; train first or give "
-                "set_keep_ratio some"
-            )
-        geometries = [site.geometry for site in self.sites]
-        return replace(self.gate, threshold=threshold_for(self.calibration, geometries, ratio, self.gate.bucket))
+        examples = unused_examples(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
+        setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
+        name = execution if isinstance(execution, str) else execution.name
+        settings = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "execution": name}
+        key = {**settings, "max_new_tokens": max_new_tokens, "base_model": self.source}
+        key |= {"pruner": self.pruner.with_threshold(0.0).fingerprint()}
+        promise = calibrate(setup, self.pruner, ledger=Ledger(ledger, key), **aim)
+        promise = replace(promise, settings=settings)
+        self.pruner = self.pruner.with_threshold(promise.threshold)
+        self.promise = promise.to_json()
+        return promise
 
     def checkpoint(self) -> Checkpoint:
         """What `save_pretrained` writes, as a value (for `push_to_hub`, say)."""
-        config = MicrogliaConfig.describing(
+        return Checkpoint.of(
             self.model,
-            self.policy,
+            self.pruner,
             base_model=self.source,
-            gate=self.gate,
-            look=self.look,
-            fill=self.fill,
-            scope=self.scope,
             template=self.template,
             training=self.training,
             promise=self.promise,
         )
-        return Checkpoint(self.policy, config, self.calibration)
 
     def save_pretrained(self, folder: Path | str) -> Path:
-        """Write policy, configuration, model card and, with LoRA, the adapter; not the base model."""
+        """Write pruner, configuration, model card and, with LoRA, the adapter; not the base model."""
         return self.checkpoint().save_pretrained(folder, self.model)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -363,28 +301,35 @@ class MicrogliaPruningSystem:
             raise CheckpointError(
                 f"the checkpoint {folder} was made on a model in memory, which it cannot load; pass model="
             )
-        system = cls(config.base_model if model is None else model, look=config.look, fill=config.fill, **options)
-        system.model = saved.load_onto(system.model)
-        system.policy, system.gate, system.calibration = saved.policy, config.gate, saved.calibration
-        system.scope, system.template, system.training = config.scope, config.template, config.training
-        system.promise = config.promise
+        system = cls(config.base_model if model is None else model, **options)
+        system.model, system.pruner = saved.load_onto(system.model), saved.pruner
+        system.template, system.training, system.promise = config.template, config.training, config.promise
         return system
 
     @property
-    def _device(self) -> torch.device:
-        return input_device(self.model)
+    def _geometries(self) -> list[Any]:
+        return [site.geometry for site in find_sites(self.model)]
+
+    def _setup(self, task: Task, examples: Any, execution: str | Execution, batch_size: int, longest: int) -> Setup:
+        how = self._execution(execution)
+        return Setup(self.model, self.tokenizer, task, examples, how, batch_size, longest)
+
+    def _execution(self, execution: str | Execution) -> Execution:
+        """One of each kind for the present model: what it captured serves all later requests."""
+        if isinstance(execution, Execution):
+            return execution
+        if execution not in self._executions:
+            self._executions[execution] = execution_for(execution, self.model)
+        return self._executions[execution]
 
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
             raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
         return list(prompts) if raw else [render_prompt(self.tokenizer, prompt, self.template) for prompt in prompts]
 
-    def _logits(self, questions: Sequence[str]) -> list[Tensor]:
-        """The policy's logits (N, H) per site for N questions."""
-        return self._prompt_logits(self._rendered(questions))
-
-    def _prompt_logits(self, prompts: Sequence[str]) -> list[Tensor]:
-        return prompt_logits(self.model, self.tokenizer, prompts, self.policy, look=self.look)
+    def _calibrated(self, pruner: Pruner, prompts: Sequence[str]) -> Pruner:
+        """The pruner with a budget from complete prompts."""
+        return pruner.with_budget(read_prompts(self.model, self.tokenizer, prompts, pruner).logits, self._geometries)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

@@ -5,26 +5,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from microglia.checkpoint.config import MicrogliaConfig
-
-KINDS = {
-    "agents": "input-adaptive agents",
-    "mixture": "input-adaptive agents, each mixing a few learned masks",
-    "static": "one static mask for every prompt",
-    "signal": "each prompt's own signal, nothing learned",
-    "predictor": "one input-adaptive predictor at the first site",
-}
+from microglia.policies import POLICIES
 
 
 def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
     """Markdown with the hub's metadata: what it belongs to, how it was trained, how it is used."""
     share = f" ({policy_parameters / config.base_parameters:.2%} of the base model)" if config.base_parameters else ""
-    heads = sum(site.heads for site in config.sites)
-    kind = KINDS[config.policy]
+    units = sum(geometry.count for geometry in config.geometries)
+    kind = POLICIES[config.policy].describes
     rows = {
         "base model": f"`{config.base_model}` ({config.model_class})",
-        "sites × heads": f"{len(config.sites)} sites, {heads} heads",
+        "prunes": f"{units} units ({', '.join(config.units)}) in {len(config.sites)} sites",
         "policy": f"{kind}, {policy_parameters:,} parameters{share}",
-        "signals": f"{config.features}; norm `{config.norm}`, entropy window {config.window or 'all'}",
+        "signals": f"{', '.join(config.signals) or 'none'}; entropy window {config.window or 'all'}",
         "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill `{config.fill}`",
         "LoRA": "yes, in `adapter/`" if config.lora else "no",
     }

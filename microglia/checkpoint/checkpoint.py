@@ -1,7 +1,7 @@
 """A policy with everything that is needed to use it again, saved to and loaded from a folder or the hub."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,26 +12,32 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor, nn
 
+from microglia.anatomy import input_device
 from microglia.checkpoint.card import model_card
 from microglia.checkpoint.config import MicrogliaConfig, is_lora
 from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
+from microglia.checkpoint.format_1 import renamed
 from microglia.errors import CheckpointError
-from microglia.policy import Policy
-from microglia.sites import input_device
+from microglia.policies import Policy
+from microglia.pruner import Pruner
 
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """calibration: the policy's logits (N, H) per site on N prompts it was not trained on, from which a keep ratio is
-    turned into a threshold; adapter: the files of the LoRA adapter, name → bytes, when there is one.
+    """pruner: with its budget, where there are prompts that it was not trained on. adapter: the files of the LoRA
+    adapter, name → bytes, when there is one.
     """
 
-    policy: Policy
+    pruner: Pruner
     config: MicrogliaConfig
-    calibration: Sequence[Tensor] = ()
     adapter: Mapping[str, bytes] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, pruner: Pruner, **description: Any) -> "Checkpoint":
+        """The checkpoint of a pruner on a model; `description` goes to `MicrogliaConfig.describing`."""
+        return cls(pruner, MicrogliaConfig.describing(model, pruner, **description))
 
     def save_pretrained(self, folder: Path | str, model: nn.Module | None = None) -> Path:
         """Write the checkpoint; a crash at any moment leaves the previous one or this one, whole.
@@ -44,14 +50,16 @@ class Checkpoint:
         if self.config.lora and adapter is None:
             raise CheckpointError("this policy was trained with LoRA, so its adapter must be saved too; pass model=")
         config = replace(self.config, lora=adapter is not None)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.policy.state_dict().items()}
-        tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in enumerate(self.calibration)}
+        policy, budget = self.pruner.policy, self.pruner.budget
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
+        calibration = enumerate(budget.logits if budget else ())
+        tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in calibration}
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise CheckpointError(
                 f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
             )
         contents = {AGENTS: safetensors_bytes(tensors), **(adapter or {})}
-        card = model_card(config, policy_parameters=sum(p.numel() for p in self.policy.parameters()))
+        card = model_card(config, policy_parameters=sum(p.numel() for p in policy.parameters()))
         replace_all(folder, contents, config.to_json, card.encode(), outdated={*ADAPTER})
         return folder
 
@@ -68,7 +76,10 @@ class Checkpoint:
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
         policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
-        return cls(policy, config, calibration, contents or None)
+        pruner = config.pruner(policy)
+        if calibration:
+            pruner = pruner.with_budget(calibration, config.geometries)
+        return cls(pruner, config, contents or None)
 
     def check(self, model: nn.Module) -> None:
         """Raise CheckpointError naming every difference at once unless `model` is the kind this was made on."""
@@ -87,7 +98,7 @@ class Checkpoint:
                     "the model has an adapter and this checkpoint brings its own; give the base model"
                 )
             model = _with_adapter(model, self.adapter)
-        self.policy.to(input_device(model)).eval()
+        self.pruner.policy.to(input_device(model)).eval()
         return model
 
     def push_to_hub(
@@ -136,6 +147,8 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
         raise CheckpointError(f"{where} is not safetensors ({_first_line(error)}); copy it again") from error
     calibration = [tensors.pop(f"{CALIBRATION}{i}") for i in range(len(config.sites)) if f"{CALIBRATION}{i}" in tensors]
     policy = config.new_policy()
+    if not tensors.keys() <= policy.state_dict().keys():
+        tensors = renamed(tensors, config.policy)
     wanted = policy.state_dict()
     problems = [
         *(f"{name} is missing" for name in wanted if name not in tensors),

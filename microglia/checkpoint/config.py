@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: the model that it fits, how it looks, decides and gates, how it was trained."""
+"""What a checkpoint says about itself: the model that it fits, the pruner, how it was trained."""
 
 import json
 import sys
@@ -8,49 +8,47 @@ from typing import Any
 
 from torch import nn
 
+from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
+from microglia.checkpoint.format_1 import upgraded
 from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
-from microglia.geometry import HeadGeometry
-from microglia.look import Look
 from microglia.models import REASONER, reasoner_path
-from microglia.policy import TRAINED_ON_INPUT, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
-from microglia.signals import feature_size
-from microglia.sites import causal_lm, find_sites
+from microglia.policies import POLICIES, Policy
+from microglia.pruner import Pruner, check_parts
+from microglia.signals import check_signals
+from microglia.units import UNITS, Geometry, find_sites
 
-FORMAT_VERSION = 1  # raised when an older microglia could not read what a newer one writes
-POLICIES: dict[str, type[Policy]] = {
-    **TRAINED_ON_INPUT,
-    "static": StaticPolicy,
-    "signal": SignalPolicy,
-    "predictor": PredictorPolicy,
-}
-CHOICES = {"policy": tuple(POLICIES), "fill": ("zero", "mean"), "scope": ("answer", "all")}
+FORMAT_VERSION = 2  # raised when an older microglia could not read what a newer one writes
 
 
 @dataclass(frozen=True)
 class SavedSite:
-    """Where a site stood and its head geometry."""
+    """Where a site stood, of which units, and their geometry."""
 
+    unit: str
     name: str
     layer: int
-    heads: int
-    kv_heads: int
-    head_dim: int
+    geometry: dict
 
-    @property
-    def geometry(self) -> HeadGeometry:
-        return HeadGeometry(self.heads, self.kv_heads, self.head_dim)
+    def geometry_value(self) -> Geometry:
+        """The geometry as its unit knows it. Raises ConfigError for one that cannot be."""
+        try:
+            geometry: Geometry = UNITS[self.unit].geometry_type(**self.geometry)
+        except TypeError as error:
+            raise ConfigError(f"the geometry {self.geometry} is not one of units={self.unit!r} ({error})") from error
+        return geometry
 
 
 @dataclass(frozen=True)
 class MicrogliaConfig:
     """Frozen; saved as JSON beside the weights.
 
-    base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA; threshold: the dial (a head
-    is kept when its logit exceeds it); template: the prompt with `{question}` that was trained on; training: dataset,
-    options and results of the training, anything that JSON holds; promise: what `calibrate` found for this threshold,
-    empty when nothing is promised; lora: an adapter belongs to it.
+    base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA. policy, policy_options and
+    signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
+    pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that was trained
+    on; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
+    measured for this threshold, empty when nothing is promised; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -58,65 +56,57 @@ class MicrogliaConfig:
     sites: tuple[SavedSite, ...]
     base_parameters: int = 0
     policy: str = "agents"
-    hidden_dim: int = 128
-    features: str = "both"
-    norm: str = "head"
+    policy_options: dict = field(default_factory=dict)
+    signals: tuple[str, ...] = ("norm", "entropy")
+    units: tuple[str, ...] = ("head",)
     window: int | None = 64
     temperature: float = 0.5
     threshold: float = 0.0
     bucket: int | None = None
     fill: str = "zero"
-    scope: str = "answer"
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
     lora: bool = False
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if (given := getattr(self, name)) not in allowed:
-                raise ConfigError(f"{name}={given!r} is unknown; choose {' or '.join(allowed)}")
-        if not self.sites or self.hidden_dim < 1:
-            raise ConfigError(
-                f"{len(self.sites)} sites and hidden_dim={self.hidden_dim} make no policy; both must be 1 or more"
-            )
-        _ = self.gate, self.look, [feature_size(g.heads, self.features) for g in self.geometries]  # each checks itself
-        if self.policy == "signal":
-            SignalPolicy(self.features)
+        if not self.sites:
+            raise ConfigError("0 sites make no policy; there must be 1 or more")
+        check_parts(self.fill, self.window, self.units)
+        _ = POLICIES[self.policy], check_signals(self.signals), self.geometries, self.gate  # each checks itself
 
     @classmethod
     def describing(
         cls,
         model: nn.Module,
-        policy: Policy,
+        pruner: Pruner,
         *,
         base_model: str | None = None,
-        gate: Gate | None = None,
-        look: Look | None = None,
-        fill: str = "zero",
-        scope: str = "answer",
         template: str = "{question}",
         training: Mapping[str, Any] | None = None,
         promise: Mapping[str, Any] | None = None,
     ) -> "MicrogliaConfig":
-        """The configuration of `policy` on `model` (with LoRA when peft has wrapped it)."""
-        lm, gate, look = causal_lm(model), gate or Gate(), look or Look()
+        """The configuration of a pruner on `model` (with LoRA when peft has wrapped it)."""
+        lm, policy, gate = causal_lm(model), pruner.policy, pruner.gate
         name = base_model or getattr(lm.config, "_name_or_path", "") or ""
+        if POLICIES.get(policy.name) is not type(policy):
+            raise ConfigError(
+                f"a {type(policy).__name__} cannot be saved; only registered policies can, {', '.join(POLICIES)}"
+            )
         return cls(
             base_model=REASONER if name == str(reasoner_path()) else name,
             model_class=type(lm).__name__,
-            sites=saved_sites(lm),
+            sites=saved_sites(lm, pruner.units),
             base_parameters=sum(p.numel() for key, p in lm.named_parameters() if "lora_" not in key),
-            policy=kind_of(policy),
-            hidden_dim=getattr(policy, "hidden_dim", 128),
-            features=policy.features,
-            norm=look.norm,
-            window=look.window,
+            policy=policy.name,
+            policy_options=policy.options(),
+            signals=policy.signals,
+            units=pruner.units,
+            window=pruner.window,
             temperature=gate.temperature,
             threshold=gate.threshold,
             bucket=gate.bucket,
-            fill=fill,
-            scope=scope,
+            fill=pruner.fill,
             template=template,
             training=dict(training or {}),
             promise=dict(promise or {}),
@@ -124,44 +114,44 @@ class MicrogliaConfig:
         )
 
     @property
-    def geometries(self) -> list[HeadGeometry]:
-        return [site.geometry for site in self.sites]
+    def geometries(self) -> list[Geometry]:
+        return [site.geometry_value() for site in self.sites]
 
     @property
     def gate(self) -> Gate:
         """The hard gate of inference."""
         return Gate(temperature=self.temperature, threshold=self.threshold, bucket=self.bucket)
 
-    @property
-    def look(self) -> Look:
-        return Look(norm=self.norm, window=self.window)
-
     def new_policy(self) -> Policy:
-        """An untrained policy of this kind and these sizes."""
-        if self.policy == "static":
-            return StaticPolicy.all_kept(self.geometries)
-        if self.policy == "signal":
-            return SignalPolicy(self.features)
-        kind = TRAINED_ON_INPUT.get(self.policy, PredictorPolicy)
-        return kind(self.geometries, hidden_dim=self.hidden_dim, features=self.features)
+        """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know."""
+        try:
+            return POLICIES[self.policy].create(self.geometries, self.signals, **self.policy_options)
+        except (TypeError, RuntimeError) as error:
+            raise ConfigError(
+                f"policy_options={self.policy_options} make no policy {self.policy!r} ({error})"
+            ) from error
+
+    def pruner(self, policy: Policy) -> Pruner:
+        """The pruner that this describes, with its policy. Raises ConfigError for parts that cannot be."""
+        return Pruner(policy, self.gate, self.window, self.fill, self.units)  # type: ignore[arg-type]
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
         lm = causal_lm(model)
-        found = []
+        differences = []
         if type(lm).__name__ != self.model_class:
-            found.append(f"its class is {type(lm).__name__}, not {self.model_class}")
-        here = saved_sites(lm)
+            differences.append(f"its class is {type(lm).__name__}, not {self.model_class}")
+        here = saved_sites(lm, self.units)
         if len(here) != len(self.sites):
-            found.append(f"it has {len(here)} sites, not {len(self.sites)}")
+            differences.append(f"it has {len(here)} sites, not {len(self.sites)}")
         grouped: dict[tuple[str, Any, Any], list[int]] = {}
         for index, (site, saved) in enumerate(zip(here, self.sites, strict=False)):
             for f in fields(SavedSite):
                 if (a := getattr(site, f.name)) != (b := getattr(saved, f.name)):
                     grouped.setdefault((f.name, a, b), []).append(index)
         for (name, a, b), sites in grouped.items():
-            found.append(f"{name} is {a}, not {b} ({_listed(sites)})")
-        return found
+            differences.append(f"{name} is {a}, not {b} ({_listed(sites)})")
+        return differences
 
     def to_json(self, checksums: Mapping[str, str]) -> bytes:
         """Readable JSON with the SHA-256 of the files beside it and of what it says itself.
@@ -180,7 +170,7 @@ class MicrogliaConfig:
     @classmethod
     def from_json(cls, data: bytes, where: str) -> tuple["MicrogliaConfig", dict[str, str]]:
         """The configuration and the checksums of the other files. `where` names the file in a CheckpointError."""
-        row = {"promise": {}, **_parsed(data, where)}  # which the first checkpoints did not have
+        row = _parsed(data, where)
         version = row.pop("format_version")
         checksums = row.pop("sha256", None)
         if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
@@ -191,28 +181,19 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(cls, row, where)
+        values = _typed(cls, upgraded(row, where) if version == 1 else row, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
-            return cls(**{**values, "sites": tuple(SavedSite(**site) for site in sites)}), checksums
+            lists = {name: tuple(values[name]) for name in ("signals", "units")}
+            return cls(**{**values, **lists, "sites": tuple(SavedSite(**site) for site in sites)}), checksums
         except ValueError as error:  # ConfigError is one
             raise CheckpointError(f"{where}: {error}") from error
 
 
-def saved_sites(model: nn.Module) -> tuple[SavedSite, ...]:
+def saved_sites(model: nn.Module, units: Sequence[str]) -> tuple[SavedSite, ...]:
     """The sites of a model as they are saved."""
-    return tuple(SavedSite(s.name, s.layer, **asdict(s.geometry)) for s in find_sites(model))
-
-
-def kind_of(policy: Policy) -> str:
-    """The name under which a policy's class is saved. Raises ConfigError for any other."""
-    for name, kind in POLICIES.items():
-        if type(policy) is kind:
-            return name
-    raise ConfigError(
-        f"a {type(policy).__name__} cannot be saved; only an AgentPolicy, a MixturePolicy, a StaticPolicy, a "
-        "SignalPolicy and a PredictorPolicy can"
-    )
+    sites = find_sites(model, units)
+    return tuple(SavedSite(s.unit, s.name, s.layer.index, asdict(s.geometry)) for s in sites)  # type: ignore[call-overload]
 
 
 def is_lora(model: nn.Module) -> bool:
@@ -264,7 +245,9 @@ def _is(value: Any, annotation: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if isinstance(value, bool):
         return annotation is bool
-    return isinstance(value, list if "tuple" in str(annotation) else annotation)
+    if "tuple" in str(annotation):
+        return isinstance(value, list) and ("str" not in str(annotation) or all(isinstance(x, str) for x in value))
+    return isinstance(value, annotation)
 
 
 def _listed(sites: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microglia.criteria.calibration import Calibration, untouched
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.policy import Policy, StaticPolicy
+from microglia.policies import Policy, StaticPolicy
 
 
 class Criterion(ABC):
@@ -59,7 +59,7 @@ class Criterion(ABC):
 def ranked(scores: Sequence[Tensor]) -> list[Tensor]:
     """Scores (H,) per site → their ranks over all sites, evenly in (-1, 1); equal scores stay equal.
 
-    Only order decides in the gate, so nothing is lost; scores of any size then suit float32 and the dial.
+    Only order decides in the gate, so nothing is lost; scores of any size then suit float32 and a budget's search.
     """
     values, place = torch.cat(list(scores)).unique(return_inverse=True)
     ranks = (2 * place + 1) / len(values) - 1

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia.attach import gated
+from microglia.anatomy import HeadGeometry, causal_lm, context_length, input_device
 from microglia.errors import ConfigError, DataError
-from microglia.generation import prompt_logits
-from microglia.geometry import HeadGeometry
-from microglia.look import Look
-from microglia.policy import Policy
-from microglia.sites import Site, causal_lm, find_sites, input_device
+from microglia.execution import Decision, Masked
+from microglia.gate import Gate
+from microglia.passes import Batch, Collator, encode, read_prompt, write_answer
+from microglia.policies import Policy
+from microglia.pruner import Pruner
+from microglia.reading import Reading, joined, read
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import example_prompt
-from microglia.training.data import Batch, Collator, encode
 from microglia.training.loss import task_loss
-from microglia.training.passes import read_prompt, write_answer
+from microglia.units import HeadSite, find_sites
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Examples on a model, and the passes over them that criteria share.
 
-    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. bucket is the gate's.
+    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket: of the
+    pruners that come of it.
     Raises DataError when there is no example, ConfigError for a batch size below 1.
     """
 
@@ -37,7 +37,7 @@ class Calibration:
     tokenizer: PreTrainedTokenizerBase
     task: Task
     examples: Sequence[Example]
-    look: Look = field(default_factory=Look)
+    window: int | None = 64
     bucket: int | None = None
     batch_size: int = 16
     seed: int = 0
@@ -53,8 +53,8 @@ class Calibration:
         return causal_lm(self.model)
 
     @cached_property
-    def sites(self) -> tuple[Site, ...]:
-        return find_sites(self.model)
+    def sites(self) -> tuple[HeadSite, ...]:
+        return tuple(site for site in find_sites(self.model) if isinstance(site, HeadSite))
 
     @property
     def device(self) -> torch.device:
@@ -68,13 +68,12 @@ class Calibration:
     @cached_property
     def batches(self) -> list[Batch]:
         """The examples in order, `batch_size` at a time, on the model's device."""
-        room = getattr(self.lm.config, "max_position_embeddings", None)
-        rows = list(encode(self.tokenizer, self.examples, self.task.template, room))
+        rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
-        collate = Collator(self.tokenizer.pad_token_id or 0)
+        collate = Collator(self.tokenizer.pad_token_id)
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return [Batch(**{name: x.to(self.device) for name, x in collate(part).items()}) for part in parts]
+        return [collate.batch(part, self.device) for part in parts]
 
     def keeps(self, value: float = 1.0, rows: int = 1) -> list[Tensor]:
         """The same keep for every head: (rows, H) per site."""
@@ -87,7 +86,7 @@ class Calibration:
         the keeps, and what the answer's positions do with the weights.
         """
         first = self.read(batch) if prompt is None else copy.deepcopy(prompt)
-        with gated(self.sites, self.keeps() if keep is None else keep):
+        with Masked().apply(self.sites, Decision(self.keeps() if keep is None else keep)):
             logits = write_answer(self.lm, batch, first)
         return torch.stack(
             [task_loss(row[None], labels[None]) for row, labels in zip(logits, batch.labels, strict=True)]
@@ -96,7 +95,7 @@ class Calibration:
     @torch.no_grad()
     def read(self, batch: Batch) -> Any:
         """The model's output, with its cache, for the batch's prompts."""
-        return read_prompt(self.lm, batch)
+        return read_prompt(self.lm, batch.prompt, batch.prompt_mask)
 
     def keep_gradients(self) -> list[Tensor]:
         """∂loss/∂keep of each of N examples at keep 1: (N, H) per site, on the CPU."""
@@ -107,10 +106,10 @@ class Calibration:
         return [torch.cat(site) for site in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def visit_outputs(self, visit: Callable[[Site, Tensor], None]) -> None:
+    def visit_outputs(self, visit: Callable[[HeadSite, Tensor], None]) -> None:
         """`visit(site, outputs)` for every batch and site: the heads' outputs (N, H, D) at the answers' N tokens."""
 
-        def hook(site: Site, batch: Batch) -> Callable[..., None]:
+        def hook(site: HeadSite, batch: Batch) -> Callable[..., None]:
             fed = batch.answer_mask[:, 1:].bool()  # the last token of an answer predicts nothing
             return lambda _, inputs: visit(site, site.geometry.split(inputs[0])[fed])
 
@@ -125,8 +124,16 @@ class Calibration:
 
     def logits(self, policy: Policy) -> list[Tensor]:
         """What `policy` says of each of N prompts: logits (N, H) per site, on the CPU."""
-        prompts = [example_prompt(self.tokenizer, e, self.task.template) for e in self.examples]
-        return prompt_logits(self.lm, self.tokenizer, prompts, policy, look=self.look, batch_size=self.batch_size)
+        return self.readings(policy).logits
+
+    def pruner(self, policy: Policy) -> Pruner:
+        """A policy with the calibration's window and bucket."""
+        return Pruner(policy, Gate(bucket=self.bucket), self.window)
+
+    def readings(self, policy: Policy) -> Reading:
+        """What reading the N prompts gives with a policy, on the CPU."""
+        pruner = self.pruner(policy.to(self.device))
+        return joined([read(self.lm, batch.prompt, batch.prompt_mask, pruner).on_cpu() for batch in self.batches])
 
 
 @contextmanager

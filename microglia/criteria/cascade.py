@@ -9,7 +9,7 @@ from torch import Tensor
 from microglia.criteria.base import Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
-from microglia.sites import Site
+from microglia.units import HeadSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Cascade(Criterion):
             raise ConfigError(f"cascade needs the same heads in every site, but there are {counts}; choose another")
         sums = [torch.zeros(counts[0]) for _ in calibration.sites]
 
-        def add(site: Site, outputs: Tensor) -> None:
+        def add(site: HeadSite, outputs: Tensor) -> None:
             sums[site.index] += outputs.float().abs().sum((0, 2)).cpu()
 
         calibration.visit_outputs(add)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microglia.criteria.calibration import Calibration
-from microglia.training.data import Batch
+from microglia.passes import Batch
 
 
 def turns(calibration: Calibration, steps: int) -> Iterator[tuple[float, Batch]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
-from microglia.policy import Policy, SignalPolicy
+from microglia.policies import Policy, SignalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, trained
 from microglia.gate import Gate
-from microglia.policy import AgentPolicy
+from microglia.policies import AgentPolicy
 from microglia.training import TrainingConfig
 
 ROUTER = replace(RECIPE, learning_rate=3e-3)

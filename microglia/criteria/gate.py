@@ -8,7 +8,7 @@ from torch import Tensor
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, trained
-from microglia.policy import Policy, StaticPolicy
+from microglia.policies import Policy, StaticPolicy
 from microglia.training import TrainingConfig
 
 

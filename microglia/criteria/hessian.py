@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import head_weights
-from microglia.sites.layouts import plain
+from microglia.anatomy.projection import oriented, plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,6 @@ class Hessian(Criterion):
                 for probe in (probes := self.draw(weights)):
                     curved = torch.autograd.grad(gradients, weights, probe, retain_graph=True)
                     for site, layer, v, hv in zip(calibration.sites, layers, probe, curved, strict=True):
-                        columns = (v * hv).float().sum(1 if hasattr(layer, "nf") else 0)  # (H·D,)
+                        columns = oriented(layer, v * hv).float().sum(0)  # (H·D,)
                         found[site.index] += site.geometry.split(columns).sum(-1).cpu() / len(probes)
         return [trace / 2 * w for trace, w in zip(found, squares, strict=True)]

@@ -13,7 +13,7 @@ from microglia.criteria.calibration import Calibration
 from microglia.criteria.descent import turns
 from microglia.criteria.weights import by_head, matrices
 from microglia.errors import ConfigError
-from microglia.sites import Site
+from microglia.units import HeadSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def slope(a: Tensor, b: Tensor, a_grad: Tensor, b_grad: Tensor) -> Tensor:
 
 
 @contextmanager
-def adapted(sites: Sequence[Site], adapters: Sequence[dict[str, tuple[Tensor, Tensor]]]) -> Iterator[None]:
+def adapted(sites: Sequence[HeadSite], adapters: Sequence[dict[str, tuple[Tensor, Tensor]]]) -> Iterator[None]:
     """While inside, every projection adds what its adapter says."""
 
     def hook(a: Tensor, b: Tensor) -> Any:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from microglia.criteria.calibration import Calibration
-from microglia.sites import Site
+from microglia.units import HeadSite
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def moments(calibration: Calibration) -> list[Moments]:
         Moments(0, torch.zeros(g.heads, g.head_dim), torch.zeros(g.heads, g.head_dim)) for g in calibration.geometries
     ]
 
-    def add(site: Site, outputs: Tensor) -> None:
+    def add(site: HeadSite, outputs: Tensor) -> None:
         found[site.index] = found[site.index].joined(outputs.cpu())
 
     calibration.visit_outputs(add)

@@ -10,8 +10,8 @@ from microglia.criteria.base import Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import head_weights
 from microglia.errors import ConfigError
-from microglia.policy import Policy, SignalPolicy
-from microglia.sites import Site
+from microglia.policies import Policy, SignalPolicy
+from microglia.units import HeadSite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Norm(Criterion):
         weights = [head_weights(site).o for site in calibration.sites]  # (H, D, out)
         totals = [torch.zeros(g.heads) for g in calibration.geometries]
 
-        def add(site: Site, outputs: Tensor) -> None:
+        def add(site: HeadSite, outputs: Tensor) -> None:
             written = torch.einsum("nhd,hdo->nho", outputs.float(), weights[site.index])
             totals[site.index] += written.norm(dim=-1).sum(0).cpu()
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from microglia.criteria.base import Criterion, check_positive, unit_length
 from microglia.criteria.calibration import Calibration
-from microglia.policy import Policy, PredictorPolicy
-from microglia.training.passes import prompt_features
+from microglia.policies import Policy, PredictorPolicy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +17,7 @@ class Predictor(Criterion):
     """An MLP on the first site's features, fitted by squared error to |∂loss/∂keep| of each prompt's answer."""
 
     hidden_dim: int = 128
-    features: str = "both"
+    signals: tuple[str, ...] = ("norm", "entropy")
     steps: int = 300
     learning_rate: float = 3e-3
 
@@ -34,11 +33,10 @@ class Predictor(Criterion):
         check_positive(hidden_dim=self.hidden_dim, steps=self.steps, learning_rate=self.learning_rate)
 
     def look_at(self, calibration: Calibration) -> Policy:
-        policy = PredictorPolicy(calibration.geometries, hidden_dim=self.hidden_dim, features=self.features)
-        nn.init.zeros_(policy.agent.network[-1].bias)  # type: ignore[arg-type]
-        seen = [prompt_features(calibration.lm, batch, policy, calibration.look) for batch in calibration.batches]
-        features = [torch.cat(site).float().cpu() for site in zip(*seen, strict=True)]
-        policy.fit_statistics(features)
+        policy = PredictorPolicy(calibration.geometries, hidden_dim=self.hidden_dim, signals=self.signals)
+        nn.init.zeros_(policy.agent.last.bias)
+        features = calibration.readings(policy).features
+        policy.cpu().fit_statistics(features)
         wanted = targets(calibration)
         optimiser = torch.optim.AdamW(policy.parameters(), self.learning_rate, weight_decay=1e-2)
         for _ in range(self.steps):

@@ -7,7 +7,7 @@ from typing import ClassVar, TypeVar
 
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
-from microglia.policy import Policy
+from microglia.policies import Policy
 from microglia.tasks.base import Example, Task
 from microglia.training import TrainingConfig, train
 

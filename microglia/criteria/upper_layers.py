@@ -7,7 +7,7 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
-from microglia.policy import SignalPolicy
+from microglia.policies import SignalPolicy
 
 
 @dataclass(frozen=True, kw_only=True)

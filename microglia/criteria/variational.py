@@ -10,7 +10,7 @@ from torch import Tensor
 from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.descent import descend
-from microglia.training.data import Batch
+from microglia.passes import Batch
 
 
 @dataclass(frozen=True, kw_only=True)

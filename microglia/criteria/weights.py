@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from microglia.compact import sliced
-from microglia.sites import Site
+from microglia.anatomy.projection import oriented, sliced
+from microglia.units import HeadSite
 
 
 @dataclass(frozen=True)
@@ -26,34 +26,34 @@ class HeadWeights:
         return self.q.sum((1, 2)) + self.o.sum((1, 2)) + shared.repeat_interleave(per_group)
 
 
-def matrices(site: Site) -> dict[str, Tensor]:
+def matrices(site: HeadSite) -> dict[str, Tensor]:
     """Every projection's weight (out, in) by name; copies, with LoRA added.
 
     Raises MicrogliaError for weights that are stored packed or quantised.
     """
     device = next(site.output.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device  # accelerate brings offloaded weights to it
-    g, found = site.geometry, {}
-    for cut in site.layout.cuts(g, torch.arange(g.heads, device=device), torch.arange(g.kv_heads, device=device)):
+    g, weights = site.geometry, {}
+    layout = site.layer.family.attention
+    for cut in layout.cuts(g, torch.arange(g.heads, device=device), torch.arange(g.kv_heads, device=device)):
         projection = sliced(getattr(site.attention, cut.projection), cut, f"{site.name}.{cut.projection}", g.head_dim)
-        weight: Tensor = projection.weight.detach().float()  # type: ignore[operator]
-        found[cut.projection] = weight.T if hasattr(projection, "nf") else weight  # GPT-2's Conv1D: (in, out)
-    return found
+        weights[cut.projection] = oriented(projection).detach().float()
+    return weights
 
 
-def by_head(site: Site, values: Mapping[str, Tensor]) -> HeadWeights:
+def by_head(site: HeadSite, values: Mapping[str, Tensor]) -> HeadWeights:
     """Matrices (out, in) by the projection's name, weights or anything of their shape, taken apart by head."""
-    g = site.geometry
-    inputs = torch.cat([values[name] for name in site.layout.projections if name != site.layout.o])
+    g, layout = site.geometry, site.layer.family.attention
+    inputs = torch.cat([values[name] for name in layout.projections if name != layout.o])
     q, k, v = inputs.split([g.width, g.kv_width, g.kv_width])  # fused or not, they come in this order
     return HeadWeights(
         q.unflatten(0, (g.heads, g.head_dim)),
         k.unflatten(0, (g.kv_heads, g.head_dim)),
         v.unflatten(0, (g.kv_heads, g.head_dim)),
-        values[site.layout.o].T.unflatten(0, (g.heads, g.head_dim)),
+        values[layout.o].T.unflatten(0, (g.heads, g.head_dim)),
     )
 
 
-def head_weights(site: Site) -> HeadWeights:
+def head_weights(site: HeadSite) -> HeadWeights:
     """The site's weights by head."""
     return by_head(site, matrices(site))

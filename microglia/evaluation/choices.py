@@ -1,18 +1,12 @@
 """Judge multiple choice by likelihood: the choice whose text is the likeliest answer to the question."""
 
 import time
-from collections.abc import Callable, Sequence
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError, DataError
 from microglia.evaluation.likelihood import encode_pair, likelihoods
-from microglia.evaluation.run import Answer, Evaluation
-from microglia.gate import Gate
-from microglia.look import Look
-from microglia.policy import Policy
-from microglia.tasks.base import Example, Task
+from microglia.evaluation.run import Answer, Evaluation, Progress
+from microglia.evaluation.setup import Setup
+from microglia.pruner import Pruner
 from microglia.tasks.prompts import choice_prompt, generated_answer_prefix
 
 # How a choice's log-probability is made comparable: not at all (lm-evaluation-harness: acc), or divided by the number
@@ -21,70 +15,53 @@ SCORINGS = ("likelihood", "likelihood-per-character")
 
 
 def score_choices(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    policy: Policy | None = None,
-    *,
-    scoring: str = "likelihood",
-    gate: Gate | None = None,
-    look: Look | None = None,
-    fill: str = "zero",
-    scope: str = "answer",
-    path: str = "compact",
-    batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    setup: Setup, pruner: Pruner | None = None, scoring: str = "likelihood", progress: Progress | None = None
 ) -> Evaluation:
-    """Choose the likeliest of each example's choices, dense when `policy` is None; nothing is generated.
+    """Choose the likeliest of each example's choices, dense without a pruner; nothing is generated.
 
-    The question stands alone in the prompt and is read dense; the choices' texts are scored with the kept heads. Every
+    The question stands alone in the prompt and is read dense; the choices' texts are scored with the kept units. Every
     answer holds its text, its length in tokens and the log-probabilities of all choices. `progress(done, total)` counts
     choices. Raises DataError when there is no example, ConfigError for an example without choices.
     """
     if scoring not in SCORINGS:
         raise ConfigError(f"scoring={scoring!r} is unknown; choose generation, {' or '.join(SCORINGS)}")
+    examples, tokenizer = setup.examples, setup.tokenizer
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
-    prefix = generated_answer_prefix(tokenizer)
-    begun = time.monotonic()
-    prompts = [choice_prompt(tokenizer, example, task.template) for example in examples]
+    begun, prefix = time.monotonic(), generated_answer_prefix(tokenizer)
+    prompts = [choice_prompt(tokenizer, example, setup.task.template) for example in examples]
     chosen_from = [example.choices for example in examples if example.choices is not None]
     pairs = [
         encode_pair(tokenizer, prompt, prefix + text)
         for prompt, choices in zip(prompts, chosen_from, strict=True)
         for text in choices.texts
     ]
-    found = likelihoods(
-        model,
+    scored = likelihoods(
+        setup.model,
         pairs,
-        policy,
+        pruner,
         pad_token_id=tokenizer.pad_token_id,
-        gate=gate,
-        look=look,
-        fill=fill,
-        scope=scope,
-        path=path,
-        batch_size=batch_size,
+        execution=setup.execution,
+        batch_size=setup.batch_size,
         progress=progress,
     )
     answers, start = [], 0
     for example, choices in zip(examples, chosen_from, strict=True):
-        own = found[start : start + len(choices.texts)]
+        choice_scores = scored[start : start + len(choices.texts)]
         lengths = [len(text) if scoring == "likelihood-per-character" else 1 for text in choices.texts]
-        scores = [one.log_probability / length for one, length in zip(own, lengths, strict=True)]
+        scores = [one.log_probability / length for one, length in zip(choice_scores, lengths, strict=True)]
         chosen = scores.index(max(scores))
         answers.append(
             Answer(
                 example.id,
                 choices.texts[chosen],
                 chosen == choices.gold,
-                own[chosen].keep_ratio,
+                choice_scores[chosen].keep_ratio,
                 len(pairs[start + chosen][1]),
                 example.difficulty,
                 example.family,
-                tuple(one.log_probability for one in own),
+                tuple(one.log_probability for one in choice_scores),
             )
         )
-        start += len(own)
+        start += len(choice_scores)
     return Evaluation(tuple(answers), time.monotonic() - begun)

@@ -4,23 +4,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from microglia import processes
 from microglia.errors import DataError
+from microglia.evaluation.answer_limit import limits, stopping_at
 from microglia.evaluation.heads import HeadMeans
-from microglia.evaluation.room import limits, stopped
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
-from microglia.gate import Gate, keep_ratio
+from microglia.execution import execution_for
+from microglia.gate import keep_ratio
 from microglia.generation import generate
-from microglia.look import Look
-from microglia.policy import Policy
-from microglia.replay import GraphDecoder
-from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import example_prompt
+from microglia.pruner import Pruner
+
+if TYPE_CHECKING:
+    from microglia.evaluation.setup import Setup
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -111,66 +110,42 @@ class _Answered:
     process: int
 
 
-def evaluate(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    policy: Policy | None = None,
-    *,
-    gate: Gate | None = None,
-    look: Look | None = None,
-    fill: str = "zero",
-    scope: str = "answer",
-    path: str = "compact",
-    decoder: GraphDecoder | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 256,
-    answer_room: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Greedy answers to `examples` in batches of similar length, dense when `policy` is None.
+def evaluate(setup: "Setup", pruner: Pruner | None = None, progress: Progress | None = None) -> Evaluation:
+    """Greedy answers to the setup's examples in batches of similar length, dense without a pruner.
 
-    `answer_room` cuts answers that get longer than so many times their worked answer (`evaluation.room`); what there is
-    of them is judged.
-    `decoder` is for path="graph", one of its own when None. `progress(done, total)` is called after every batch. Of
-    several processes (torchrun) each answers a share of the batches, and all return the whole; `seconds` are then those
-    of the slowest. Raises DataError when there is no example.
+    `progress(done, total)` is called after every batch. Of several processes (torchrun) each answers a share of the
+    batches, and all return the whole; `seconds` are then those of the slowest. Raises DataError when there is no
+    example.
     """
+    examples, tokenizer = setup.examples, setup.tokenizer
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
     processes.join()
-    prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
-    most = limits(tokenizer, examples, answer_room, max_new_tokens)
+    prompts = setup.prompts
+    most = limits(tokenizer, examples, setup.answer_limit, setup.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[start : start + setup.batch_size] for start in range(0, len(order), setup.batch_size)]
+    execution = execution_for(setup.execution, setup.model)  # once: what it keeps serves all batches
     done = 0
-    if path == "graph" and decoder is None:
-        decoder = GraphDecoder(model)
 
     def answered(indices: list[int]) -> _Answered:
         nonlocal done
         begun = time.monotonic()
         output = generate(
-            model,
+            setup.model,
             tokenizer,
             [prompts[i] for i in indices],
-            policy,
-            gate=gate,
-            look=look,
-            fill=fill,
-            scope=scope,
-            path=path,
-            decoder=decoder,
+            pruner,
+            execution=execution,
             max_new_tokens=max(most[i] for i in indices),
-            **({} if answer_room is None else {"stopping_criteria": stopped([most[i] for i in indices])}),
+            **({} if setup.answer_limit is None else {"stopping_criteria": stopping_at([most[i] for i in indices])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
         counts = [min(n, most[i]) for i, n in zip(indices, output.lengths(tokenizer), strict=True)]
         answers = {
-            i: Answer(e.id, text, task.correct(e, text), ratio, tokens, e.difficulty, e.family)
+            i: Answer(e.id, text, setup.task.correct(e, text), ratio, tokens, e.difficulty, e.family)
             for i, e, text, ratio, tokens in zip(
                 indices, (examples[i] for i in indices), output.texts, ratios, counts, strict=True
             )

@@ -54,11 +54,14 @@ class Prepared:
 class Execution(ABC):
     """One way to carry out decisions. To add one: a subclass, registered in EXECUTIONS.
 
-    name: in the registry. prunes: False for the one that leaves the model dense.
+    name: in the registry. prunes: False for the one that leaves the model dense. scores: whether several given tokens
+    can continue a prompt in one pass.
     """
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
+    scores: ClassVar[bool] = True
+    saves: ClassVar[bool] = True  # False where pruned units are still computed
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "Execution":
@@ -74,9 +77,7 @@ class Execution(ABC):
         yield Prepared()
 
     @abstractmethod
-    def apply(
-        self, sites: Sequence[Site], decision: Decision, cache: Cache | None
-    ) -> AbstractContextManager[None]:
+    def apply(self, sites: Sequence[Site], decision: Decision, cache: Cache | None) -> AbstractContextManager[None]:
         """While inside, the sites are pruned as decided. `cache` is the prompt's; what it loses is gone for good."""
 
 

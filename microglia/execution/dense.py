@@ -16,6 +16,7 @@ class Dense(Execution):
 
     name: ClassVar[str] = "dense"
     prunes: ClassVar[bool] = False
+    saves: ClassVar[bool] = False
 
     @contextmanager
     def apply(self, sites: Sequence[Site], decision: Decision, cache: Cache | None) -> Iterator[None]:

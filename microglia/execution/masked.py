@@ -16,6 +16,7 @@ class Masked(Execution):
     """keep may be soft. where: (B, T) limits the gates to these positions, for passes that hold more than the answer."""
 
     name: ClassVar[str] = "masked"
+    saves: ClassVar[bool] = False
 
     def __init__(self, where: Tensor | None = None) -> None:
         self.where = where

@@ -1,6 +1,6 @@
 """Train agents (and, on request, LoRA) so that pruned answers stay right."""
 
 from microglia.training.config import TrainingConfig
-from microglia.training.loop import TrainingResult, train
+from microglia.training.loop import RunFolder, TrainingResult, train
 
-__all__ = ["TrainingConfig", "TrainingResult", "train"]
+__all__ = ["RunFolder", "TrainingConfig", "TrainingResult", "train"]

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from microglia.errors import ConfigError
 from microglia.training.schedule import SCHEDULES
@@ -21,12 +22,11 @@ class TrainingConfig:
     limit: number of training examples, None for all (generated tasks need it).
     alpha: weight of mean(keep), from start to end along `schedule` (linear, cosine, exponential).
     beta: weight of the gates' binary entropy, which is minimised: it drives gates to 0 or 1.
-    gate: straight-through (hard forward) or soft (the original's recipe).
+    estimator: of the gates' gradient, straight-through (hard forward) or soft (the original's recipe).
     temperature: of the gates' sigmoid, start and end. noise: scale of logistic noise on the logits, start and end.
     keep_ratio: when given, a Lagrange multiplier steers the mean keep to it and alpha is not used.
     ramp: share of the steps in which that target comes down from 1; 0 asks for it from the start.
     distill: weight of KL(dense ‖ pruned) on answer tokens.
-    scope: answer (gates on answer positions) or all (on the prompt too, as the original).
     lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
         Adapters learn at `lora_learning_rate`, agents at `learning_rate`.
     batch_size: examples of a step, all processes together. bf16: mixed precision; decisions and losses stay float32.
@@ -42,14 +42,12 @@ class TrainingConfig:
     alpha: tuple[float, float] = (0.01, 0.3)
     schedule: str = "linear"
     beta: float = 0.01
-    gate: str = "straight-through"
+    estimator: Literal["straight-through", "soft"] = "straight-through"
     temperature: tuple[float, float] = (1.0, 1.0)
     noise: tuple[float, float] = (1.0, 0.0)
     keep_ratio: float | None = None
     ramp: float = 0.5
     distill: float = 0.0
-    scope: str = "answer"
-    fill: str = "zero"
     lora: str = "none"
     lora_rank: int = 8
     lora_steps: int = 100
@@ -70,16 +68,8 @@ class TrainingConfig:
             raise ConfigError(f"schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
         if self.lora not in LORA:
             raise ConfigError(f"lora={self.lora!r} is unknown; choose one of {', '.join(LORA)}")
-        if self.gate not in ("straight-through", "soft"):
-            raise ConfigError(f"gate={self.gate!r} cannot be trained; choose straight-through or soft")
-        if self.scope not in ("answer", "all"):
-            raise ConfigError(f"scope={self.scope!r} is unknown; choose answer or all")
-        if self.fill not in ("zero", "mean"):
-            raise ConfigError(f"fill={self.fill!r} is unknown; choose zero or mean")
-        if self.fill == "mean" and (self.scope == "all" or self.gradient_checkpointing):
-            raise ConfigError(
-                "fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them"
-            )
+        if self.estimator not in ("straight-through", "soft"):
+            raise ConfigError(f"estimator={self.estimator!r} cannot be trained; choose straight-through or soft")
         for name in ABOVE_ZERO:
             if not 0 < getattr(self, name) < math.inf:  # so NaN is refused too
                 raise ConfigError(f"{name}={getattr(self, name)} was given; it must be above 0")

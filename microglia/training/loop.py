@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,24 +17,23 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from microglia import processes
+from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.look import Look
-from microglia.policy import AgentPolicy, Policy
-from microglia.sites import causal_lm, input_device
+from microglia.passes import Collator, encode
+from microglia.pruner import Pruner
+from microglia.reading import joined, read
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
-from microglia.training.data import Batch, Collator, encode
 from microglia.training.lora import set_trainable, with_lora
-from microglia.training.passes import prompt_features
 from microglia.training.progress import Report
-from microglia.training.saved import STAGE, alone_in_its_folder, last_whole, load_trained
+from microglia.training.saved import STAGE, alone_in, last_whole, load_trained
 from microglia.training.sharding import shard_layers
 from microglia.training.trained import Trained
 from microglia.training.trainer import PruningTrainer
 
 STATISTICS_PROMPTS = 256
-TOLD, HISTORY = "training_config.json", "history.json"
+SETTINGS, HISTORY = "training_config.json", "history.json"
 
 
 @dataclass(frozen=True)
@@ -43,112 +43,182 @@ class TrainingResult:
     `history` holds the logged values.
     """
 
-    policy: Policy
+    pruner: Pruner
     model: nn.Module
     history: list[dict[str, Any]]
     seconds: float
 
 
-@alone_in_its_folder
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps its state, and who hears of it.
+
+    resume: go on from the last checkpoint there. on_log: sees every line of the history. quiet: no progress bar.
+    """
+
+    path: Path | str
+    resume: bool = False
+    quiet: bool = False
+    on_log: Callable[[dict[str, Any]], None] | None = None
+
+
 def train(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    policy: Policy,
+    pruner: Pruner,
     config: TrainingConfig,
+    run: RunFolder,
     *,
-    output_dir: Path | str,
-    look: Look | None = None,
-    bucket: int | None = None,
     data_dir: Path | str | None = None,
-    resume: bool = False,
-    quiet: bool = False,
-    on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainingResult:
-    """Train `policy` (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
+    """Train the pruner's policy (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
 
-    Checkpoints go to `output_dir`; with `resume=True` the run goes on from the last one and ends with the same weights
-    as an uninterrupted run. `on_log` sees every line of the history. In several processes (torchrun) every batch is
-    divided among them, and the run is the one that a single process would make. Raises ConfigError when there is
-    nothing to resume, the run was told otherwise or another is writing there, MicrogliaError when the loss is no longer
-    a number.
+    Checkpoints go to the run's folder; a run that is resumed goes on from the last one and ends with the same weights
+    as an uninterrupted run. In several processes (torchrun) every batch is divided among them, and the run is the one
+    that a single process would make. Raises ConfigError when there is nothing to resume, the run was started with other
+    options or another is writing there, MicrogliaError when the loss is no longer a number.
     """
     processes.join()
-    _check_report(config.report_to)
-    folder, look, started = processes.agreed(lambda: Path(output_dir)), look or Look(), time.monotonic()
-    _remember(folder, config, resume)
-    set_seed(config.seed)
-    lm = causal_lm(model)
-    if any(p.is_meta for p in lm.parameters()):
+    started = time.monotonic()
+    folder = processes.agreed(lambda: Path(run.path))
+    with alone_in(folder, resume=run.resume):
+        _check(pruner, config)
+        _remember(folder, config, run.resume)
+        set_seed(config.seed)
+        data = _Data.load(model, tokenizer, task, config, data_dir)
+        model = _prepared(model, config)
+        pruner.policy.to(input_device(model))
+        history = _run_stages(_Stages(model, config, folder, run, data), pruner)
+        if processes.is_first():
+            _write(folder / HISTORY, history)
+        processes.wait()
+    pruner.policy.eval()
+    return TrainingResult(pruner, model, history, time.monotonic() - started)
+
+
+def _run_stages(stages: "_Stages", pruner: Pruner) -> list[dict[str, Any]]:
+    """Adapters first where that was asked for, then the statistics of prompts, then the policy; returns the history."""
+    config, model = stages.config, stages.model
+    if config.lora == "first":
+        with _training(model):
+            stages.run("lora", None, max_steps=config.lora_steps, learning_rate=config.lora_learning_rate)
+    if pruner.policy.signals:
+        pruner.policy.fit_statistics(stages.data.sample_features(causal_lm(model), pruner))
+    with _training(model, adapters=config.lora == "joint", checkpointing=config.gradient_checkpointing):
+        history: list[dict[str, Any]] = stages.run(STAGE, pruner).state.log_history
+    return history
+
+
+def _check(pruner: Pruner, config: TrainingConfig) -> None:
+    """Raise ConfigError for what cannot be trained together, or not be reported: better known before the work."""
+    if pruner.fill == "mean" and config.gradient_checkpointing:
+        raise ConfigError("fill='mean' is trained without gradient checkpointing; change one of them")
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+    except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(
-            "weights of this model are offloaded, and training needs all of them on a device; load it whole, or divide "
-            "it among several processes with shard=True"
-        )
-    room = getattr(lm.config, "max_position_embeddings", None)
-    train_data = encode(
-        tokenizer, task.load("train", limit=config.limit, seed=config.seed, data_dir=data_dir), task.template, room
-    )
-    eval_data = encode(
-        tokenizer,
-        task.load("validation", limit=config.eval_limit, seed=config.seed, data_dir=data_dir),
-        task.template,
-        room,
-    )
-    pad = tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0
+            f"report_to={config.report_to!r} cannot be used ({error}); choose none, tensorboard, wandb or trackio, and "
+            "install the package of that name"
+        ) from error
+
+
+def _prepared(model: nn.Module, config: TrainingConfig) -> nn.Module:
+    """The model frozen, with fresh adapters where LoRA is trained, its layers divided where that was asked for."""
+    lm = causal_lm(model)
     model.requires_grad_(False)
     if config.lora != "none" and lm is model:
         model = with_lora(model, rank=config.lora_rank)
     if config.shard and processes.count() > 1:
         shard_layers(lm, processes.device())
-    policy.to(input_device(lm))
+    return model
 
-    def run(stage: str, policy: Policy | None, **changes: Any) -> PruningTrainer:
-        arguments = _arguments(folder / stage, config, **changes)
-        trained = Trained(model, policy, config, look=look, bucket=bucket)
+
+@contextmanager
+def _training(model: nn.Module, *, adapters: bool = True, checkpointing: bool = False) -> Iterator[None]:
+    """While inside, adapters have gradients and layers may be computed again; afterwards nothing of the model trains."""
+    lm = causal_lm(model)
+    set_trainable(model, adapters)
+    if checkpointing:
+        switch_checkpointing(lm, "enable", {"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if checkpointing:
+            switch_checkpointing(lm, "disable")
+        model.requires_grad_(False)
+        model.eval()
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Encoded examples to train and to evaluate on, and what makes batches of them."""
+
+    train: Any
+    evaluation: Any
+    collate: Collator
+
+    @classmethod
+    def load(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        config: TrainingConfig,
+        data_dir: Path | str | None,
+    ) -> "_Data":
+        lm = causal_lm(model)
+        if any(p.is_meta for p in lm.parameters()):
+            raise ConfigError(
+                "weights of this model are offloaded, and training needs all of them on a device; load it whole, or "
+                "divide it among several processes with shard=True"
+            )
+        limits = {"train": config.limit, "validation": config.eval_limit}
+        examples = (task.load(s, limit=n, seed=config.seed, data_dir=data_dir) for s, n in limits.items())
+        encoded = [encode(tokenizer, part, task.template, context_length(lm)) for part in examples]
+        return cls(*encoded, Collator(tokenizer.pad_token_id))
+
+    def sample_features(self, lm: nn.Module, pruner: Pruner) -> list[Tensor]:
+        """Features of the first training prompts, (N, F) per site."""
+        rows = [self.train[i] for i in range(min(STATISTICS_PROMPTS, len(self.train)))]
+        batches = [self.collate.batch(rows[start : start + 32], input_device(lm)) for start in range(0, len(rows), 32)]
+        return joined([read(lm, batch.prompt, batch.prompt_mask, pruner) for batch in batches]).features
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """The stages of a run: each a Trainer of its own, in a folder of its own."""
+
+    model: nn.Module
+    config: TrainingConfig
+    folder: Path
+    how: RunFolder
+    data: _Data
+
+    def run(self, stage: str, pruner: Pruner | None, **changes: Any) -> PruningTrainer:
+        """Train a stage to its end, from where it was interrupted if it was. `changes`: of the arguments."""
+        trained, patience = Trained(self.model, pruner, self.config), self.config.patience
         trainer = PruningTrainer(
-            config=config,
+            config=self.config,
             model=trained,
-            args=arguments,
-            data_collator=Collator(pad),
-            train_dataset=train_data,
-            eval_dataset=eval_data,
-            callbacks=[EarlyStoppingCallback(config.patience)] if config.patience and stage == STAGE else None,
+            args=_arguments(self.folder / stage, self.config, **changes),
+            data_collator=self.data.collate,
+            train_dataset=self.data.train,
+            eval_dataset=self.data.evaluation,
+            callbacks=[EarlyStoppingCallback(patience)] if patience and stage == STAGE else None,
         )
         trainer.remove_callback(PrinterCallback)  # prints to stdout, which belongs to results
         trainer.remove_callback(ProgressCallback)
         if processes.is_first():
-            trainer.add_callback(Report(on_log, show=not quiet))
-        last = processes.agreed(lambda: last_whole(folder / stage)) if resume else None
+            trainer.add_callback(Report(self.how.on_log, show=not self.how.quiet))
+        last = processes.agreed(lambda: last_whole(self.folder / stage)) if self.how.resume else None
         if last is None or not _finished(state := TrainerState.load_from_json(str(last / TRAINER_STATE_NAME))):
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         else:  # transformers would do one more step
             load_trained(trained, Path(state.best_model_checkpoint or last))
             trainer.state = state
         return trainer
-
-    if config.lora == "first":
-        set_trainable(model, True)
-        steps = {"max_steps": config.lora_steps, "learning_rate": config.lora_learning_rate}
-        run("lora", None, **steps)
-        set_trainable(model, False)
-    if isinstance(policy, AgentPolicy):
-        policy.fit_statistics(_sample_features(lm, train_data, policy, look, Collator(pad)))
-    if config.lora == "joint":
-        set_trainable(model, True)
-    if config.gradient_checkpointing:
-        checkpointing(lm, "enable", {"use_reentrant": False})
-    try:
-        trainer = run(STAGE, policy)
-    finally:
-        if config.gradient_checkpointing:
-            checkpointing(lm, "disable")
-        model.requires_grad_(False)
-        model.eval()
-    history = trainer.state.log_history
-    if processes.is_first():
-        _write(folder / HISTORY, history)
-    processes.wait()
-    return TrainingResult(policy.eval(), model, history, time.monotonic() - started)
 
 
 def _finished(state: TrainerState) -> bool:
@@ -193,39 +263,27 @@ def _arguments(folder: Path, config: TrainingConfig, **changes: Any) -> Training
     return arguments
 
 
-def _check_report(report_to: str) -> None:
-    """Raise ConfigError unless transformers can report there: better known before the work than after."""
-    try:
-        for callback in get_reporting_integration_callbacks(report_to):
-            callback()
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(
-            f"report_to={report_to!r} cannot be used ({error}); choose none, tensorboard, wandb or trackio, and "
-            "install the package of that name"
-        ) from error
-
-
-def checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
+def switch_checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
     """Gradient checkpointing, which transformers 5.20 or so renamed to activation checkpointing."""
     name = f"activation_checkpointing_{switch}"
     getattr(lm, name if hasattr(lm, name) else f"gradient_checkpointing_{switch}")(*arguments)
 
 
 def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
-    """Write down what this run is told, or check that a resumed run is told the same."""
-    told, usual = _told(config, processes.count()), _told(TrainingConfig(), 1)
-    path = folder / TOLD
+    """Write down the settings of this run, or check that a resumed run has the same."""
+    settings, defaults = _settings(config, processes.count()), _settings(TrainingConfig(), 1)
+    path = folder / SETTINGS
     if resume:
         if not path.is_file():
             raise ConfigError(
                 f"{folder} holds no run to resume; leave --resume out or give the folder of an interrupted run"
             )
         try:
-            before = {**usual, **json.loads(path.read_text())}
+            before = {**defaults, **json.loads(path.read_text())}
         except ValueError as error:
             raise ConfigError(f"{path} is damaged ({error}); delete {folder} and start the run again") from error
-        if changed := sorted(name for name in told if before.get(name) != told[name]):
-            listed = ", ".join(f"{name} was {before.get(name)!r} and is now {told[name]!r}" for name in changed)
+        if changed := sorted(name for name in settings if before.get(name) != settings[name]):
+            listed = ", ".join(f"{name} was {before.get(name)!r} and is now {settings[name]!r}" for name in changed)
             raise ConfigError(
                 f"the run in {folder} was started with other options ({listed}); resume with the same ones"
             )
@@ -235,7 +293,7 @@ def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
             f"{folder} already holds checkpoints of a run; resume it with --resume or give another folder"
         )
     if processes.is_first():
-        _write(path, told)
+        _write(path, settings)
 
 
 def _write(path: Path, value: Any) -> None:
@@ -247,16 +305,6 @@ def _write(path: Path, value: Any) -> None:
         ) from error
 
 
-def _told(config: TrainingConfig, processes: int) -> dict[str, Any]:
-    """What a run is told, as JSON gives it back."""
+def _settings(config: TrainingConfig, processes: int) -> dict[str, Any]:
+    """The settings of a run, as JSON gives them back."""
     return {**json.loads(json.dumps(asdict(config))), "processes": processes}
-
-
-def _sample_features(lm: nn.Module, data: Any, policy: Policy, look: Look, collate: Collator) -> list[Tensor]:
-    """Features of the first training prompts, (N, F) per site."""
-    seen: list[list[Tensor]] = []
-    rows = [data[i] for i in range(min(STATISTICS_PROMPTS, len(data)))]
-    for start in range(0, len(rows), 32):
-        batch = {name: x.to(input_device(lm)) for name, x in collate(rows[start : start + 32]).items()}
-        seen.append(prompt_features(lm, Batch(**batch), policy, look))
-    return [torch.cat(parts) for parts in zip(*seen, strict=True)]

@@ -6,11 +6,9 @@ without its optimiser say, it would end with other weights; so it is passed over
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
 
 from safetensors.torch import load_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -22,29 +20,20 @@ from microglia.training.trained import Trained
 
 WEIGHTS, CHECKSUMS = "trained.safetensors", "sha256.json"
 STAGE = "agents"  # the folder that every run has below its own, with the checkpoints of its last stage
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 
-def alone_in_its_folder(train: Callable[P, Result]) -> Callable[P, Result]:
-    """`train`, which raises ConfigError when another run is writing to the same `output_dir`.
+@contextmanager
+def alone_in(folder: Path, *, resume: bool) -> Iterator[None]:
+    """While inside, the run has its folder for itself. Raises ConfigError when another run is writing there.
 
     Two runs in one folder would remove and replace each other's checkpoints, and neither could be resumed.
     """
-
-    @wraps(train)
-    def alone(*args: P.args, **options: P.kwargs) -> Result:
-        processes.join()
-        folder = Path(str(options["output_dir"]))
-        with ExitStack() as stack:
-            # Where nothing can be resumed or written, nothing is made: the run itself says so.
-            if options.get("resume") and not folder.is_dir():
-                return train(*args, **options)
-            if not processes.agreed(lambda: _claim(folder / STAGE, stack)):
-                raise ConfigError(f"another run is writing to {folder}; wait for its end or give another folder")
-            return train(*args, **options)
-
-    return alone
+    with ExitStack() as stack:
+        # Where nothing can be resumed or written, nothing is made: the run itself says so.
+        nothing_there = resume and not folder.is_dir()
+        if not nothing_there and not processes.agreed(lambda: _claim(folder / STAGE, stack)):
+            raise ConfigError(f"another run is writing to {folder}; wait for its end or give another folder")
+        yield
 
 
 def _claim(folder: Path, stack: ExitStack) -> bool:

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from microglia import processes
-from microglia.sites import find_sites
+from microglia.anatomy import Anatomy
 
 
 def shard_layers(lm: nn.Module, device: torch.device) -> None:
@@ -18,10 +18,9 @@ def shard_layers(lm: nn.Module, device: torch.device) -> None:
     whole (agents are no part of the model, adapters are left out), and so do the embeddings and the output head.
     """
     mesh = init_device_mesh(device.type, (processes.count(),))
-    for site in find_sites(lm):
-        layer = lm.get_submodule(site.name.rpartition(".")[0])
-        adapters = {p for name, p in layer.named_parameters() if "lora_" in name}
+    for layer in Anatomy(lm).layers:
+        adapters = {p for name, p in layer.module.named_parameters() if "lora_" in name}
         # torch 2.6 does not know ignored_params
         left_out: dict[str, Any] = {"ignored_params": adapters} if adapters else {}
-        fully_shard(layer, mesh=mesh, **left_out)
+        fully_shard(layer.module, mesh=mesh, **left_out)
     lm.to(device)

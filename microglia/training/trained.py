@@ -1,7 +1,7 @@
 """What is trained, as one module: a model, a policy and the multiplier; its forward pass is the loss of a batch."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,19 +9,17 @@ from torch import Tensor, nn
 
 from microglia import processes
 from microglia.gate import Gate
-from microglia.look import Look
-from microglia.policy import Policy
+from microglia.passes import Batch, answer_logits
+from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
-from microglia.training.data import Batch
 from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
-from microglia.training.passes import answer_logits
 
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where the curriculum stands: α, the gates' temperature and noise, and the target when there is one."""
+class ScheduleState:
+    """Where the schedules stand: α, the gates' temperature and noise, and the target when there is one."""
 
     alpha: float
     temperature: float
@@ -30,21 +28,18 @@ class Moment:
 
 
 class Trained(nn.Module):
-    """A frozen (or LoRA-adapted) model, a policy, and the multiplier of the target mode.
+    """A frozen (or LoRA-adapted) model, a pruner, and the multiplier of the target mode.
 
-    `policy` None means: the dense task only (stage 1 of LoRA). The model stays in evaluation mode, so that training
+    `pruner` None means: the dense task only (stage 1 of LoRA). The model stays in evaluation mode, so that training
     sees what inference sees; only gradient checkpointing, which transformers ties to the training mode, switches it.
     """
 
     multiplier: Tensor
 
-    def __init__(
-        self, lm: nn.Module, policy: Policy | None, config: TrainingConfig, *, look: Look, bucket: int | None
-    ) -> None:
+    def __init__(self, lm: nn.Module, pruner: Pruner | None, config: TrainingConfig) -> None:
         super().__init__()
-        if policy is not None:
-            policy.check_scope(config.scope)
-        self.lm, self.policy, self.look, self.bucket = lm, policy, look, bucket
+        self.lm, self.pruner = lm, pruner
+        self.policy = None if pruner is None else pruner.policy  # registered, so that its parameters train
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
 
@@ -60,7 +55,7 @@ class Trained(nn.Module):
         state["multiplier"] = self.multiplier
         return {name: x.detach().clone().contiguous().cpu() for name, x in state.items()}
 
-    def forward(self, now: Moment, gates: ExitStack, **tensors: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def forward(self, now: ScheduleState, gates: ExitStack, **tensors: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """The loss of a batch, and its parts. `gates` holds what must stay until the backward pass is over.
 
         Of several processes each gets the whole batch and goes through its share of the rows; the loss is that of all.
@@ -71,32 +66,31 @@ class Trained(nn.Module):
         with torch.autocast(batch.prompt.device.type, torch.bfloat16, enabled=self.recipe.bf16):
             return self._loss(batch, rows, len(own), now, gates)
 
-    def _loss(
-        self, batch: Batch, rows: range, prompts: int, now: Moment, gates: ExitStack
-    ) -> tuple[Tensor, dict[str, Any]]:
-        c = self.recipe
+    def _pruner(self, now: ScheduleState, rows: range) -> Pruner | None:
+        """The pruner with the gate of this moment: with noise and gradients in training, hard in evaluation."""
+        if self.pruner is None:
+            return None
+        bucket = self.pruner.gate.bucket
         if self.training:
-            gate = Gate(c.gate, temperature=now.temperature, bucket=self.bucket, noise=now.noise, rows=rows)
+            gate = Gate(self.recipe.estimator, temperature=now.temperature, bucket=bucket, noise=now.noise, rows=rows)
         else:
-            gate = Gate("hard", temperature=now.temperature, bucket=self.bucket)
+            gate = Gate("hard", temperature=now.temperature, bucket=bucket)
+        return replace(self.pruner, gate=gate)
+
+    def _loss(
+        self, batch: Batch, rows: range, prompts: int, now: ScheduleState, gates: ExitStack
+    ) -> tuple[Tensor, dict[str, Any]]:
+        c, pruner = self.recipe, self._pruner(now, rows)
         dense = None
         if c.distill:
             with torch.no_grad():
-                dense, _ = answer_logits(self.lm, batch, None, gate=gate, look=self.look)
-        logits, trace = answer_logits(
-            self.lm,
-            batch,
-            self.policy,
-            gate=gate,
-            look=self.look,
-            fill=c.fill,
-            scope=c.scope,
-            whole=gates if c.gradient_checkpointing else None,
-        )
+                dense, _ = answer_logits(self.lm, batch, None)
+        logits, trace = answer_logits(self.lm, batch, pruner, whole=gates if c.gradient_checkpointing else None)
         tokens = int((batch.labels != -100).sum()) if prompts else 0
         task = processes.pooled(task_loss(logits, batch.labels), tokens)
-        if self.policy is None:
+        if pruner is None:
             return task, {"task": task}
+        gate = pruner.gate
         keep = processes.pooled(mean_keep(trace.keep), prompts)
         entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
         loss = task + c.beta * entropy

@@ -21,7 +21,7 @@ from microglia.training.config import TrainingConfig
 from microglia.training.order import ORDER, Order, Ordered
 from microglia.training.saved import WEIGHTS, load_trained, readable, seal
 from microglia.training.schedule import scheduled
-from microglia.training.trained import Moment, Trained
+from microglia.training.trained import ScheduleState, Trained
 
 
 class Curriculum(TrainerCallback):
@@ -34,10 +34,10 @@ class Curriculum(TrainerCallback):
         self.config = config
         self.now = self.at(0.0)
 
-    def at(self, progress: float) -> Moment:
-        """The moment when this share of the steps is done."""
+    def at(self, progress: float) -> ScheduleState:
+        """The state when this share of the steps is done."""
         c = self.config
-        return Moment(
+        return ScheduleState(
             alpha=scheduled(c.schedule, c.alpha, progress),
             temperature=scheduled("linear", c.temperature, progress),
             noise=scheduled("linear", c.noise, progress),

@@ -52,6 +52,7 @@ class Captured(Execution):
     """
 
     name: ClassVar[str] = "captured"
+    scores: ClassVar[bool] = False
 
     def __init__(
         self,

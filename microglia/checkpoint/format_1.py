@@ -1,0 +1,48 @@
+"""Checkpoints of format 1, which microglia 0.1 wrote: heads only, and two modes of the original project that are gone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from microglia.errors import CheckpointError
+
+SIGNALS = {"both": ["norm", "entropy"], "norm": ["norm"], "entropy": ["entropy"]}
+WITH_HIDDEN_DIM = ("agents", "mixture", "predictor")
+
+
+def upgraded(row: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A configuration of format 1 in today's words. Raises CheckpointError for what no longer exists."""
+    row = {"promise": {}, **row}  # which the first checkpoints did not have
+    for name, kept in (("scope", "answer"), ("norm", "head")):
+        if (given := row.pop(name, kept)) != kept:
+            raise CheckpointError(
+                f"{where} was trained with {name}={given!r}, a mode of the original project that microglia 0.2 no longer "
+                "has; use it with microglia 0.1.0, or train again"
+            )
+    signals, hidden_dim = SIGNALS.get(row.pop("features", ""), []), row.pop("hidden_dim", None)
+    sites = [_site(site) for site in row.get("sites", ())]
+    options = {"hidden_dim": hidden_dim} if row.get("policy") in WITH_HIDDEN_DIM else {}
+    signals = [] if row.get("policy") == "static" else signals
+    return {**row, "sites": sites, "signals": signals, "policy_options": options, "units": ["head"]}
+
+
+def _site(site: Any) -> Any:
+    if not isinstance(site, Mapping):
+        return site
+    rest = dict(site)
+    geometry = {name: rest.pop(name) for name in ("heads", "kv_heads", "head_dim") if name in rest}
+    return {"unit": "head", **rest, "geometry": geometry}
+
+
+def renamed(tensors: Mapping[str, Tensor], policy: str) -> dict[str, Tensor]:
+    """Weights of format 1 under today's names: statistics stand beside the agents that they belong to."""
+    new = {}
+    for name, tensor in tensors.items():
+        kind, _, index = name.partition("_")
+        if kind in ("mean", "std") and index.isdigit():
+            name = f"statistics.{index}.{kind}"
+        elif policy == "predictor" and name in ("mean", "std"):
+            name = f"statistics.{name}"
+        new[name] = tensor
+    return new

@@ -1,0 +1,69 @@
+"""One setup for everything that is compared: the same model, prompts, template and execution."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from microglia.anatomy import causal_lm, context_length, input_device
+from microglia.evaluation.run import Evaluation, Progress, evaluate
+from microglia.execution import Execution
+from microglia.passes import Collator, answer_logits, encode
+from microglia.pruner import Pruner
+from microglia.reading import read_prompts
+from microglia.tasks.base import Example, Task
+from microglia.tasks.prompts import example_prompt
+from microglia.training.loss import task_loss
+from microglia.units import find_sites
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Examples of a task on a model, and how every pruner is put to them.
+
+    answer_limit: answers longer than so many times their worked answer are cut; see `evaluation.answer_limit`.
+    """
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    task: Task
+    examples: Sequence[Example]
+    execution: str | Execution = "compact"
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    answer_limit: float | None = None
+
+    @property
+    def prompts(self) -> list[str]:
+        """What the model reads."""
+        return [example_prompt(self.tokenizer, example, self.task.template) for example in self.examples]
+
+    def answers(self, pruner: Pruner | None, progress: Progress | None = None) -> Evaluation:
+        """Greedy answers to all examples, dense without a pruner."""
+        return evaluate(self, pruner, progress)
+
+    def logits(self, pruner: Pruner) -> list[Tensor]:
+        """What the policy says of each of the N prompts, nothing generated: (N, U) per site, on the CPU."""
+        return read_prompts(self.model, self.tokenizer, self.prompts, pruner, batch_size=self.batch_size).logits
+
+    def calibrated(self, pruner: Pruner) -> Pruner:
+        """The pruner with a budget from these prompts."""
+        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
+        return pruner.with_budget(self.logits(pruner), geometries)
+
+    @torch.no_grad()
+    def losses(self, pruner: Pruner | None) -> list[float]:
+        """Mean cross entropy per token of each worked answer, in nats: what a pruning costs before it costs answers.
+
+        Made as inference makes it: prompts are read with every unit, answers with those that are kept.
+        """
+        lm = causal_lm(self.model)
+        rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(lm)))
+        collate, losses = Collator(self.tokenizer.pad_token_id), list[float]()
+        for start in range(0, len(rows), self.batch_size):
+            batch = collate.batch(rows[start : start + self.batch_size], input_device(lm))
+            logits, _ = answer_logits(lm, batch, pruner)
+            losses += [float(task_loss(x[None], y[None])) for x, y in zip(logits, batch.labels, strict=True)]
+        return losses
