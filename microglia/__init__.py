@@ -1,4 +1,4 @@
-"""Input-adaptive attention-head pruning: the prompt is read with every head, the answer written with those kept.
+"""Input-adaptive pruning: the prompt is read with every attention head, the answer written with those kept.
 
 Importing this package imports nothing else; each public name brings its module when it is first used.
 """
@@ -7,25 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from microglia.agent import MicrogliaAgent as MicrogliaAgent
+    from microglia.anatomy import Anatomy as Anatomy
+    from microglia.anatomy import HeadGeometry as HeadGeometry
     from microglia.attach import attached as attached
-    from microglia.compact import compacted as compacted
     from microglia.errors import MicrogliaError as MicrogliaError
     from microglia.generation import generate as generate
-    from microglia.geometry import HeadGeometry as HeadGeometry
-    from microglia.sites import find_sites as find_sites
+    from microglia.pruner import Budget as Budget
+    from microglia.pruner import Pruner as Pruner
     from microglia.system import MicrogliaPruningSystem as MicrogliaPruningSystem
+    from microglia.units import find_sites as find_sites
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "HeadGeometry": "microglia.geometry",
-    "MicrogliaAgent": "microglia.agent",
+    "Anatomy": "microglia.anatomy",
+    "Budget": "microglia.pruner",
+    "HeadGeometry": "microglia.anatomy",
     "MicrogliaError": "microglia.errors",
     "MicrogliaPruningSystem": "microglia.system",
+    "Pruner": "microglia.pruner",
     "attached": "microglia.attach",
-    "compacted": "microglia.compact",
-    "find_sites": "microglia.sites",
+    "find_sites": "microglia.units",
     "generate": "microglia.generation",
 }
 

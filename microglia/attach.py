@@ -1,6 +1,5 @@
 """Reversible pruning of a model: read the prompt with every unit, decide, write the answer with the kept ones."""
 
-import itertools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -64,8 +63,34 @@ def attached(
         yield session.trace
 
 
-_CACHES: "weakref.WeakKeyDictionary[Any, int]" = weakref.WeakKeyDictionary()  # which prompt a cache is of
-_PROMPTS = itertools.count(1)
+class _PromptCache:
+    """The cache of the prompt that was read last, known again also as a copy."""
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = weakref.ref(cache)
+        self.length = cache.get_seq_length()
+        self.last_key = self._key(cache)
+
+    def _key(self, cache: Any) -> Tensor | None:
+        """The deepest layer's key of the prompt's last token, (B, G, D): it depends on the whole prompt.
+
+        None where a sliding window has passed it, or the layer keeps no keys.
+        """
+        keys = getattr(cache.layers[-1], "keys", None)
+        if keys is None or not keys.numel():
+            return None
+        behind = max(0, cache.get_seq_length() - keys.shape[2])  # what a window has dropped; 0 in a static layer
+        place = self.length - 1 - behind
+        return keys[:, :, place].clone() if 0 <= place < keys.shape[2] else None
+
+    def holds(self, cache: Any) -> bool:
+        """Whether a cache that holds tokens is this prompt's, or a copy of it."""
+        if cache is self.cache():
+            return True
+        other = self._key(cache)
+        if other is None or self.last_key is None:
+            return True
+        return other.shape == self.last_key.shape and other.equal(self.last_key)
 
 
 class _Session:
@@ -80,11 +105,11 @@ class _Session:
         self.measured: Measured | None = None
         self.passing: int | None = None  # the thread in a forward pass
         self.guard = threading.Lock()
-        self.prompt = 0
+        self.prompt_cache: _PromptCache | None = None
 
     def end_prompt(self) -> None:
         """Back to the dense model."""
-        self.measured = None
+        self.measured = self.prompt_cache = None
         self.reading.close()
         self.pruned.close()
 
@@ -102,7 +127,7 @@ class _Session:
             self._check_continues(cache)
             return
         self.end_prompt()
-        self.prompt, self.trace.prompts = next(_PROMPTS), self.trace.prompts + 1
+        self.trace.prompts += 1
         tokens = _tokens(args, kwargs) if self.tokens is None else self.tokens
         if int(tokens.sum(1).min()) < 1:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
@@ -113,7 +138,7 @@ class _Session:
     def _check_continues(self, cache: Any) -> None:
         if not self.trace.keep:
             raise MicrogliaError("the cache holds tokens that were read before attaching; start from the whole prompt")
-        if _CACHES.get(cache, self.prompt) != self.prompt:
+        if self.prompt_cache is not None and not self.prompt_cache.holds(cache):
             raise MicrogliaError(
                 "the cache is that of another prompt than the last one, whose heads the model has now; let one "
                 "answer end before the next prompt is read, or use a second copy of the model"
@@ -134,10 +159,9 @@ class _Session:
         means = values.values.get("mean_output")
         fill = None if means is None else [means.get(site.index) for site in self.sites]
         cache = getattr(output, "past_key_values", None)
-        if cache is not None:
-            _CACHES[cache] = self.prompt
         decision = Decision(self.trace.keep, fill)
         self.pruned.enter_context(self.execution.apply(self.sites, decision, cache))
+        self.prompt_cache = None if cache is None else _PromptCache(cache)
 
     def _decide(self, values: Measured) -> None:
         """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""

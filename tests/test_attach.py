@@ -6,27 +6,24 @@ import threading
 import pytest
 import torch
 
-from microglia.attach import attached, gated
-from microglia.compact import compacted
+from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.gate import Gate
-from microglia.look import Look
 from microglia.policy import MixturePolicy, StaticPolicy
-from microglia.sites import find_sites
-from tests.tiny import BACKENDS, positions, step_logits, tiny_model, tiny_prompts, uneven_policy, wild_policy
+from microglia.units import find_sites
+from tests.tiny import BACKENDS, positions, step_logits, tiny_model, tiny_prompts, uneven, wild
 
 IDS, MASK = tiny_prompts(14, 9, 3)
 ANSWER = tiny_prompts(5, 5, 5, seed=2)[0]
-ONE = Gate(bucket=1)
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
-@pytest.mark.parametrize("pruning", [gated, compacted])
-def test_all_ones_are_the_untouched_model_bit_for_bit(family, backend, pruning):
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_all_ones_are_the_untouched_model_bit_for_bit(family, backend, execution):
     model = tiny_model(family, backend=backend)
     dense = step_logits(model, IDS, MASK, ANSWER)
     policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
-    with attached(model, policy, pruning=pruning) as trace:
+    with attached(model, policy, execution) as trace:
         assert step_logits(model, IDS, MASK, ANSWER).equal(dense)
     assert trace.keep_ratio.tolist() == [1, 1, 1]
 
@@ -35,7 +32,7 @@ def test_the_prompt_is_dense_and_the_answer_is_gated_at_the_output_projection(fa
     """The truth by hand: zeros written into the output projection's input in every pass but the first."""
     model, keeps = tiny_model(family), []
     sites = find_sites(model)
-    with attached(model, uneven_policy(model), gate=ONE) as trace:
+    with attached(model, uneven(model)) as trace:
         ours = step_logits(model, IDS, MASK, ANSWER)
         keeps = trace.keep
     dense = step_logits(model, IDS, MASK, ANSWER)
@@ -57,9 +54,9 @@ def test_the_prompt_is_dense_and_the_answer_is_gated_at_the_output_projection(fa
 
 def test_scope_all_gates_the_prompt_too_from_each_sites_own_signals():
     model = tiny_model("qwen2")
-    policy = wild_policy(model)
+    pruner = wild(model)
     dense = step_logits(model, IDS, MASK, ANSWER)
-    with attached(model, policy, gate=ONE, scope="all") as trace:
+    with attached(model, policy, scope="all") as trace:
         ours = step_logits(model, IDS, MASK, ANSWER)
     assert (ours[:, 0] - dense[:, 0]).abs().max() > 1e-3
     for features, logits, keep, agent in zip(trace.features, trace.logits, trace.keep, range(2), strict=True):
@@ -80,7 +77,7 @@ def test_mean_fill_stands_in_for_pruned_heads():
     model = tiny_model("llama")
     site, prompt, answer = find_sites(model)[0], [], []
     handle = site.output.register_forward_pre_hook(lambda _, inputs: prompt.append(site.geometry.split(inputs[0])))
-    with torch.no_grad(), attached(model, uneven_policy(model), gate=ONE, fill="mean") as trace:
+    with torch.no_grad(), attached(model, uneven(model), fill="mean") as trace:
         cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         handle.remove()
         site.output.register_forward_pre_hook(lambda _, inputs: answer.append(site.geometry.split(inputs[0])))
@@ -96,7 +93,7 @@ def test_mean_fill_stands_in_for_pruned_heads():
 
 
 def decide(model, policy, ids, mask, **options):
-    with torch.no_grad(), attached(model, policy, gate=ONE, **options) as trace:
+    with torch.no_grad(), attached(model, policy, **options) as trace:
         model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True)
     return trace
 
@@ -105,7 +102,7 @@ def decide(model, policy, ids, mask, **options):
 @pytest.mark.parametrize("scope", ["answer", "all"])
 def test_a_prompt_is_decided_the_same_alone_in_a_batch_and_padded(family, backend, scope):
     model = tiny_model(family, backend=backend)
-    policy = wild_policy(model)
+    pruner = wild(model)
     batch = decide(model, policy, IDS, MASK, scope=scope)
     assert len({tuple(torch.cat(row).tolist()) for row in zip(*batch.keep, strict=True)}) == 3  # they do differ
     for row in range(3):
@@ -120,13 +117,13 @@ def test_a_prompt_is_decided_the_same_alone_in_a_batch_and_padded(family, backen
             assert two.equal(many[row : row + 1])
 
 
-@pytest.mark.parametrize("pruning", [gated, compacted])
-def test_the_answer_has_no_say(family, pruning):
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_the_answer_has_no_say(family, execution):
     model = tiny_model(family)
-    policy = wild_policy(model)
+    pruner = wild(model)
     keeps = []
     for seed in (2, 3):
-        with attached(model, policy, gate=ONE, pruning=pruning) as trace:
+        with attached(model, policy, execution) as trace:
             step_logits(model, IDS, MASK, tiny_prompts(5, 5, 5, seed=seed)[0])
         keeps.append(torch.cat(trace.keep, dim=-1))
     assert keeps[0].equal(keeps[1])
@@ -137,7 +134,7 @@ def test_the_answer_has_no_say(family, pruning):
 def test_given_tokens_limit_the_look_to_the_prompt(scope):
     """A pass that holds prompt and answer decides as the prompt alone does, when it is told where the prompt ends."""
     model = tiny_model("llama")
-    policy = wild_policy(model)
+    pruner = wild(model)
     ids = torch.cat([IDS, ANSWER], dim=1)
     mask = torch.cat([MASK, torch.ones_like(ANSWER)], dim=1)
     prompt = torch.cat([MASK, torch.zeros_like(ANSWER)], dim=1).bool()
@@ -149,8 +146,8 @@ def test_given_tokens_limit_the_look_to_the_prompt(scope):
 
 def test_every_prompt_is_decided_anew():
     model = tiny_model("llama")
-    policy = wild_policy(model)
-    with attached(model, policy, gate=ONE, pruning=compacted) as trace:
+    pruner = wild(model)
+    with attached(model, policy, "compact") as trace:
         first = step_logits(model, IDS, MASK, ANSWER)
         keep = trace.keep
         step_logits(model, *tiny_prompts(6, seed=9), ANSWER[:1])
@@ -161,7 +158,7 @@ def test_every_prompt_is_decided_anew():
 
 def test_gradients_of_the_gates_reach_every_agent():
     model = tiny_model("llama").requires_grad_(False)
-    policy = wild_policy(model)
+    pruner = wild(model)
     with attached(model, policy, gate=Gate(mode="straight-through", bucket=1)):
         cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         mask = torch.cat([MASK, MASK[:, -1:]], dim=1)
@@ -174,7 +171,7 @@ def test_gradients_of_the_gates_reach_every_agent():
 
 def test_a_second_attachment_is_refused_here_and_in_another_thread():
     model, other = tiny_model("llama"), tiny_model("llama")
-    policy, caught = uneven_policy(model), []
+    policy, caught = uneven(model), []
 
     def attach():
         try:
@@ -210,11 +207,11 @@ def in_a_thread(work):
     return found[0]
 
 
-@pytest.mark.parametrize("pruning", [gated, compacted])
-def test_an_answer_is_never_continued_with_the_heads_of_a_later_prompt(pruning):
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_an_answer_is_never_continued_with_the_heads_of_a_later_prompt(execution):
     """Two threads that generate inside one attachment: the first one's answer ends in an error, not in a mixture."""
     model = tiny_model("llama")
-    with torch.no_grad(), attached(model, uneven_policy(model), gate=ONE, pruning=pruning):
+    with torch.no_grad(), attached(model, uneven(model), execution):
         first = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         copied = copy.deepcopy(first)
         whole = torch.cat([MASK, MASK[:, -1:]], 1)
@@ -228,15 +225,15 @@ def test_an_answer_is_never_continued_with_the_heads_of_a_later_prompt(pruning):
 
 def test_a_pass_beside_another_threads_pass_is_refused_and_does_not_disturb_it():
     model, caught = tiny_model("llama"), []
-    policy = uneven_policy(model)
-    with attached(model, policy, gate=ONE, pruning=compacted):
+    pruner = uneven(model)
+    with attached(model, policy, "compact"):
         truth = step_logits(model, IDS, MASK, ANSWER)
 
     def meanwhile(*_):
         caught.append(in_a_thread(lambda: model(input_ids=IDS, use_cache=True)))
 
     handle = model.model.layers[0].mlp.register_forward_hook(meanwhile)
-    with attached(model, policy, gate=ONE, pruning=compacted):
+    with attached(model, policy, "compact"):
         assert step_logits(model, IDS, MASK, ANSWER).equal(truth)
     handle.remove()
     assert len(caught) == 1 + ANSWER.shape[1]
@@ -253,14 +250,14 @@ def test_a_pass_beside_another_threads_pass_is_refused_and_does_not_disturb_it()
 )
 def test_impossible_options_are_refused(options, sentence):
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=sentence), attached(model, uneven_policy(model), **options):
+    with pytest.raises(ConfigError, match=sentence), attached(model, uneven(model), **options):
         pass
 
 
 def test_a_cache_from_elsewhere_a_wrong_batch_and_an_empty_prompt_are_refused():
     model = tiny_model("llama")
     cache = model(input_ids=IDS, use_cache=True).past_key_values
-    with attached(model, uneven_policy(model, 3)) as trace:
+    with attached(model, uneven(model, 3)) as trace:
         with pytest.raises(MicrogliaError, match="no prompt was read yet"):
             _ = trace.keep_ratio
         with pytest.raises(MicrogliaError, match="read before attaching; start from the whole prompt"):

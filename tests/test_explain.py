@@ -9,7 +9,7 @@ from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.policy import AgentPolicy, StaticPolicy
 from microglia.signals import split_features, stack_features
-from microglia.sites import find_sites
+from microglia.units import find_sites
 from tests.tiny import tiny_model
 from tests.tiny_folder import LETTERS, SPECIAL, character_tokenizer, opinionated
 

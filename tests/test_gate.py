@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
-from microglia.gate import Gate, keep_ratio, rectangle, threshold_for
-from microglia.geometry import HeadGeometry
+from microglia.gate import Gate, keep_ratio, rows_agree
 
 MHA, GQA = HeadGeometry(8, 8, 4), HeadGeometry(12, 3, 4)
 
@@ -27,7 +27,7 @@ def scores_of(geometry, seed, shift):
 def test_a_rectangle_is_never_empty_and_its_kept_groups_are_equal(case):
     geometry, seed, shift, bucket = case
     scores = scores_of(geometry, seed, shift)
-    for row in geometry.by_group(rectangle(scores, geometry, bucket)).sum(-1):
+    for row in geometry.by_group(geometry.rectangle(scores, bucket)).sum(-1):
         assert len(row[row > 0].unique()) == 1
 
 
@@ -44,29 +44,29 @@ def test_sites_together_decide_as_one_by_one(alike, options):
     if gate.trains:
         weights = [torch.rand_like(keep) for keep in apart]
         losses = [sum((k * w).sum() for k, w in zip(keep, weights, strict=True)) for keep in (apart, together)]
-        expected, found = (torch.autograd.grad(loss, logits) for loss in losses)
-        assert all(one.equal(other) and one.any() for one, other in zip(expected, found, strict=True))
+        expected, actual = (torch.autograd.grad(loss, logits) for loss in losses)
+        assert all(one.equal(other) and one.any() for one, other in zip(expected, actual, strict=True))
 
 
 @quick
 @given(cases)
-def test_a_rectangle_holds_at_least_as_many_heads_as_were_asked_for(case):
+def test_a_rectangle_holds_at_least_as_many_heads_as_were_requested(case):
     geometry, seed, shift, bucket = case
     scores = scores_of(geometry, seed, shift)
-    assert (rectangle(scores, geometry, bucket).sum(-1) >= (scores > 0).sum(-1)).all()
+    assert (geometry.rectangle(scores, bucket).sum(-1) >= (scores > 0).sum(-1)).all()
 
 
 @quick
 @given(cases)
-def test_without_groups_all_asked_heads_are_kept_in_whole_buckets(case):
+def test_without_groups_all_requested_heads_are_kept_in_whole_buckets(case):
     geometry, seed, shift, bucket = case
     geometry = HeadGeometry(geometry.heads, geometry.heads, 4)
     scores = scores_of(geometry, seed, shift)
-    keep = rectangle(scores, geometry, bucket)
+    keep = geometry.rectangle(scores, bucket)
     assert not ((scores > 0) & ~keep).any()
     size = bucket or max(1, geometry.heads // 8)
-    asked = (scores > 0).sum(-1).clamp(min=1)
-    assert keep.sum(-1).tolist() == [min(-(-int(n) // size) * size, geometry.heads) for n in asked]
+    requested = (scores > 0).sum(-1).clamp(min=1)
+    assert keep.sum(-1).tolist() == [min(-(-int(n) // size) * size, geometry.heads) for n in requested]
 
 
 @quick
@@ -74,19 +74,19 @@ def test_without_groups_all_asked_heads_are_kept_in_whole_buckets(case):
 def test_a_row_is_decided_without_its_neighbours(case):
     geometry, seed, shift, bucket = case
     scores = scores_of(geometry, seed, shift)
-    alone = torch.cat([rectangle(row[None], geometry, bucket) for row in scores])
-    assert alone.equal(rectangle(scores, geometry, bucket))
+    alone = torch.cat([geometry.rectangle(row[None], bucket) for row in scores])
+    assert alone.equal(geometry.rectangle(scores, bucket))
 
 
 def test_the_best_heads_fill_the_bucket():
     scores = torch.tensor([[-1.0, 3, -4, 2, 1, -2, -3, -5]])
-    assert rectangle(scores, MHA, 4).int().tolist() == [[1, 1, 0, 1, 1, 0, 0, 0]]
-    assert rectangle(scores - 9, MHA, 1).int().tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
+    assert MHA.rectangle(scores, 4).int().tolist() == [[1, 1, 0, 1, 1, 0, 0, 0]]
+    assert MHA.rectangle(scores - 9, 1).int().tolist() == [[0, 1, 0, 0, 0, 0, 0, 0]]
 
 
-def test_groups_that_nobody_asks_for_go_and_the_others_keep_equally_many():
+def test_groups_without_a_requested_head_go_and_the_others_keep_equally_many():
     scores = torch.tensor([[5.0, 4, 3, -1, -1, -1, -1, -1, 1, -2, -3, -4]])
-    assert rectangle(scores, GQA, 1).int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
+    assert GQA.rectangle(scores, 1).int().tolist() == [[1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
 
 
 def test_hard_ignores_the_temperature_and_follows_the_threshold():
@@ -125,28 +125,10 @@ def test_keep_ratio_counts_heads_over_all_sites():
     ]
 
 
-@pytest.mark.parametrize("target", [0.3, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize(("geometry", "coarseness"), [(MHA, 0.001), (GQA, 0.02)], ids=["mha", "gqa"])
-def test_the_threshold_hits_its_target_from_above(target, geometry, coarseness):
-    generator = torch.Generator().manual_seed(1)
-    logits = [torch.randn(200, geometry.heads, generator=generator) for _ in range(4)]
-    threshold = threshold_for(logits, [geometry] * 4, target, bucket=1)
-    keep = torch.cat([Gate(threshold=threshold, bucket=1)(x, geometry) for x in logits])
-    assert target - 1e-4 <= keep.mean() < target + coarseness
-    if target < 1:
-        assert len(keep.sum(-1).unique()) > 1  # prompts still differ
-
-
-@pytest.mark.parametrize("target", [0, -0.1, 1.01])
-def test_impossible_targets_are_refused(target):
-    with pytest.raises(ConfigError, match=f"keep_ratio={target} was given; it must be above 0 and at most 1"):
-        threshold_for([torch.randn(3, 8)], [MHA], target)
-
-
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"mode": "firm"}, "gate='firm' is unknown; choose one of hard, straight-through, soft"),
+        ({"mode": "firm"}, "gate mode 'firm' is unknown; choose hard, straight-through or soft"),
         ({"temperature": 0}, "temperature=0 was given; it must be above 0"),
         ({"bucket": 0}, "bucket=0 was given; it must be at least 1"),
     ],
@@ -154,3 +136,25 @@ def test_impossible_targets_are_refused(target):
 def test_impossible_gates_are_refused(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         Gate(**options)
+
+
+def test_a_bucket_that_would_keep_every_head_is_refused():
+    Gate(bucket=7).check_bucket([MHA, GQA])
+    with pytest.raises(ConfigError, match="bucket=8 was given, but a site has 8 heads, all of which would always be kept"):
+        Gate(bucket=8).check_bucket([GQA, MHA])
+
+
+def test_noise_of_some_rows_is_that_of_the_whole_batch():
+    """A process with every second row of a batch draws for these rows what one process with all of them draws."""
+    logits = torch.zeros(6, 8)
+    torch.manual_seed(0)
+    whole = Gate(mode="soft", noise=1.0)(logits, MHA)
+    torch.manual_seed(0)
+    share = Gate(mode="soft", noise=1.0, rows=range(1, 6, 2))(logits[1::2], MHA)
+    torch.testing.assert_close(share, whole[1::2], atol=1e-6, rtol=0)
+
+
+def test_rows_agree_when_they_do_on_every_site():
+    alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert rows_agree([alike, alike])
+    assert not rows_agree([alike, torch.tensor([[1.0, 0.0], [1.0, 1.0]])])

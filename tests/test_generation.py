@@ -1,4 +1,4 @@
-"""generate(): the compacted path says what the masked path says, token for token, and what cannot work is refused."""
+"""generate(): the compacted execution says what the masked execution says, token for token, and what cannot work is refused."""
 
 import functools
 import threading
@@ -9,22 +9,20 @@ import torch
 from transformers import GenerationConfig
 
 from microglia.attach import attached
-from microglia.compact import compacted
 from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.gate import Gate
 from microglia.generation import encode_prompts, generate
-from microglia.replay import GraphDecoder
-from tests.tiny import BACKENDS, tiny_model, tiny_tokenizer, uneven_policy, wild_policy
+from microglia.execution import Captured
+from tests.tiny import BACKENDS, tiny_model, tiny_tokenizer, uneven, wild
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
-ONE = Gate(bucket=1)
 LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
 
 
 def both(model, policy, **options):
     options = {"gate": ONE, **LENGTH, **options}
     masked, compact = (
-        generate(model, tiny_tokenizer(), PROMPTS, policy, path=path, **options) for path in ("masked", "compact")
+        generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, **options) for execution in ("masked", "compact")
     )
     assert masked.tokens.shape == (3, 10)
     assert all(a.equal(b) for a, b in zip(masked.keep, compact.keep, strict=True))
@@ -34,7 +32,7 @@ def both(model, policy, **options):
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_greedy_compact_is_greedy_masked(family, backend):
     model = tiny_model(family, backend=backend)
-    masked, compact = both(model, wild_policy(model))
+    masked, compact = both(model, wild(model))
     assert compact.equal(masked)
 
 
@@ -43,64 +41,64 @@ def test_greedy_compact_is_greedy_masked(family, backend):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_both_fills_and_both_kinds_of_decision(family, fill, rows):
     model = tiny_model(family)
-    masked, compact = both(model, uneven_policy(model, rows), fill=fill)
+    masked, compact = both(model, uneven(model, rows), fill=fill)
     assert compact.equal(masked)
     assert not masked.equal(generate(model, tiny_tokenizer(), PROMPTS, **LENGTH).tokens)
 
 
-@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "gpt2"])
 def test_sampling_with_the_same_seed(family, make):
     model = tiny_model(family)
     policy, tokens = make(model), []
-    for path in ("masked", "compact"):
+    for execution in ("masked", "compact"):
         torch.manual_seed(0)
         tokens.append(
-            generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, path=path, do_sample=True, **LENGTH).tokens
+            generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, do_sample=True, **LENGTH).tokens
         )
     assert tokens[0].equal(tokens[1])
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
-@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 def test_beams_share_the_decision_of_their_prompt(family, make, fill):
     model = tiny_model(family)
     policy = make(model)
     masked, compact = both(model, policy, num_beams=3, fill=fill)
     assert compact.equal(masked)
-    keep = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, num_beams=3, **LENGTH).keep
-    single = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH).keep
+    keep = generate(model, tiny_tokenizer(), PROMPTS, policy, num_beams=3, **LENGTH).keep
+    single = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH).keep
     assert all(a.equal(b.repeat_interleave(3, dim=0)) for a, b in zip(keep, single, strict=True))
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_a_static_cache_decides_and_says_the_same(family, backend):
     model = tiny_model(family, backend=backend)
-    policy, options = wild_policy(model), {"gate": ONE, **LENGTH}
+    policy, options = wild(model), {"gate": ONE, **LENGTH}
     dynamic = generate(model, tiny_tokenizer(), PROMPTS, policy, **options)
-    for path in ("masked", "compact"):
-        static = generate(model, tiny_tokenizer(), PROMPTS, policy, path=path, cache_implementation="static", **options)
+    for execution in ("masked", "compact"):
+        static = generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, cache_implementation="static", **options)
         assert all(a.equal(b) for a, b in zip(static.keep, dynamic.keep, strict=True))
         assert static.tokens.equal(dynamic.tokens)
 
 
 def test_rows_say_alone_what_they_say_in_a_batch(family):
     model = tiny_model(family)
-    policy = wild_policy(model)
-    together = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH)
+    pruner = wild(model)
+    together = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
     for row, prompt in enumerate(PROMPTS):
-        alone = generate(model, tiny_tokenizer(), [prompt], policy, gate=ONE, **LENGTH)
+        alone = generate(model, tiny_tokenizer(), [prompt], policy, **LENGTH)
         assert alone.tokens.equal(together.tokens[row : row + 1])
         assert alone.texts == together.texts[row : row + 1]
 
 
 def test_an_offloaded_model_says_the_same():
     model = tiny_model("llama")
-    policy = wild_policy(model)
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH)
+    pruner = wild(model)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
     offloaded = accelerate.cpu_offload(tiny_model("llama"), execution_device="cpu")
-    assert generate(offloaded, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH).tokens.equal(truth.tokens)
+    assert generate(offloaded, tiny_tokenizer(), PROMPTS, policy, **LENGTH).tokens.equal(truth.tokens)
 
 
 def test_without_a_policy_the_model_stays_dense():
@@ -137,13 +135,13 @@ def own_loop(model, input_ids, generation_config, whole=False, past=False, **giv
     return ids
 
 
-@pytest.mark.parametrize("path", ["masked", "compact", "graph"])
-@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
-def test_a_loop_of_the_users_own_is_pruned_like_the_librarys(make, path):
+@pytest.mark.parametrize("execution", ["masked", "compact", "captured"])
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
+def test_a_loop_of_the_users_own_is_pruned_like_the_librarys(make, execution):
     model = tiny_model("llama")
     policy, options = make(model), {"gate": ONE, "max_new_tokens": 6, "eos_token_id": None}
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, path="masked", **options)
-    own = generate(model, tiny_tokenizer(), PROMPTS, policy, path=path, custom_generate=own_loop, **options)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, execution="masked", **options)
+    own = generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, custom_generate=own_loop, **options)
     assert own.tokens.equal(truth.tokens)
     assert all(a.equal(b) for a, b in zip(own.keep, truth.keep, strict=True))
     assert not own.tokens.equal(generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=6, eos_token_id=None).tokens)
@@ -155,17 +153,17 @@ def test_a_loop_in_which_nothing_would_be_pruned_is_refused(how, times):
     loop = functools.partial(own_loop, **how)
     with pytest.raises(MicrogliaError, match=f"custom_generate read a whole text {times} times, but a prompt is read"):
         generate(
-            model, tiny_tokenizer(), PROMPTS, uneven_policy(model), path="masked", custom_generate=loop,
+            model, tiny_tokenizer(), PROMPTS, uneven(model), execution="masked", custom_generate=loop,
             max_new_tokens=4, eos_token_id=None,
         )  # fmt: skip
 
 
 def test_a_model_that_is_configured_without_a_cache_is_pruned_all_the_same():
     model = tiny_model("llama")
-    policy = uneven_policy(model)
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH)
+    pruner = uneven(model)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
     model.generation_config.use_cache = model.config.use_cache = False
-    assert generate(model, tiny_tokenizer(), PROMPTS, policy, gate=ONE, **LENGTH).tokens.equal(truth.tokens)
+    assert generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH).tokens.equal(truth.tokens)
 
 
 class Meanwhile:
@@ -191,16 +189,16 @@ class Meanwhile:
         pass
 
 
-@pytest.mark.parametrize("theirs", ["dense", "compact", "graph"])
-@pytest.mark.parametrize("ours", ["dense", "compact", "graph"])
+@pytest.mark.parametrize("theirs", ["dense", "compact", "captured"])
+@pytest.mark.parametrize("ours", ["dense", "compact", "captured"])
 def test_two_threads_get_right_answers_or_an_error_and_never_mixed_ones(ours, theirs):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    policy, decoder = uneven_policy(model), GraphDecoder(model)
+    policy, captured = uneven(model), Captured(model)
 
-    def write(path, prompts, **options):
-        pruned = None if path == "dense" else policy
-        path = "masked" if path == "dense" else path
-        return generate(model, tokenizer, prompts, pruned, gate=ONE, path=path, decoder=decoder, **LENGTH, **options)
+    def write(execution, prompts, **options):
+        pruned = None if execution == "dense" else policy
+        execution = "masked" if execution == "dense" else execution
+        return generate(model, tokenizer, prompts, pruned, execution=execution, captured=captured, **LENGTH, **options)
 
     truth, other = write(ours, PROMPTS[:1]).tokens, write(theirs, PROMPTS[1:2]).tokens
     streamer = Meanwhile(lambda: write(theirs, PROMPTS[1:2]))
@@ -228,13 +226,13 @@ def test_two_threads_get_right_answers_or_an_error_and_never_mixed_ones(ours, th
 def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
     model = tiny_model("llama")
     with pytest.raises(DataError, match=sentence):
-        generate(model, tiny_tokenizer(), prompts, uneven_policy(model), max_new_tokens=10)
+        generate(model, tiny_tokenizer(), prompts, uneven(model), max_new_tokens=10)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"path": "scenic"}, "path='scenic' is unknown; choose masked, compact or graph"),
+        ({"execution": "scenic"}, "execution='scenic' is unknown; choose masked, compact or graph"),
         ({"assistant_model": tiny_model("llama")}, "assistant_model reads the prompt in parts or with guesses"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads the prompt in parts or with guesses"),
         ({"prefill_chunk_size": 3}, "prefill_chunk_size reads the prompt in parts or with guesses"),
@@ -246,7 +244,7 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
 def test_options_that_leave_nothing_to_decide_on_are_refused(options, sentence):
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match=sentence):
-        generate(model, tiny_tokenizer(), PROMPTS, uneven_policy(model), **options)
+        generate(model, tiny_tokenizer(), PROMPTS, uneven(model), **options)
 
 
 @pytest.mark.parametrize("where", ["streamer", "logits_processor"])
@@ -267,9 +265,9 @@ def test_an_interrupted_generation_restores_the_model(where, error, rows, snapsh
 
     options = {"streamer": Streamer()} if where == "streamer" else {"logits_processor": [interrupt]}
     with pytest.raises(error, match="enough") as caught:
-        generate(model, tiny_tokenizer(), PROMPTS, uneven_policy(model, rows), gate=ONE, **LENGTH, **options)
+        generate(model, tiny_tokenizer(), PROMPTS, uneven(model, rows), **LENGTH, **options)
     assert caught.tb is not None  # held on purpose: what restores the model must not be the garbage collector
     assert len(calls) == 3
     assert snapshot(model) == before
-    with attached(model, uneven_policy(model, rows), pruning=compacted):
+    with attached(model, uneven(model, rows), "compact"):
         pass  # the lock is free again

@@ -3,23 +3,20 @@
 import pytest
 import torch
 
-from microglia.attach import attached, gated
-from microglia.compact import compacted
+from microglia.attach import attached
 from microglia.gate import Gate
-from microglia.look import Look
-from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven_policy
+from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven
 
 IDS, MASK = tiny_prompts(9, 4, 6)
-ONE = Gate(bucket=1)
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean"])
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
-@pytest.mark.parametrize("pruning", [gated, compacted])
-def test_leaving_restores_everything(family, pruning, rows, fill, snapshot):
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_leaving_restores_everything(family, execution, rows, fill, snapshot):
     model = tiny_model(family)
     before = snapshot(model)
-    with attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning, fill=fill):
+    with attached(model, uneven(model, rows), execution, fill=fill):
         step_logits(model, IDS, MASK, IDS[:, -2:])
         inside = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
         assert sum(inside) > 0
@@ -38,7 +35,7 @@ def test_errors_restore_everything(error, where, rows, snapshot):
         raise error
 
     def use():
-        with attached(model, uneven_policy(model, rows), gate=ONE, pruning=compacted):
+        with attached(model, uneven(model, rows), "compact"):
             if where == "before":
                 fail()
             model(IDS, attention_mask=MASK, use_cache=True)
@@ -62,7 +59,7 @@ def test_a_pruning_that_fails_half_way_is_undone(snapshot):
     before = snapshot(model)
     with (
         pytest.raises(Exception, match="use_cache=True"),
-        attached(model, uneven_policy(model, 3), gate=ONE, pruning=compacted),
+        attached(model, uneven(model, 3), "compact"),
     ):
         model(IDS, use_cache=False)
     assert snapshot(model) == before
@@ -72,7 +69,7 @@ def test_a_model_in_training_mode_with_gradients_keeps_both(snapshot):
     model = tiny_model("qwen2").train()
     model.model.embed_tokens.requires_grad_(False)
     before = snapshot(model)
-    with attached(model, uneven_policy(model), gate=ONE, pruning=compacted, look=Look(norm="hidden")):
+    with attached(model, uneven(model), "compact", look=Look(norm="hidden")):
         step_logits(model, IDS, MASK, IDS[:, -2:])
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()].count(False) == 1

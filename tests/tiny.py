@@ -8,8 +8,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from microglia.attach import attached
-from microglia.policy import AgentPolicy, Policy
-from microglia.sites import find_sites
+from microglia.gate import Gate
+from microglia.policies import AgentPolicy, SitewisePolicy
+from microglia.pruner import Pruner
+from microglia.units import find_sites
 
 BASE = {
     "vocab_size": 97,
@@ -99,15 +101,33 @@ def positions(mask):
     return (mask.cumsum(1) - 1).clamp(min=0)
 
 
-class Fixed(Policy):
-    """These logits, (B, H) per site, whatever is seen."""
+class Fixed(SitewisePolicy):
+    """These logits, (B, H) per site, whatever is measured."""
+
+    name = "fixed"
 
     def __init__(self, logits):
         super().__init__()
         self.logits = logits
 
+    @classmethod
+    def create(cls, geometries, signals, **options):
+        return cls([torch.ones(1, geometry.count) for geometry in geometries])
+
     def site_logits(self, index, features):
         return self.logits[index].expand(len(features), -1)
+
+
+ONE = Gate(bucket=1)  # counts are not rounded up
+
+
+def pruner_of(policy, **parts):
+    """A pruner whose counts are not rounded up."""
+    return Pruner(policy, **{"gate": ONE, **parts})
+
+
+def geometries_of(model):
+    return [site.geometry for site in find_sites(model)]
 
 
 def uneven_policy(model, rows=1):
@@ -115,20 +135,25 @@ def uneven_policy(model, rows=1):
 
     In groups of two, the first row keeps one head of three groups in the first site, both of two groups in the second.
     """
-    asked = torch.full((2, rows, 8), -1.0)
+    logits = torch.full((2, rows, 8), -1.0)
     for row in range(rows):
         for site, heads in enumerate(([3, 4, 7], [2, 3, 6, 7])):
-            asked[site, row, [(head + row) % 8 for head in heads]] = 1
-    magnitude = torch.rand(asked.shape, generator=torch.Generator().manual_seed(3)) + 0.1
-    return Fixed(list(asked * magnitude))
+            logits[site, row, [(head + row) % 8 for head in heads]] = 1
+    magnitude = torch.rand(logits.shape, generator=torch.Generator().manual_seed(3)) + 0.1
+    return Fixed(list(logits * magnitude))
 
 
-def wild_policy(model, *, seed=0, features="both"):
+def uneven(model, rows=1, **parts):
+    """The pruner of `uneven_policy`."""
+    return pruner_of(uneven_policy(model, rows), **parts)
+
+
+def wild_policy(model, *, seed=0, signals=("norm", "entropy")):
     """Agents whose decisions depend on the prompt."""
     torch.manual_seed(seed)
-    policy = AgentPolicy([site.geometry for site in find_sites(model)], hidden_dim=16, features=features)
+    policy = AgentPolicy(geometries_of(model), hidden_dim=16, signals=signals)
     ids, mask = tiny_prompts(14, 12, 9, 6, 4, 3, 2, seed=99)
-    with torch.no_grad(), attached(model, policy) as trace:
+    with torch.no_grad(), attached(model, Pruner(policy)) as trace:
         model(input_ids=ids, attention_mask=mask, position_ids=positions(mask))
         policy.fit_statistics(trace.features)
         for agent in policy.agents:
@@ -136,3 +161,8 @@ def wild_policy(model, *, seed=0, features="both"):
             agent.network[-1].weight.normal_()
             agent.network[-1].bias.zero_()
     return policy
+
+
+def wild(model, *, seed=0, signals=("norm", "entropy"), **parts):
+    """The pruner of `wild_policy`."""
+    return pruner_of(wild_policy(model, seed=seed, signals=signals), **parts)

@@ -1,26 +1,30 @@
-"""One batch of prompts on one model: whole requests, prefills and bursts of decode steps."""
+"""One batch of prompts on one model: whole requests, prefills and bursts of decode steps, with any execution."""
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
-from microglia.attach import attached, gated
+from microglia.anatomy import input_device
+from microglia.attach import attached
 from microglia.benchmark.latency import Clock
 from microglia.benchmark.memory import peak_bytes, reset_peak
 from microglia.benchmark.subjects import Prompted
-from microglia.cache import kv_bytes
-from microglia.compact import compacted
-from microglia.sites import find_sites
+from microglia.execution import Decision, Execution, Request
+from microglia.units import Site, find_sites
+from microglia.units.kv import kv_bytes
 
 BURST = 4  # timed decode steps in a row; one untimed before them brings the variant's own weights and code back
 
 
 @dataclass(frozen=True)
-class Request:
+class RequestTimes:
     """Times of one request, and the most memory held in it."""
 
     first_token_ms: float
@@ -33,43 +37,54 @@ class Burst:
     """Mean time of the steps of one burst, what preparing them took, and the bytes that their cache began with."""
 
     step_ms: float
-    decision_ms: float = 0.0
-    slicing_ms: float = 0.0
-    kv: int = 0
+    decision_ms: float
+    slicing_ms: float
+    kv: int
 
 
-@contextmanager
-def _untouched(*_: Any, **__: Any) -> Iterator[None]:
-    """A pruning that prunes nothing: what is left of `attached` is monitoring and decision."""
-    yield
+class Decided(Execution):
+    """Prunes nothing: what is left of `attached` is monitoring and decision. Keeps the last decision and its cache."""
+
+    name: ClassVar[str] = "decided"
+    decision: Decision
+    cache: Any
+
+    @contextmanager
+    def apply(self, sites: Sequence[Site], decision: Decision, cache: Cache | None) -> Iterator[None]:
+        self.decision, self.cache = decision, cache
+        yield
 
 
 class Case:
-    """One batch of prompts on one model with the decisions for it."""
+    """One batch of prompts on one model with the pruner for it."""
 
     def __init__(self, lm: Any, prompted: Prompted, new_tokens: int) -> None:
-        self.lm, self.ids, self.new_tokens = lm, prompted.ids.to(lm.device), new_tokens
-        self.policy, self.gate, self.look = prompted.policy.to(lm.device), prompted.gate, prompted.look
-        self.sites = find_sites(lm)
-        self.clock = Clock(lm.device)
+        self.lm, self.pruner, self.new_tokens = lm, prompted.pruner, new_tokens
+        self.ids = prompted.ids.to(input_device(lm))
+        self.pruner.policy.to(self.ids.device)
+        self.sites = find_sites(lm, self.pruner.units)
+        self.clock = Clock(self.ids.device)
         self.next = self.ids[:, -1:].contiguous()
+
+    def _read(self, cache: Cache | None = None) -> Any:
+        return self.lm(self.ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    def _request(self, new_tokens: int) -> Request:
+        return Request(torch.ones_like(self.ids), new_tokens, fill=self.pruner.fill == "mean")
 
     # --- whole requests, before this case holds any cache of its own: they show the peak of memory
 
-    def request(self, pruning: Any) -> Request:
-        """Prompt and answer, greedy; pruned as `pruning` does it, dense when None."""
-        reset_peak(self.lm.device)
-        with self._attached(pruning) if pruning else nullcontext():
+    def request(self, execution: Execution) -> RequestTimes:
+        """Prompt and answer, greedy."""
+        reset_peak(self.clock.device)
+        pruned = attached(self.lm, self.pruner, execution) if execution.prunes else nullcontext()
+        with pruned, execution.prepared(self._request(self.new_tokens)) as prepared:
             out: list[Any] = []
-            first = self.clock(lambda: out.append(self._read()))
-            rest = self.clock(lambda: self._answer(out.pop()))
-        return Request(first, first + rest, peak_bytes(self.lm.device))
-
-    def _attached(self, pruning: Any) -> AbstractContextManager[Any]:
-        return attached(self.lm, self.policy, gate=self.gate, look=self.look, pruning=pruning)
-
-    def _read(self) -> Any:
-        return self.lm(self.ids, use_cache=True, logits_to_keep=1)
+            first = self.clock(lambda: out.append(self._read(prepared.cache)))
+            greedy = prepared.greedy
+            answer = partial(self._answer, out.pop()) if greedy is None else partial(greedy, out.pop().logits[:, -1])
+            rest = self.clock(answer)
+        return RequestTimes(first, first + rest, peak_bytes(self.clock.device))
 
     def _answer(self, out: Any) -> None:
         cache = out.past_key_values
@@ -83,55 +98,48 @@ class Case:
 
     def monitored_prefill(self) -> float:
         """Milliseconds of a prefill with monitoring and decision."""
-        with self._attached(_untouched):
+        with attached(self.lm, self.pruner, "dense"):
             return self.clock(self._read)
 
     # --- decode steps, all variants from the same cache
 
-    def decided(self) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """The prompt's dense cache, the features seen in it, and the keep decided on."""
-        with self._attached(_untouched) as trace:
-            cache = self._read().past_key_values
-        return cache, trace.features, trace.keep
+    def decided(self) -> tuple[list[Tensor], Decision, Any]:
+        """The features of the prompts, the decision on them and their dense cache."""
+        execution = Decided()
+        with attached(self.lm, self.pruner, execution) as trace:
+            self._read()
+        return trace.features, execution.decision, execution.cache
 
-    def steps(self, cache: Any) -> float:
-        """Milliseconds of one decode step, mean of a burst; the cache grows."""
-
-        def step() -> None:
-            self.lm(self.next, past_key_values=cache, use_cache=True)
-
-        def burst() -> None:
-            for _ in range(BURST):
-                step()
-
-        step()
-        return self.clock(burst) / BURST
-
-    def dense_burst(self, cache: Any) -> Burst:
-        return Burst(self.steps(twin(cache)), kv=kv_bytes(cache))
-
-    def masked_burst(self, cache: Any, keep: Sequence[Tensor]) -> Burst:
-        with gated(self.sites, keep):
-            return self.dense_burst(cache)
-
-    def compact_burst(self, cache: Any, features: Sequence[Tensor]) -> Burst:
-        """Decide and slice anew, as for a new prompt, then decode."""
-        cache, keep = twin(cache), list[Tensor]()
-        decision = self.clock(lambda: keep.extend(self._decide(features)))
-        pruning = compacted(self.sites, keep, cache=cache)
-        slicing = self.clock(pruning.__enter__)
-        try:
-            kv = kv_bytes(cache)
-            return Burst(self.steps(cache), decision, slicing, kv)
-        finally:
-            pruning.__exit__(None, None, None)
+    def burst(self, execution: Execution, features: Sequence[Tensor], decision: Decision, cache: Any) -> Burst:
+        """Decide and prune anew, as for a new prompt, then decode."""
+        with ExitStack() as stack:
+            prepared = stack.enter_context(execution.prepared(self._request(BURST + 1)))
+            if prepared.cache is None:
+                prompt = shared_copy(cache)
+            else:
+                prompt = self._read(prepared.cache).past_key_values
+            deciding = self.clock(lambda: self._decide(features))
+            pruning = execution.apply(self.sites, decision, prompt)
+            slicing = self.clock(lambda: stack.enter_context(pruning))
+            kv = kv_bytes(prompt)
+            return Burst(self._steps(prompt), deciding, slicing, kv)
 
     def _decide(self, features: Sequence[Tensor]) -> list[Tensor]:
-        return self.gate.every(self.policy(list(features)), [site.geometry for site in self.sites])
+        return self.pruner.keep(self.pruner.policy(list(features)), [site.geometry for site in self.sites])
+
+    def _steps(self, cache: Any) -> float:
+        """Milliseconds of one decode step, mean of a burst; the cache grows."""
+
+        def steps(count: int) -> None:
+            for _ in range(count):
+                self.lm(self.next, past_key_values=cache, use_cache=True)
+
+        steps(1)
+        return self.clock(lambda: steps(BURST)) / BURST
 
 
-def twin(cache: Any) -> Any:
+def shared_copy(cache: Any) -> Any:
     """The same cache once more, sharing its tensors: dynamic layers replace them when they grow."""
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]
+    return other

@@ -1,16 +1,13 @@
-"""Keep patterns to measure: rectangles at a keep ratio, and what of every projection such a pattern leaves in use."""
+"""Keep patterns to measure: random rectangles of heads at a keep ratio, and a policy that decides on one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from microglia.compact import row_rectangle
+from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
-from microglia.geometry import HeadGeometry
-from microglia.policy import AgentPolicy
-from microglia.sites import Site
-from microglia.sites.layouts import in_features, out_features
+from microglia.policies import AgentPolicy
 
 
 def counts_at(geometry: HeadGeometry, keep_ratio: float) -> tuple[int, int]:
@@ -32,41 +29,20 @@ def random_keep(geometries: Sequence[HeadGeometry], keep_ratio: float, *, rows: 
     keeps = []
     for geometry in geometries:
         groups, queries = counts_at(geometry, keep_ratio)
-        best_groups = torch.rand(rows, geometry.kv_heads, generator=generator).argsort(-1) < groups
-        best = (
-            torch.rand(rows, geometry.kv_heads, geometry.queries_per_group, generator=generator).argsort(-1) < queries
-        )
+        shape = rows, geometry.kv_heads, geometry.queries_per_group
+        best_groups = torch.rand(shape[:2], generator=generator).argsort(-1) < groups
+        best = torch.rand(shape, generator=generator).argsort(-1) < queries
         keeps.append((best & best_groups[..., None]).flatten(-2).float())
     return keeps
 
 
 class PatternPolicy(AgentPolicy):
-    """Untrained agents that are asked like trained ones, at the same cost, and then overruled by a fixed pattern."""
+    """Untrained agents that run like trained ones, at the same cost, and are then overruled by a fixed pattern."""
 
     def __init__(self, geometries: Sequence[HeadGeometry], keep: Sequence[Tensor]) -> None:
         super().__init__(geometries)
-        self.keep = [k * 2 - 1 for k in keep]
+        self.pattern = [k * 2 - 1 for k in keep]
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        asked = super().forward(features)
-        return [k.to(logits).expand_as(logits) for k, logits in zip(self.keep, asked, strict=True)]
-
-
-def kept_counts(site: Site, keep: Tensor) -> tuple[int, int]:
-    """Query heads and groups that every row of a keep (B, H) holds once it is compacted."""
-    groups, heads, _ = row_rectangle(keep > 0, site.geometry)
-    return heads.shape[1], groups.shape[1]
-
-
-def is_shared(keep: Sequence[Tensor]) -> bool:
-    """Whether all rows agree on every site, so that they can share compact weights."""
-    return all(bool((k == k[:1]).all()) for k in keep)
-
-
-def kept_shares(site: Site, keep: Tensor) -> Iterator[tuple[nn.Module, int, int, bool]]:
-    """Of every projection: itself, its kept rows or columns, all of them, and whether these are inputs (columns)."""
-    groups, heads, _ = row_rectangle(keep[:1] > 0, site.geometry)
-    for cut in site.layout.cuts(site.geometry, heads[0], groups[0]):
-        projection = getattr(site.attention, cut.projection)
-        whole = in_features(projection) if cut.of_inputs else out_features(projection)
-        yield projection, len(cut.index), whole, cut.of_inputs
+        logits = super().forward(features)
+        return [fixed.to(x).expand_as(x) for fixed, x in zip(self.pattern, logits, strict=True)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from microglia.errors import ConfigError
 from microglia.signals.base import SIGNALS, Prompt, Signal
 from microglia.units import Site
 
@@ -17,7 +18,9 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     """Names of signals, in their order. Raises ConfigError for an unknown one, or one that is named twice."""
     for name in names:
         _ = SIGNALS[name]
-    return tuple(dict.fromkeys(names))
+    if len(set(names)) < len(names):
+        raise ConfigError(f"signals={','.join(names)!r} names a signal twice; name each one once")
+    return tuple(names)
 
 
 def feature_size(units: int, signals: Sequence[str]) -> int:

@@ -99,7 +99,12 @@ class HeadSite(Site):
 
     def filled(self, stack: ExitStack, keep: Tensor, fill: Tensor) -> None:
         bias = self.fill_bias(keep, fill)
-        stack.callback(self.output.register_forward_hook(lambda module, inputs, output: output + bias).remove)
+
+        def add(_: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (output[0] + bias, *output[1:])
+
+        # After attention as a whole: the cut puts another output projection in.
+        stack.callback(self.attention.register_forward_hook(add).remove)
 
     def fill_bias(self, keep: Tensor, fill: Tensor) -> Tensor:
         """What the pruned heads' `fill` (B, H, D) adds after the dense output projection: a bias per row, (B, 1, hidden).

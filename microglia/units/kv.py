@@ -60,6 +60,10 @@ def _with_row_heads(layer: type) -> type:
 
 def kv_bytes(kv: Cache) -> int:
     """Bytes of keys and values that a cache holds now."""
-    layers: list[Any] = kv.layers
-    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
+    return sum(layer_bytes(layer) for layer in kv.layers)
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of keys and values that one layer of a cache holds now."""
+    tensors = [t for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)

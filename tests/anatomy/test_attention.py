@@ -1,11 +1,12 @@
-"""Views stay live and read-only; a replaced attention function is seen by one module and gone afterwards."""
+"""Views stay live and read-only; a replaced attention function belongs to one module and gone afterwards."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from microglia.sites import View, find_sites, replaced_attention, stock_attention
+from microglia.anatomy import View, replaced_attention, stock_attention
+from microglia.units import find_sites
 from tests.tiny import BACKENDS, step_logits, tiny_model, tiny_prompts
 
 
@@ -32,7 +33,7 @@ def test_the_stock_function_called_by_hand_changes_nothing(family, backend):
         shapes.append((query.shape[:3], key.shape[1]))
         return stock(module, query, key, value, mask, **kwargs)
 
-    with replaced_attention(site, function):
+    with replaced_attention(site.attention, function):
         assert step_logits(model, ids, mask, answer).equal(dense)
     assert site.attention.config is config
     assert shapes == [((2, 8, length), site.geometry.kv_heads) for length in (9, 1, 1)]
@@ -43,6 +44,6 @@ def test_the_stock_function_called_by_hand_changes_nothing(family, backend):
 def test_the_attention_comes_back_after_an_error():
     site = find_sites(tiny_model("phi3"))[0]
     config = site.attention.config
-    with pytest.raises(ZeroDivisionError), replaced_attention(site, torch.add):
+    with pytest.raises(ZeroDivisionError), replaced_attention(site.attention, torch.add):
         raise ZeroDivisionError
     assert site.attention.config is config

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from microglia.geometry import HeadGeometry
+from microglia.anatomy import HeadGeometry
 
 GEOMETRY = HeadGeometry(heads=6, kv_heads=3, head_dim=4)
 
@@ -21,7 +21,7 @@ def test_split_and_group_keep_the_order_of_heads():
     assert GEOMETRY.group_of(torch.tensor([0, 1, 2, 5])).tolist() == [0, 0, 1, 2]
 
 
-def test_columns_are_those_of_the_heads_asked_for():
+def test_columns_are_those_of_the_given_heads():
     assert GEOMETRY.columns(torch.tensor([2, 0])).tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
 
 
@@ -31,3 +31,11 @@ def test_impossible_geometries_are_refused(heads, kv_heads, head_dim):
         ValueError, match=f"{heads} heads in {kv_heads} groups of head size {head_dim} make no geometry"
     ):
         HeadGeometry(heads, kv_heads, head_dim)
+
+
+def test_row_shape_gathers_what_rows_keep_and_nothing_twice():
+    keep = torch.tensor([[1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 0, 1]]).bool()
+    shape = HeadGeometry(6, 3, 4).row_shape(keep)
+    assert shape.groups.tolist() == [[0, 2], [1, 0], [2, 0]]
+    assert shape.heads.tolist() == [[0, 1, 4, 5], [2, 3, 0, 1], [5, 4, 0, 1]]
+    assert shape.kept.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Weights that torchao quantised are cut as they are: masked is compacted, and nothing is rounded a second time.
+"""Weights that torchao quantised are cut as they are: masked is compact, and nothing is rounded a second time.
 
 torchao is the extra `quant`; importing it prints warnings, so the development environment does without and CI adds it
 for this file.
@@ -7,13 +7,11 @@ for this file.
 import pytest
 import torch
 
-from microglia.attach import attached, gated
-from microglia.compact import compacted
+from microglia.attach import attached
 from microglia.errors import MicrogliaError
-from microglia.gate import Gate
-from microglia.replay import GraphDecoder
-from microglia.sites import find_sites
-from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven_policy
+from microglia.execution import Captured
+from microglia.units import find_sites
+from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven
 
 quantization = pytest.importorskip(
     "torchao.quantization", reason="torchao is not installed; pip install microglia[quant]"
@@ -22,11 +20,10 @@ Intx, PerAxis, PerGroup = (getattr(quantization, name) for name in ("IntxWeightO
 
 IDS, MASK = tiny_prompts(9, 4, 6)
 ANSWER = tiny_prompts(4, 4, 4, seed=2)[0]
-ONE = Gate(bucket=1)
 
 
-def pruned(model, pruning, rows, **options):
-    with attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning, **options):
+def pruned(model, execution, rows, **parts):
+    with attached(model, uneven(model, rows, **parts), execution):
         return step_logits(model, IDS, MASK, ANSWER)
 
 
@@ -42,13 +39,13 @@ def pruned(model, pruning, rows, **options):
     ids=["int8", "int4", "int8-affine"],
 )
 @pytest.mark.parametrize("fill", ["zero", "mean"])
-def test_quantised_masked_is_quantised_compacted_without_rounding_again(family, rows, config, fill, snapshot):
+def test_quantised_masked_is_quantised_compact_without_rounding_again(family, rows, config, fill, snapshot):
     model = tiny_model(family)
     quantization.quantize_(model.model, config)
     kind = type(find_sites(model)[0].output.weight.data)
-    masked, compact = pruned(model, gated, rows, fill=fill), pruned(model, compacted, rows, fill=fill)
+    masked, compact = pruned(model, "masked", rows, fill=fill), pruned(model, "compact", rows, fill=fill)
     torch.testing.assert_close(compact, masked, atol=1e-5, rtol=0)
-    with attached(model, uneven_policy(model, 1), gate=ONE, pruning=compacted):
+    with attached(model, uneven(model, 1), "compact"):
         step_logits(model, IDS, MASK, ANSWER)
         inside = find_sites(model)[0].output.weight
         assert type(inside.data) is kind
@@ -59,11 +56,11 @@ def test_a_group_of_scales_wider_than_a_head_is_refused():
     model = tiny_model("llama")
     quantization.quantize_(model.model, Intx(torch.int4, PerGroup(16)))
     with pytest.raises(MicrogliaError, match="o_proj is quantised with one scale for every 16 inputs, which"):
-        pruned(model, compacted, 1)
+        pruned(model, "compact", 1)
 
 
-def test_captured_steps_send_quantised_weights_to_another_path():
+def test_captured_steps_send_quantised_weights_to_another_execution():
     model = tiny_model("llama")
     quantization.quantize_(model.model, quantization.Int8WeightOnlyConfig())
-    with pytest.raises(MicrogliaError, match=r"q_proj stores .*; captured steps follow float weights only, use path="):
-        GraphDecoder(model)
+    with pytest.raises(MicrogliaError, match=r"q_proj stores .*; captured steps follow float weights only"):
+        Captured(model)

@@ -39,7 +39,7 @@ def test_streaming_is_naive_with_sliding_window_and_softcap(tokens, sliding_wind
 def test_blocks_leave_no_seam(monkeypatch):
     query, key = queries_and_keys(4, 2)
     whole = attention_entropy(query, key, LEFT, scale=0.5, window=None)
-    monkeypatch.setattr("microglia.signals.entropy.BLOCK", 3)
+    monkeypatch.setattr("microglia.signals.queries.BLOCK", 3)
     torch.testing.assert_close(attention_entropy(query, key, LEFT, scale=0.5, window=None), whole)
 
 
@@ -74,7 +74,7 @@ def by_kernel(monkeypatch):
 @pytest.mark.parametrize("tokens", [ONES, LEFT, RIGHT], ids=["whole", "left", "right"])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("sliding_window", [None, 3])
-def test_a_glance_is_naive(by_kernel, tokens, groups, sliding_window):
+def test_an_entropy_by_the_kernel_is_naive(by_kernel, tokens, groups, sliding_window):
     query, key = queries_and_keys(6, groups)
     weights = attention_weights(query, key, tokens, scale=0.3, sliding_window=sliding_window)
     truth = entropy_of(weights, tokens, window=5, sliding_window=sliding_window)

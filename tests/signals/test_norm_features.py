@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError
-from microglia.signals import SIGNALS, feature_size, mean_norm, stack_features
+from microglia.signals import SIGNALS, check_signals, feature_size, mean_norm, split_features, stack_features
 from tests.reference import head_norms
 
 OUTPUTS = torch.randn(3, 9, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -20,15 +20,38 @@ def test_padding_does_not_count():
     assert mean_norm(disturbed, TOKENS).equal(mean_norm(OUTPUTS * TOKENS[..., None, None], TOKENS))
 
 
-@pytest.mark.parametrize(("features", "size"), [("both", 8), ("norm", 4), ("entropy", 4)])
-def test_features_have_the_size_that_was_promised(features, size):
+@pytest.mark.parametrize(
+    ("names", "size"), [(("norm", "entropy"), 8), (("norm",), 4), (("entropy",), 4), ((), 0)], ids=str
+)
+def test_features_have_the_size_that_was_promised(names, size):
     signals = {name: torch.full((3, 4), float(index)) for index, name in enumerate(SIGNALS)}
-    stacked = stack_features(signals, features)
-    assert stacked.shape == (3, size)
-    assert feature_size(4, features) == size
-    assert stacked[0].unique().tolist() == ([0, 1] if features == "both" else [SIGNALS.index(features)])
+    assert feature_size(4, names) == size
+    if names:
+        stacked = stack_features(signals, names)
+        assert stacked.shape == (3, size)
+        assert stacked[0].unique().tolist() == [list(SIGNALS).index(name) for name in names]
 
 
-def test_unknown_features_are_refused():
-    with pytest.raises(ConfigError, match=r"features='loudness' is unknown; choose both, norm or entropy"):
-        feature_size(4, "loudness")
+@pytest.mark.parametrize("names", [("norm", "entropy"), ("norm",), ("entropy",)], ids="+".join)
+def test_signals_are_what_features_were_made_of(names):
+    signals = {"norm": torch.rand(2, 4), "entropy": torch.rand(2, 4)}
+    split = split_features(stack_features(signals, names), names)
+    assert all(torch.equal(split[name], signals[name]) for name in split)
+    assert tuple(split) == names
+
+
+def test_without_signals_there_are_none():
+    assert split_features(torch.zeros(2, 0), ()) == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("norm", "loudness"), "signals='loudness' is unknown; choose norm or entropy"),
+        (("norm", "norm"), "signals='norm,norm' names a signal twice; name each one once"),
+    ],
+)
+def test_unknown_and_repeated_signals_are_refused(names, sentence):
+    for check in (check_signals, lambda names: feature_size(4, names)):
+        with pytest.raises(ConfigError, match=sentence):
+            check(names)

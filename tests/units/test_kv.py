@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, DynamicLayer, StaticCache
 
-from microglia.cache import RowHeads, keep_kv_heads, kv_bytes, take_rows
+from microglia.units.kv import RowHeads, keep_kv_heads, kv_bytes, take_rows
 from microglia.errors import MicrogliaError
 from tests.tiny import tiny_model
 

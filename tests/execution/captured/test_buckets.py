@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError
-from microglia.geometry import HeadGeometry
-from microglia.replay.kv import Place, StaticKV
-from microglia.replay.levels import Level, covering, ladder, placed
+from microglia.anatomy import HeadGeometry
+from microglia.execution.captured.kv import Place, StaticKV
+from microglia.execution.captured.levels import Level, covering, ladder, placed
 
 LLAMA = HeadGeometry(32, 8, 4)
 

@@ -1,4 +1,4 @@
-"""Captured decoding says what the masked path says, token for token; switching heads captures and moves nothing."""
+"""Captured decoding says what the masked execution says, token for token; switching heads captures and moves nothing."""
 
 import contextlib
 import functools
@@ -8,12 +8,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from microglia.attach import attached, gated
+from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.gate import Gate
 from microglia.generation import generate
-from microglia.replay import GraphDecoder
-from microglia.replay.step import Form
+from microglia.execution import Captured
+from microglia.execution.captured.step import Form
 from tests.tiny import (
     BACKENDS,
     Fixed,
@@ -21,69 +21,68 @@ from tests.tiny import (
     tiny_model,
     tiny_prompts,
     tiny_tokenizer,
-    uneven_policy,
-    wild_policy,
+    uneven,
+    wild,
 )
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
-ONE = Gate(bucket=1)
 PLAIN = {"max_new_tokens": 10, "eos_token_id": None}
 
 
-def said(model, policy, path, decoder=None, prompts=PROMPTS, **options):
+def said(model, policy, execution, captured=None, prompts=PROMPTS, **options):
     options = {"gate": ONE, **PLAIN, **options}
-    return generate(model, tiny_tokenizer(), prompts, policy, path=path, decoder=decoder, **options).tokens
+    return generate(model, tiny_tokenizer(), prompts, policy, execution=execution, captured=captured, **options).tokens
 
 
-def kinds(decoder):
-    (room,) = decoder.rooms.values()
+def kinds(captured):
+    (room,) = captured.rooms.values()
     return {form.kind for form in room.forms}
 
 
-@pytest.mark.parametrize("make", [uneven_policy, wild_policy], ids=["shared", "own"])
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_captured_is_masked(family, backend, make):
     model = tiny_model(family, backend=backend)
-    policy, decoder = make(model), GraphDecoder(model, stretch=1, lowest=0.1)
-    assert said(model, policy, "graph", decoder).equal(said(model, policy, "masked"))
-    assert kinds(decoder) & ({"shared"} if make is uneven_policy else {"rows", "masked"})
+    policy, captured = make(model), Captured(model, block=1, lowest=0.1)
+    assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
+    assert kinds(captured) & ({"shared"} if make is uneven else {"rows", "masked"})
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_what_pruned_heads_leave_behind(family, rows):
     model = tiny_model(family)
-    policy, decoder = uneven_policy(model, rows), GraphDecoder(model, stretch=2)
-    assert said(model, policy, "graph", decoder, fill="mean").equal(said(model, policy, "masked", fill="mean"))
+    policy, captured = uneven(model, rows), Captured(model, block=2)
+    assert said(model, policy, "captured", captured, fill="mean").equal(said(model, policy, "masked", fill="mean"))
 
 
-@pytest.mark.parametrize("stretch", [1, 2])
+@pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("lowest", [0.1, 0.5, 1.0])
-def test_any_ladder_says_the_same(stretch, lowest):
+def test_any_ladder_says_the_same(block, lowest):
     """Sites that ask for less than their level are filled up with heads that add nothing."""
     model = tiny_model("qwen2")
-    for policy in (uneven_policy(model), uneven_policy(model, 3)):
-        decoder = GraphDecoder(model, stretch=stretch, lowest=lowest)
-        assert said(model, policy, "graph", decoder).equal(said(model, policy, "masked"))
+    for policy in (uneven(model), uneven(model, 3)):
+        captured = Captured(model, block=block, lowest=lowest)
+        assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
 
 
 def test_switching_heads_captures_nothing_and_moves_nothing():
     model = tiny_model("phi3")
-    decoder = GraphDecoder(model, stretch=1, lowest=0.1)
-    policies = [uneven_policy(model), uneven_policy(model, 3), None, wild_policy(model)]
+    captured = Captured(model, block=1, lowest=0.1)
+    policies = [uneven(model), uneven(model, 3), None, wild(model)]
 
     def places():
-        (room,) = decoder.rooms.values()
+        (room,) = captured.rooms.values()
         tensors = [*room.keep, room.token, room.logits, room.answer, *room.edges]
         tensors += [x for layer in room.cache.layers for x in (layer.keys, layer.values)]
-        tensors += [x for weights in decoder.parts.weights for x in weights.flat.values()]
+        tensors += [x for weights in captured.parts.weights for x in weights.flat.values()]
         return [x.data_ptr() for x in tensors]
 
     truths = [said(model, policy, "masked") for policy in policies]
-    first = [said(model, policy, "graph", decoder) for policy in policies]
-    captures, before = decoder.captures, places()
-    again = [said(model, policy, "graph", decoder) for policy in reversed(policies)][::-1]
-    assert decoder.captures == captures
+    first = [said(model, policy, "captured", captured) for policy in policies]
+    captures, before = captured.captures, places()
+    again = [said(model, policy, "captured", captured) for policy in reversed(policies)][::-1]
+    assert captured.captures == captures
     assert places() == before
     for a, b, truth in zip(first, again, truths, strict=True):
         assert a.equal(truth)
@@ -92,19 +91,19 @@ def test_switching_heads_captures_nothing_and_moves_nothing():
 
 def test_each_level_is_captured_once():
     model = tiny_model("llama")
-    decoder = GraphDecoder(model, stretch=1)
+    captured = Captured(model, block=1)
     seen = []
     for kept in (8, 7, 6, 5, 4, 7, 8, 3, 6):
         logits = [torch.where(torch.arange(8) < kept, 1.0, -1.0)[None] for _ in range(2)]
-        assert said(model, Fixed(logits), "graph", decoder).equal(said(model, Fixed(logits), "masked"))
-        seen.append(decoder.captures)
+        assert said(model, Fixed(logits), "captured", captured).equal(said(model, Fixed(logits), "masked"))
+        seen.append(captured.captures)
     assert seen == [1, 2, 3, 4, 5, 5, 5, 5, 5]
 
 
 def test_levels_are_views_of_one_buffer():
     model = tiny_model("qwen2")
-    decoder = GraphDecoder(model, lowest=0.1)
-    for weights in decoder.parts.weights:
+    captured = Captured(model, lowest=0.1)
+    for weights in captured.parts.weights:
         for (projection, part), flat in weights.flat.items():
             for cuts in weights.cuts.values():
                 views = [weights.view(cut, part) for cut in cuts if cut.projection == projection]
@@ -139,9 +138,9 @@ def test_one_compiled_code_serves_all_layers(attention):
 
         model = tiny_model("llama", num_hidden_layers=layers)
         compiler = functools.partial(torch.compile, backend=backend, dynamic=False)
-        decoder = GraphDecoder(model, stretch=1, compiled=compiler, attention=attention, capture=Silent())
-        room, counts = decoder.room(3, 64), [len(graphs)]
-        level = decoder.parts.levels[1]
+        captured = Captured(model, block=1, compiled=compiler, attention=attention, capture=Silent())
+        room, counts = captured.room(3, 64), [len(graphs)]
+        level = captured.parts.levels[1]
         with torch.inference_mode():
             for kind in ("shared", "rows"):
                 room.prepare(Form(kind, level))
@@ -159,9 +158,9 @@ def test_one_compiled_code_serves_all_layers(attention):
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_attention_by_products_says_the_same(family, backend):
     model = tiny_model(family, backend=backend)
-    for policy in (uneven_policy(model), uneven_policy(model, 3)):
-        decoder = GraphDecoder(model, stretch=1, lowest=0.1, attention="products")
-        assert said(model, policy, "graph", decoder).equal(said(model, policy, "masked"))
+    for policy in (uneven(model), uneven(model, 3)):
+        captured = Captured(model, block=1, lowest=0.1, attention="products")
+        assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
 
 
 @pytest.mark.parametrize("attention", ["stock", "products"])
@@ -171,13 +170,13 @@ def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
     ids, mask = tiny_prompts(9, 6, 4)
     answer = torch.tensor([[5, 9, 30, 7], [11, 40, 8, 3], [60, 2, 5, 21]])
 
-    def logits(dtype, decoder=None):
+    def logits(dtype, captured=None):
         model = tiny_model("qwen2", dtype=dtype)
-        decoder = decoder and GraphDecoder(model, stretch=1, lowest=0.1, attention=attention)
+        captured = captured and Captured(model, block=1, lowest=0.1, attention=attention)
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            cache = stack.enter_context(decoder.serving(mask, 6)).cache if decoder else None
-            pruning = decoder.pruning if decoder else gated
-            stack.enter_context(attached(model, uneven_policy(model, rows), gate=ONE, pruning=pruning))
+            cache = stack.enter_context(captured.serving(mask, 6)).cache if captured else None
+            execution = captured.execution if captured else gated
+            stack.enter_context(attached(model, uneven(model, rows), execution))
             out = model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
             found, seen = [], mask
             for token in answer.split(1, 1):
@@ -189,15 +188,15 @@ def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
         return torch.stack(found)
 
     truth = logits(torch.float32)
-    torch.testing.assert_close(logits(torch.float32, decoder=True), truth, atol=2e-5, rtol=0)
-    ours, theirs = ((logits(torch.bfloat16, decoder) - truth).abs().mean() for decoder in (True, None))
+    torch.testing.assert_close(logits(torch.float32, captured=True), truth, atol=2e-5, rtol=0)
+    ours, theirs = ((logits(torch.bfloat16, captured) - truth).abs().mean() for captured in (True, None))
     assert theirs > 0
     assert ours <= 2 * theirs
 
 
 def test_a_mask_is_made_once_for_all_layers_and_only_added():
     model = tiny_model("llama", num_hidden_layers=3)
-    room = GraphDecoder(model).room(2, 64)
+    room = Captured(model).room(2, 64)
     masks = [kwargs["attention_mask"] for _, kwargs in room.inputs]
     assert {mask.data_ptr() for mask in masks} == {masks[0].data_ptr()}
     assert masks[0].dtype == model.dtype
@@ -206,9 +205,9 @@ def test_a_mask_is_made_once_for_all_layers_and_only_added():
 def test_a_merged_adapter_is_followed():
     model = peft_model()
     with pytest.raises(MicrogliaError, match=r"q_proj carries an adapter, .* merge it first"):
-        GraphDecoder(model)
-    policy, merged = uneven_policy(model), model.merge_and_unload()
-    with_adapter = said(merged, policy, "graph")
+        Captured(model)
+    policy, merged = uneven(model), model.merge_and_unload()
+    with_adapter = said(merged, policy, "captured")
     assert with_adapter.equal(said(merged, policy, "masked"))
     assert not with_adapter.equal(said(tiny_model("llama"), policy, "masked"))
 
@@ -221,65 +220,65 @@ def peft_model():
 
 def test_an_error_while_capturing_leaves_nothing_open(monkeypatch):
     model = tiny_model("llama")
-    decoder, policy = GraphDecoder(model), uneven_policy(model)
+    captured, policy = Captured(model), uneven(model)
     truth = said(model, policy, "masked")
 
     def fails(*args, **kwargs):
-        if decoder.capture.opened:
+        if captured.capture.opened:
             raise torch.OutOfMemoryError("no room")
         return plain(*args, **kwargs)
 
     plain = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        said(model, policy, "graph", decoder)
+        said(model, policy, "captured", captured)
     monkeypatch.undo()
-    assert decoder.capture.opened == []
+    assert captured.capture.opened == []
     assert said(model, policy, "masked").equal(truth)
-    assert said(model, policy, "graph", decoder).equal(truth)
+    assert said(model, policy, "captured", captured).equal(truth)
 
 
 def test_a_longer_room_serves_too_but_not_one_of_another_batch():
-    decoder = GraphDecoder(tiny_model("llama"))
-    long = decoder.room(2, 100)
+    captured = Captured(tiny_model("llama"))
+    long = captured.room(2, 100)
     assert long.length == 128
-    assert decoder.room(2, 64) is long
-    assert decoder.room(1, 64) is not long
-    assert decoder.room(3, 64).batch == 3
-    assert [key[0] for key in decoder.rooms] == [1, 3]  # the one used longest ago has gone
+    assert captured.room(2, 64) is long
+    assert captured.room(1, 64) is not long
+    assert captured.room(3, 64).batch == 3
+    assert [key[0] for key in captured.rooms] == [1, 3]  # the one used longest ago has gone
 
 
 def test_an_answer_ends_with_its_end_token():
     model = tiny_model("llama")
-    policy = uneven_policy(model)
+    pruner = uneven(model)
     whole = said(model, policy, "masked", max_new_tokens=40)
     for end in ([int(whole[0, 4])], [int(whole[0, 2]), int(whole[1, 6]), int(whole[2, 9])]):
         options = {"max_new_tokens": 40, "eos_token_id": end}
-        assert said(model, policy, "graph", **options).equal(said(model, policy, "masked", **options))
+        assert said(model, policy, "captured", **options).equal(said(model, policy, "masked", **options))
 
 
 def test_a_plain_greedy_answer_is_a_loop_of_replays(monkeypatch):
     """Not the model's own loop, which looks at tokens, masks and criteria between steps."""
     model = tiny_model("llama")
-    truth, decoder = said(model, uneven_policy(model), "masked"), GraphDecoder(model)
+    truth, captured = said(model, uneven(model), "masked"), Captured(model)
     monkeypatch.setattr(type(model), "generate", None)
-    assert said(model, uneven_policy(model), "graph", decoder).equal(truth)
+    assert said(model, uneven(model), "captured", captured).equal(truth)
 
 
 def test_sampling_and_streaming_are_the_models_own():
     model = tiny_model("phi3")
-    decoder, answers, streamed = GraphDecoder(model), [], []
+    captured, answers, streamed = Captured(model), [], []
 
     class Streamer:
         put = staticmethod(lambda tokens: streamed.append(tokens))
         end = staticmethod(lambda: streamed.append("end"))
 
-    for path in ("masked", "graph"):
+    for execution in ("masked", "captured"):
         torch.manual_seed(0)
         options = {"do_sample": True, "temperature": 0.7, "min_new_tokens": 3}
-        answers.append(said(model, wild_policy(model), path, decoder, **options))
+        answers.append(said(model, wild(model), execution, captured, **options))
     assert answers[0].equal(answers[1])
-    alone = said(model, uneven_policy(model), "graph", decoder, prompts=PROMPTS[:1], streamer=Streamer())
+    alone = said(model, uneven(model), "captured", captured, prompts=PROMPTS[:1], streamer=Streamer())
     assert [int(tokens) for tokens in streamed[1:-1]] == alone[0].tolist()
     assert streamed[-1] == "end"
 
@@ -287,7 +286,7 @@ def test_sampling_and_streaming_are_the_models_own():
 def test_the_model_comes_back(snapshot):
     model = tiny_model("phi3")
     before = snapshot(model)
-    said(model, wild_policy(model), "graph", fill="mean")
+    said(model, wild(model), "captured", fill="mean")
     assert snapshot(model) == before
 
 
@@ -297,26 +296,26 @@ def test_the_model_comes_back(snapshot):
 def test_what_a_captured_step_cannot_follow_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="beams and several answers to a prompt move rows of the captured cache"):
-        said(model, uneven_policy(model), "graph", num_beams=2)
-    decoder = GraphDecoder(model)
-    with pytest.raises(MicrogliaError, match="the prompt was not read into this decoder's cache"):
-        decoder.pruning([], [], cache=None).__enter__()
+        said(model, uneven(model), "captured", num_beams=2)
+    captured = Captured(model)
+    with pytest.raises(MicrogliaError, match="the prompt was not read into this captured's cache"):
+        captured.execution([], [], cache=None).__enter__()
     with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
-        GraphDecoder(model, attention="flash")
+        Captured(model, attention="flash")
     with pytest.raises(
         ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"
     ):
-        GraphDecoder(model, compiled="reduce-overhead")
+        Captured(model, compiled="reduce-overhead")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UnsupportedModelError, match="attention by 'flash_attention_2' takes no mask"):
-        GraphDecoder(model)
+        Captured(model)
 
 
 def test_too_long_an_answer_is_refused():
     model = tiny_model("llama")
-    decoder = GraphDecoder(model)
+    captured = Captured(model)
     ids = torch.ones(1, 60, dtype=torch.long)
-    with torch.inference_mode(), decoder.serving(torch.ones_like(ids), 2) as room:
+    with torch.inference_mode(), captured.serving(torch.ones_like(ids), 2) as room:
         model(ids, past_key_values=room.cache)
         for _ in range(4):
             model(ids[:, :1], past_key_values=room.cache)

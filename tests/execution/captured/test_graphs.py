@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from microglia.errors import MicrogliaError
-from microglia.replay.graphs import TapeCapture
+from microglia.execution.captured.graphs import TapeCapture
 
 
 def recorded(work):

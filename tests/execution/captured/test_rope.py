@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from microglia.errors import UnsupportedModelError
-from microglia.replay import GraphDecoder
+from microglia.execution import Captured
 from tests.replay.test_decoder import PROMPTS, said
-from tests.tiny import tiny_model, uneven_policy
+from tests.tiny import tiny_model, uneven
 
 LIMIT = 30
 LONG = {
@@ -26,20 +26,20 @@ LONGER = ["3+4*5-6/2=" * 4, "7*8-2" * 3]  # 40 and 15 tokens
 def test_longrope_keeps_the_factors_of_the_prompt(prompts):
     """One model after the other, in both orders: what the last request left behind must not matter."""
     model = tiny_model("phi3", rope_parameters=LONG, **OWN)
-    decoder, policy = GraphDecoder(model), uneven_policy(model, len(prompts))
+    captured, policy = Captured(model), uneven(model, len(prompts))
     for others in (PROMPTS, LONGER):
-        assert said(model, None, "graph", decoder, prompts=others).equal(said(model, None, "masked", prompts=others))
-        ours = said(model, policy, "graph", decoder, prompts=prompts)
+        assert said(model, None, "captured", captured, prompts=others).equal(said(model, None, "masked", prompts=others))
+        ours = said(model, policy, "captured", captured, prompts=prompts)
         assert ours.equal(said(model, policy, "masked", prompts=prompts))
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, LONGER], ids=["short", "long"])
 def test_sampling_with_longrope_is_the_models_own(prompts):
     model, answers = tiny_model("phi3", rope_parameters=LONG, **OWN), []
-    for path in ("masked", "graph"):
+    for execution in ("masked", "captured"):
         torch.manual_seed(0)
-        policy = uneven_policy(model, len(prompts))
-        answers.append(said(model, policy, path, prompts=prompts, do_sample=True, temperature=0.7))
+        pruner = uneven(model, len(prompts))
+        answers.append(said(model, policy, execution, prompts=prompts, do_sample=True, temperature=0.7))
     assert answers[0].equal(answers[1])
 
 
@@ -47,28 +47,28 @@ def test_short_and_long_factors_differ():
     """Else the test above would say nothing."""
     short = tiny_model("phi3", rope_parameters={**LONG, "long_factor": LONG["short_factor"]}, **OWN)
     long = tiny_model("phi3", rope_parameters=LONG, **OWN)
-    assert not said(short, None, "graph", prompts=LONGER).equal(said(long, None, "graph", prompts=LONGER))
+    assert not said(short, None, "captured", prompts=LONGER).equal(said(long, None, "captured", prompts=LONGER))
 
 
 def test_dynamic_is_followed_up_to_the_original_length():
     model = tiny_model("llama", rope_parameters=DYNAMIC)
-    policy = uneven_policy(model)
-    assert said(model, policy, "graph").equal(said(model, policy, "masked"))
+    pruner = uneven(model)
+    assert said(model, policy, "captured").equal(said(model, policy, "masked"))
 
 
 @pytest.mark.parametrize(("family", "parameters"), [("phi3", LONG), ("llama", DYNAMIC)])
 def test_a_request_that_crosses_is_refused(family, parameters):
     own = OWN if parameters is LONG else {"max_position_embeddings": LIMIT}
     model = tiny_model(family, rope_parameters=parameters, **own)
-    decoder, mask = GraphDecoder(model), torch.ones(1, 20, dtype=torch.long)
-    with decoder.serving(mask, LIMIT - 20 + 1):
+    captured, mask = Captured(model), torch.ones(1, 20, dtype=torch.long)
+    with captured.serving(mask, LIMIT - 20 + 1):
         pass  # the last new token is never read
     with pytest.raises(UnsupportedModelError, match=rf"20 tokens .* and 12 new ones cross the length of {LIMIT}"):
-        decoder.serving(mask, LIMIT - 20 + 2).__enter__()
+        captured.serving(mask, LIMIT - 20 + 2).__enter__()
     beyond = torch.ones(1, LIMIT + 1, dtype=torch.long)
     if parameters is DYNAMIC:
         with pytest.raises(UnsupportedModelError, match=r"changes its rotary embedding \(dynamic\)"):
-            decoder.serving(beyond, 1).__enter__()
+            captured.serving(beyond, 1).__enter__()
     else:
-        with decoder.serving(beyond, 100):
+        with captured.serving(beyond, 100):
             pass
