@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from microglia import processes
-from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError, first_line
 
 QUANTIZATIONS = ("int8", "int4")
 INT4_GROUP = 32  # weights that share a scale; divides the head size of every usual model, so heads can be cut out
@@ -64,7 +64,7 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged config.json raises whatever its values come across
         raise MicrogliaError(
-            f"no model could be found at {source!r} ({_first_line(error)}); "
+            f"no model could be found at {source!r} ({first_line(error)}); "
             f"give a hub id, a local folder or {REASONER!r}"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -78,7 +78,7 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # truncated and corrupt files raise safetensors', hub's and torch's own kinds
         raise MicrogliaError(
-            f"the weights at {source!r} could not be loaded ({_first_line(error)}); "
+            f"the weights at {source!r} could not be loaded ({first_line(error)}); "
             "download or save them again as safetensors"
         ) from error
     lm, told = loaded
@@ -124,9 +124,5 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         return found
     except Exception as error:  # a damaged tokenizer.json raises KeyError and tokenizers' bare Exception too
         raise MicrogliaError(
-            f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer="
+            f"no tokenizer could be loaded from {source!r} ({first_line(error)}); pass tokenizer="
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

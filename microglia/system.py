@@ -129,7 +129,7 @@ class MicrogliaPruningSystem:
                 on_log=on_log,
             )
         self.model, self.policy = result.model, result.policy
-        self.fill, self.scope, self.template = config.fill, config.scope, task.template
+        self.fill, self.scope, self.template = config.fill, "answer", task.template
         self.gate, self.promise = replace(self.gate, threshold=0.0), {}
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
         self.calibration = self._prompt_logits([example_prompt(self.tokenizer, e, task.template) for e in held_out])

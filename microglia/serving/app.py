@@ -26,8 +26,8 @@ from microglia.serving.answers import Asked
 from microglia.serving.config import ServingConfig
 from microglia.serving.job import Event, Finished
 from microglia.serving.metrics import CONTENT_TYPE, Metrics
-from microglia.serving.queue import Worker
 from microglia.serving.refusal import SHOWN, Refusal, install, refusal
+from microglia.serving.worker import Worker
 from microglia.serving.write import PrunedModel
 
 GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it

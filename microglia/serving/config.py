@@ -4,7 +4,7 @@ import ipaddress
 from dataclasses import dataclass
 
 from microglia.errors import ConfigError
-from microglia.serving.queue import BATCH_BY
+from microglia.serving.worker import BATCH_BY
 
 SIZES = ("max_batch", "max_waiting", "max_new_tokens", "max_prompt_tokens", "max_body_bytes")
 
@@ -16,7 +16,7 @@ class ServingConfig:
     name: the model's, in requests; api_key: what clients must send as bearer; max_batch: prompts that are answered
     together; max_waiting: prompts in the queue, more get 429; max_new_tokens: the longest answer; max_prompt_tokens:
     the longest prompt, None for what the context holds; max_body_bytes: of a request; batch_by: `settings` or
-    `decision`, see `queue.Worker`; grace: seconds that running answers get at the end, None for all they need.
+    `decision`, see `worker.Worker`; grace: seconds that running answers get at the end, None for all they need.
     """
 
     name: str

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from microglia.errors import MicrogliaError
-from microglia.serving.queue import Full, Stopped
+from microglia.serving.worker import Full, Stopped
 
 SHOWN = 60  # characters of a wrong value that a sentence repeats
 

@@ -1,15 +1,39 @@
-"""What a training run is told: one frozen value, checked here, saved as the JSON that travels with the result."""
+"""The options of a training run: one frozen value, checked here and saved as JSON beside the result."""
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
-from microglia.errors import ConfigError
+from microglia.errors import ConfigError, check_choice
 from microglia.training.schedule import SCHEDULES
 
-LORA = ("none", "first", "joint")
-ABOVE_ZERO = (
-    *("batch_size", "learning_rate", "epochs", "eval_steps", "eval_limit", "save_steps"),
-    *("lora_rank", "lora_steps", "lora_learning_rate"),
+Estimator = Literal["straight-through", "soft"]
+Fill = Literal["zero", "mean"]
+Lora = Literal["none", "first", "joint"]
+CHOICES: dict[str, Collection[str]] = {
+    "schedule": SCHEDULES,
+    "estimator": get_args(Estimator),
+    "fill": get_args(Fill),
+    "lora": get_args(Lora),
+}
+
+
+# Fields, what their values must fulfil (written so that NaN does not), and how an error says so.
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("epochs batch_size learning_rate", lambda x: 0 < x < math.inf, "it must be above 0"),
+    ("eval_steps eval_limit save_steps", lambda x: 0 < x < math.inf, "it must be above 0"),
+    ("lora_rank lora_steps lora_learning_rate", lambda x: 0 < x < math.inf, "it must be above 0"),
+    ("beta distill patience warmup_steps", lambda x: 0 <= x < math.inf, "it must not be negative"),
+    (
+        "alpha noise temperature",
+        lambda ends: len(ends) == 2 and all(0 <= end < math.inf for end in ends),
+        "it must be two numbers, start and end, not negative",
+    ),
+    ("temperature", lambda ends: min(ends) > 0, "both ends must be above 0"),
+    ("keep_ratio", lambda x: x is None or 0 < x <= 1, "it must be above 0 and at most 1"),
+    ("ramp", lambda x: 0 <= x <= 1, "it must be between 0 and 1"),
+    ("seed", lambda x: 0 <= x < 2**32, "it must be at least 0 and below 2**32"),
 )
 
 
@@ -21,12 +45,11 @@ class TrainingConfig:
     limit: number of training examples, None for all (generated tasks need it).
     alpha: weight of mean(keep), from start to end along `schedule` (linear, cosine, exponential).
     beta: weight of the gates' binary entropy, which is minimised: it drives gates to 0 or 1.
-    gate: straight-through (hard forward) or soft (the original's recipe).
+    estimator: straight-through (hard forward) or soft (the original's recipe).
     temperature: of the gates' sigmoid, start and end. noise: scale of logistic noise on the logits, start and end.
     keep_ratio: when given, a Lagrange multiplier steers the mean keep to it and alpha is not used.
     ramp: share of the steps in which that target comes down from 1; 0 asks for it from the start.
     distill: weight of KL(dense ‖ pruned) on answer tokens.
-    scope: answer (gates on answer positions) or all (on the prompt too, as the original).
     lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
         Adapters learn at `lora_learning_rate`, agents at `learning_rate`.
     batch_size: examples of a step, all processes together. bf16: mixed precision; decisions and losses stay float32.
@@ -42,15 +65,14 @@ class TrainingConfig:
     alpha: tuple[float, float] = (0.01, 0.3)
     schedule: str = "linear"
     beta: float = 0.01
-    gate: str = "straight-through"
+    estimator: Estimator = "straight-through"
     temperature: tuple[float, float] = (1.0, 1.0)
     noise: tuple[float, float] = (1.0, 0.0)
     keep_ratio: float | None = None
     ramp: float = 0.5
     distill: float = 0.0
-    scope: str = "answer"
-    fill: str = "zero"
-    lora: str = "none"
+    fill: Fill = "zero"
+    lora: Lora = "none"
     lora_rank: int = 8
     lora_steps: int = 100
     lora_learning_rate: float = 3e-4
@@ -66,37 +88,13 @@ class TrainingConfig:
     shard: bool = False
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"schedule={self.schedule!r} is unknown; choose one of {', '.join(SCHEDULES)}")
-        if self.lora not in LORA:
-            raise ConfigError(f"lora={self.lora!r} is unknown; choose one of {', '.join(LORA)}")
-        if self.gate not in ("straight-through", "soft"):
-            raise ConfigError(f"gate={self.gate!r} cannot be trained; choose straight-through or soft")
-        if self.scope not in ("answer", "all"):
-            raise ConfigError(f"scope={self.scope!r} is unknown; choose answer or all")
-        if self.fill not in ("zero", "mean"):
-            raise ConfigError(f"fill={self.fill!r} is unknown; choose zero or mean")
-        if self.fill == "mean" and (self.scope == "all" or self.gradient_checkpointing):
-            raise ConfigError(
-                "fill='mean' is trained with scope='answer' and without gradient checkpointing; change one of them"
-            )
-        for name in ABOVE_ZERO:
-            if not 0 < getattr(self, name) < math.inf:  # so NaN is refused too
-                raise ConfigError(f"{name}={getattr(self, name)} was given; it must be above 0")
-        for name in ("beta", "distill", "patience", "warmup_steps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{name}={getattr(self, name)} was given; it must not be negative")
-        for name in ("alpha", "noise", "temperature"):
-            ends = getattr(self, name)
-            if len(ends) != 2 or not all(0 <= end < math.inf for end in ends):
-                raise ConfigError(f"{name}={ends} was given; it must be two numbers, start and end, not negative")
-        if min(self.temperature) == 0:
-            raise ConfigError(f"temperature={self.temperature} was given; both ends must be above 0")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} was given; it must be at least 0 and below 2**32")
+        for name, options in CHOICES.items():
+            check_choice(name, getattr(self, name), options)
+        for names, allowed, requirement in RANGES:
+            for name in names.split():
+                if not allowed(value := getattr(self, name)):
+                    raise ConfigError(f"{name}={value} was given; {requirement}")
+        if self.fill == "mean" and self.gradient_checkpointing:
+            raise ConfigError("fill='mean' is trained without gradient checkpointing; change one of them")
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
-        if not 0 <= self.ramp <= 1:
-            raise ConfigError(f"ramp={self.ramp} was given; it must be between 0 and 1")
-        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"keep_ratio={self.keep_ratio} was given; it must be above 0 and at most 1")

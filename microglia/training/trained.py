@@ -42,8 +42,6 @@ class Trained(nn.Module):
         self, lm: nn.Module, policy: Policy | None, config: TrainingConfig, *, look: Look, bucket: int | None
     ) -> None:
         super().__init__()
-        if policy is not None:
-            policy.check_scope(config.scope)
         self.lm, self.policy, self.look, self.bucket = lm, policy, look, bucket
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
@@ -76,7 +74,7 @@ class Trained(nn.Module):
     ) -> tuple[Tensor, dict[str, Any]]:
         c = self.recipe
         if self.training:
-            gate = Gate(c.gate, temperature=now.temperature, bucket=self.bucket, noise=now.noise, rows=rows)
+            gate = Gate(c.estimator, temperature=now.temperature, bucket=self.bucket, noise=now.noise, rows=rows)
         else:
             gate = Gate("hard", temperature=now.temperature, bucket=self.bucket)
         dense = None
@@ -90,7 +88,6 @@ class Trained(nn.Module):
             gate=gate,
             look=self.look,
             fill=c.fill,
-            scope=c.scope,
             whole=gates if c.gradient_checkpointing else None,
         )
         tokens = int((batch.labels != -100).sum()) if prompts else 0

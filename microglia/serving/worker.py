@@ -15,7 +15,7 @@ BROKE = "the model failed on this prompt; ask again, and if it happens twice loo
 
 
 class Model(Protocol):
-    """What the thread needs of a model: `write.PrunedModel`."""
+    """What the thread needs of a model: `model.PrunedModel`."""
 
     @property
     def room(self) -> int | None: ...

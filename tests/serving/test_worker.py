@@ -6,7 +6,7 @@ import pytest
 
 from microglia.errors import ConfigError, DataError
 from microglia.serving.job import Failed, Finished, Job, Pruning, Sampling
-from microglia.serving.queue import BROKE, STOPPED, Full, Stopped, Worker, by_decision, fitting, pruned_alike
+from microglia.serving.worker import BROKE, STOPPED, Full, Stopped, Worker, by_decision, fitting, pruned_alike
 
 
 def job(name="x", threshold=0.0, tokens=5, longest=5, told=None):
