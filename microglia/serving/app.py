@@ -150,10 +150,10 @@ class _Service:
         key = self.config.api_key
         bearer = HTTPBearer(auto_error=False, description="The server's API key, if it has one.")
 
-        async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-            if key is None or (given and secrets.compare_digest(given.credentials.encode(), key.encode())):
+        async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+            if key is None or (credentials and secrets.compare_digest(credentials.credentials.encode(), key.encode())):
                 return
-            what = "the API key is wrong" if given else "no API key was given"
+            what = "the API key is wrong" if credentials else "no API key was given"
             raise Refusal(
                 401, f"{what}; send Authorization: Bearer KEY", code="invalid_api_key", kind="authentication_error"
             )

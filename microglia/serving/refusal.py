@@ -87,8 +87,8 @@ def _invalid(errors: Sequence[Any]) -> Refusal:
     if error["type"] == "extra_forbidden" or not (last in ("body", "str") or "[" in last):
         path.append(last)
     param = ".".join(path) or None
-    given = repr(error.get("input"))
-    given = given if len(given) <= SHOWN else given[:SHOWN] + "…"
+    value = repr(error.get("input"))
+    value = value if len(value) <= SHOWN else value[:SHOWN] + "…"
     code: str | None
     match error["type"]:
         case "json_invalid":
@@ -101,8 +101,8 @@ def _invalid(errors: Sequence[Any]) -> Refusal:
             sentence, code = f"{param} is nothing that this server does; leave it out", "unknown_parameter"
         case "literal_error":
             expected = error["ctx"]["expected"]
-            sentence, code = f"{param}={given} is not supported; give {expected}", "unsupported_value"
+            sentence, code = f"{param}={value} is not supported; give {expected}", "unsupported_value"
         case _:
             message = str(error["msg"])
-            sentence, code = f"{param}={given} was given; {message[:1].lower()}{message[1:]}", None
+            sentence, code = f"{param}={value} was given; {message[:1].lower()}{message[1:]}", None
     return Refusal(400, sentence, param=param, code=code)

@@ -44,9 +44,9 @@ def extract_answer(text: str) -> str | None:
     the model's own invention.
     """
     text = before_next_question(_plain(text))
-    for found in (_after_hashes(text), _after_answer_is(text), _boxed(text)):
-        if found is not None:
-            return found
+    for answer in (_after_hashes(text), _after_answer_is(text), _boxed(text)):
+        if answer is not None:
+            return answer
     numbers = [_canonical(match) for match in NUMBER.finditer(text)]
     return numbers[-1] if numbers else None
 
@@ -58,7 +58,7 @@ def before_next_question(text: str) -> str:
 
 
 def braced(text: str, start: int, limit: int) -> tuple[str, bool]:
-    """What stands between an opening brace before `start` and its closing one, and whether that was found.
+    """What stands between an opening brace before `start` and its closing one, and whether there is one.
 
     Escaped braces are text. At most `limit` characters are read, so that a babbling model costs no quadratic time.
     """
@@ -120,7 +120,7 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _after_answer_is(text: str) -> str | None:
-    found = None
+    answer = None
     for marker in ANSWER_IS.finditer(text):
         newline = text.find("\n", marker.end())
         line = text[marker.end() : newline if newline >= 0 else len(text)]
@@ -129,14 +129,14 @@ def _after_answer_is(text: str) -> str | None:
         sentence = re.split(r"[.!?;](?=\s|$)", line, maxsplit=1)[0]
         # In "the answer is 5 + 3 = 8" it is 8.
         if match := NUMBER.search(sentence.rsplit("=", 1)[-1]) or NUMBER.search(sentence):
-            found = _canonical(match)
-    return found
+            answer = _canonical(match)
+    return answer
 
 
 def _boxed(text: str) -> str | None:
     """The last number in the last `\\boxed{…}` that has one; braces inside are followed."""
-    found = None
+    answer = None
     for box in re.finditer(r"\\boxed\s*\{", text):
         if numbers := list(NUMBER.finditer(braced(text, box.end(), LONGEST_BOX)[0])):
-            found = _canonical(numbers[-1])
-    return found
+            answer = _canonical(numbers[-1])
+    return answer

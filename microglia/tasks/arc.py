@@ -47,8 +47,8 @@ class ArcChallengeTask(Task):
         """The letter that the text gives; what follows a new `Question:` is the model's own invention."""
         text = before_next_question(text)
         for pattern in PATTERNS:
-            if found := [letter for letter in pattern.findall(text) if letter.isupper()]:
-                return str(found[0] if pattern is PATTERNS[2] else found[-1])
+            if letters := [letter for letter in pattern.findall(text) if letter.isupper()]:
+                return str(letters[0] if pattern is PATTERNS[2] else letters[-1])
         return None
 
     def _rows(self, folder: Path, name: str) -> list[dict[str, Any]]:

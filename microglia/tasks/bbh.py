@@ -85,18 +85,18 @@ class BbhTask(Task):
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the answers agree as options, numbers, brackets or words, whichever the gold answer is."""
-        found, gold = self.extract(text), _stripped(example.gold)
-        if found is None:
+        answer, gold = self.extract(text), _stripped(example.gold)
+        if answer is None:
             return False
         if option := re.fullmatch(r"\(([A-Z])\)", gold):
-            given = OPTION.search(found)
-            return given is not None and option[1] in (given[1], given[2])
+            letter = OPTION.search(answer)
+            return letter is not None and option[1] in (letter[1], letter[2])
         if NUMBER.fullmatch(gold):
-            return extract_answer(f"The answer is {found}") == normalise_answer(gold)
+            return extract_answer(f"The answer is {answer}") == normalise_answer(gold)
         if not re.search(r"\w", gold):
-            return re.sub(r"[^\[\](){}<>]", "", found) == gold.replace(" ", "")
-        given_words, words = (re.findall(r"[\w'-]+", side.casefold()) for side in (found, gold))
-        return given_words[: len(words)] == words if len(words) == 1 else given_words == words
+            return re.sub(r"[^\[\](){}<>]", "", answer) == gold.replace(" ", "")
+        answer_words, words = (re.findall(r"[\w'-]+", side.casefold()) for side in (answer, gold))
+        return answer_words[: len(words)] == words if len(words) == 1 else answer_words == words
 
 
 class BbhLogicTask(BbhTask):

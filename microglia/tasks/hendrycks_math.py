@@ -54,14 +54,14 @@ class MathTask(Task):
         text = before_next_question(text)
         if (boxed := last_boxed(text)) is not None:
             return boxed
-        if said := ANSWER_IS.findall(text):
-            return str(said[-1]).strip().strip("$*").strip() or None
+        if stated := ANSWER_IS.findall(text):
+            return str(stated[-1]).strip().strip("$*").strip() or None
         return extract_answer(text)
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the final answer of `text` equals the example's as mathematics: 0.5 for 1/2, x=3 for 3."""
-        found = self.extract(text)
-        return found is not None and equivalent(example.gold, found)
+        answer = self.extract(text)
+        return answer is not None and equivalent(example.gold, answer)
 
     def hub_rows(self, source: str) -> list[dict[str, Any]]:
         """The rows of a split on the hub, each with its place there as unique_id."""

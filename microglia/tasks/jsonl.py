@@ -70,5 +70,5 @@ def _words(text: str) -> list[str]:
     """The final answer in words: the last that `####` or "the answer is" announces, or else the last or first line."""
     text = before_next_question(text)
     lines = [line for line in text.splitlines() if line.strip()]
-    found = MARKED.findall(text)[-1:] or lines[-1:] + lines[:1]
-    return [words for line in found if (words := normalise_answer(line))]
+    candidates = MARKED.findall(text)[-1:] or lines[-1:] + lines[:1]
+    return [words for line in candidates if (words := normalise_answer(line))]
