@@ -21,7 +21,7 @@ from microglia.criteria.lora_gradient import LoraGradient
 from microglia.criteria.movement import Movement
 from microglia.criteria.norm import Norm
 from microglia.criteria.predictor import Predictor
-from microglia.criteria.random_scores import Random
+from microglia.criteria.random import Random
 from microglia.criteria.shapley import Shapley
 from microglia.criteria.taylor import Taylor
 from microglia.criteria.upper_layers import UpperLayers

@@ -8,7 +8,7 @@ import torch
 import microglia.criteria
 from microglia.criteria import CRITERIA, Calibration, Criterion, get_criterion
 from microglia.criteria.base import ranked
-from microglia.criteria.random_scores import Random
+from microglia.criteria.random import Random
 from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.gate import Gate, keep_ratio, threshold_for
 from microglia.tasks.base import Example

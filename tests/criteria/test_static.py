@@ -6,7 +6,7 @@ import torch
 from microglia.attach import attached
 from microglia.criteria.entropy import Entropy
 from microglia.criteria.norm import Norm
-from microglia.criteria.random_scores import Random
+from microglia.criteria.random import Random
 from microglia.criteria.taylor import Taylor
 from microglia.criteria.weight import Weight
 from microglia.criteria.weights import head_weights
