@@ -243,7 +243,7 @@ def _cell(
         quiet=True,
         on_log=_told(progress, "training", config.max_steps),
     )
-    own = replace(ground.bench, model=result.model, tokenizer=tokenizer, fill=config.fill, scope=config.scope)
+    own = replace(ground.bench, model=result.model, tokenizer=tokenizer, fill=config.fill)
     dial = replace(own, examples=ground.dial.examples)
     gate = Gate(bucket=recipe.bucket)
     at = replace(gate, threshold=threshold_for(dial.logits(result.policy), geometries, ground.at, recipe.bucket))

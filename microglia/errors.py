@@ -4,6 +4,9 @@ Every message is one sentence that says what was given, what is allowed and what
 them catches `MicrogliaError`; anything else that escapes is a bug of ours.
 """
 
+from collections.abc import Collection
+from typing import Any
+
 
 class MicrogliaError(Exception):
     """Parent of every error that microglia raises on purpose."""
@@ -23,3 +26,15 @@ class ConfigError(MicrogliaError, ValueError):
 
 class DataError(MicrogliaError):
     """Examples, records or measurements are missing, malformed or too few for what was asked of them."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a foreign error says, short enough to stand inside a sentence; its type when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def check_choice(name: str, value: Any, options: Collection[str]) -> None:
+    """Raise ConfigError unless the option called `name` has one of the `options` as its value."""
+    if value not in options:
+        listed = " or ".join(options) if len(options) == 2 else f"one of {', '.join(options)}"
+        raise ConfigError(f"{name}={value!r} is unknown; choose {listed}")

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from microglia import processes
-from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.errors import MicrogliaError, UnsupportedModelError, check_choice, first_line
 
 QUANTIZATIONS = ("int8", "int4")
 INT4_GROUP = 32  # weights that share a scale; divides the head size of every usual model, so heads can be cut out
@@ -64,7 +64,7 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged config.json raises whatever its values come across
         raise MicrogliaError(
-            f"no model could be found at {source!r} ({_first_line(error)}); "
+            f"no model could be found at {source!r} ({first_line(error)}); "
             f"give a hub id, a local folder or {REASONER!r}"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
@@ -78,11 +78,11 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # truncated and corrupt files raise safetensors', hub's and torch's own kinds
         raise MicrogliaError(
-            f"the weights at {source!r} could not be loaded ({_first_line(error)}); "
+            f"the weights at {source!r} could not be loaded ({first_line(error)}); "
             "download or save them again as safetensors"
         ) from error
-    lm, told = loaded
-    if missing := sorted(told["missing_keys"]):  # transformers draws them at random, with no more than a warning
+    lm, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, with no more than a warning
         raise MicrogliaError(
             f"the weights at {source!r} lack {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}, which "
             f"a {type(lm).__name__} of its config.json has; give the config.json and the weights of one model"
@@ -95,8 +95,7 @@ def quantise(lm: Any, kind: str) -> None:
 
     kind: int8 (one scale a row) or int4 (one scale for every 32 inputs); the activations are not touched.
     """
-    if kind not in QUANTIZATIONS:
-        raise ConfigError(f"quantize={kind!r} is unknown; choose {' or '.join(QUANTIZATIONS)}")
+    check_choice("quantize", kind, QUANTIZATIONS)
     try:
         from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup, quantize_
     except ImportError as error:
@@ -124,9 +123,5 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
         return found
     except Exception as error:  # a damaged tokenizer.json raises KeyError and tokenizers' bare Exception too
         raise MicrogliaError(
-            f"no tokenizer could be loaded from {source!r} ({_first_line(error)}); pass tokenizer="
+            f"no tokenizer could be loaded from {source!r} ({first_line(error)}); pass tokenizer="
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

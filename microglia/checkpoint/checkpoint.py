@@ -17,7 +17,7 @@ from microglia.checkpoint.card import model_card
 from microglia.checkpoint.config import MicrogliaConfig, is_lora
 from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
 from microglia.checkpoint.format_1 import renamed
-from microglia.errors import CheckpointError
+from microglia.errors import CheckpointError, first_line
 from microglia.policies import Policy
 from microglia.pruner import Pruner
 
@@ -115,7 +115,7 @@ class Checkpoint:
                 api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Checkpoint of microglia")
             except Exception as error:  # network, rights, names: some ten unrelated types
                 raise CheckpointError(
-                    f"the checkpoint could not be pushed to {repo_id!r} ({_first_line(error)}); check the name, the "
+                    f"the checkpoint could not be pushed to {repo_id!r} ({first_line(error)}); check the name, the "
                     "network and hf auth login, or use save_pretrained"
                 ) from error
         return str(url)
@@ -144,7 +144,7 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
     try:
         tensors = parse_safetensors(data)
     except SafetensorError as error:
-        raise CheckpointError(f"{where} is not safetensors ({_first_line(error)}); copy it again") from error
+        raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
     calibration = [tensors.pop(f"{CALIBRATION}{i}") for i in range(len(config.sites)) if f"{CALIBRATION}{i}" in tensors]
     policy = config.new_policy()
     if not tensors.keys() <= policy.state_dict().keys():
@@ -185,7 +185,7 @@ def _with_adapter(model: nn.Module, adapter: Mapping[str, bytes]) -> nn.Module:
             return PeftModel.from_pretrained(model, folder).eval()
         except Exception as error:  # peft, safetensors and torch raise their own kinds for what does not fit
             raise CheckpointError(
-                f"the LoRA adapter of this checkpoint does not fit the model ({_first_line(error)}); load the one it "
+                f"the LoRA adapter of this checkpoint does not fit the model ({first_line(error)}); load the one it "
                 "was made on"
             ) from error
 
@@ -206,10 +206,6 @@ def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
         return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=names))
     except Exception as error:  # no network, no such repository, no right: some ten unrelated types
         raise CheckpointError(
-            f"there is no checkpoint folder {repo_id}, nor could one be had from the hub ({_first_line(error)}); give "
+            f"there is no checkpoint folder {repo_id}, nor could one be had from the hub ({first_line(error)}); give "
             "a folder that microglia train or save_pretrained wrote, or a hub id"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.numbers import numbers
+from microglia.cli.number_lists import numbers
 from microglia.cli.verb import Interrupted, Outcome, progress, verb
 from microglia.errors import CheckpointError
 

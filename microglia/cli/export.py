@@ -85,7 +85,7 @@ def export(
                 scope=system.scope,
             )
     about = {"base_model": system.source, "template": system.template, "accuracy": accuracy}
-    exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, about=about)
+    exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, details=about)
     data = {**exported.summary(), **chosen.summary(), **about}
     return Outcome(data, views(data))
 

@@ -13,7 +13,7 @@ from microglia.cli.demo import demo
 from microglia.cli.evaluate import evaluate
 from microglia.cli.export import export
 from microglia.cli.generate import generate
-from microglia.cli.inspect import inspect
+from microglia.cli.inspection import inspect
 from microglia.cli.report import report
 from microglia.cli.serve import serve
 from microglia.cli.train import train

@@ -83,7 +83,7 @@ def serve(
 
 def pruned_model(system: Any) -> Any:
     """What the server needs of a system."""
-    from microglia.serving.write import PrunedModel
+    from microglia.serving.model import PrunedModel
 
     return PrunedModel(
         system.model,
@@ -92,7 +92,6 @@ def pruned_model(system: Any) -> Any:
         system.gate,
         system.look,
         fill=system.fill,
-        scope=system.scope,
         template=system.template,
         calibration=system.calibration,
     )

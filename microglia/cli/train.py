@@ -36,8 +36,15 @@ def train(
     ramp: Annotated[
         float | None, Number(help="Share of the steps in which it comes down from 1.", show_default="0.5")
     ] = None,
-    gate: Annotated[
-        str | None, Number(help="straight-through or soft.", show_default="straight-through", rich_help_panel=METHOD)
+    estimator: Annotated[
+        str | None,
+        Number(
+            "--estimator",
+            "--gate",
+            help="straight-through or soft.",
+            show_default="straight-through",
+            rich_help_panel=METHOD,
+        ),
     ] = None,
     temperature: Annotated[
         float | None, Number(help="Of the gates' sigmoid.", show_default="1.0", rich_help_panel=METHOD)
@@ -47,9 +54,6 @@ def train(
     ] = None,
     distill: Annotated[
         float | None, Number(help="Weight of the dense model's answers.", show_default="0.0", rich_help_panel=METHOD)
-    ] = None,
-    scope: Annotated[
-        str | None, Number(help="Gated positions: answer or all.", show_default="answer", rich_help_panel=METHOD)
     ] = None,
     fill: Annotated[
         str | None, Number(help="Behind pruned heads: zero or mean.", show_default="zero", rich_help_panel=METHOD)

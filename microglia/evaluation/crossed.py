@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from microglia.errors import DataError
-from microglia.evaluation.significance import bootstrap_ci, mcnemar_exact, paired_difference
+from microglia.evaluation.significance import BATCH, bootstrap_ci, mcnemar_exact, paired_difference
 
 Floats = NDArray[np.float64]
 
@@ -51,10 +51,10 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, se
         raise DataError(f"values of the shapes {x.shape} and {y.shape} cannot be paired; give (seeds, prompts) of both")
     difference = x - y
     if bool((difference == difference[:1]).all()):
-        found = paired_difference(x[0], y[0], resamples=resamples, seed=seed)
+        paired = paired_difference(x[0], y[0], resamples=resamples, seed=seed)
         zero_one = set(np.unique([x[0], y[0]])) <= {0.0, 1.0}
         p_value = mcnemar_exact(x[0], y[0]) if zero_one else sign_flip(difference[0], seed=seed)
-        return Difference(found.diff, found.ci95, p_value)
+        return Difference(paired.diff, paired.ci95, p_value)
     return Difference(
         float(difference.mean()), _pigeonhole(difference, resamples, seed), sign_flip(difference.mean(0), seed=seed)
     )
@@ -68,11 +68,11 @@ def sign_flip(differences: ArrayLike, *, flips: int = 9_999, seed: int = 0) -> f
     x = _table([differences], "the differences")[0]
     x = x[x != 0]
     rng = np.random.default_rng(seed)
-    seen, observed = 1, abs(x.sum()) - 1e-9
-    for start in range(0, flips, 500):
-        signs = rng.integers(0, 2, (min(500, flips - start), x.size)) * 2 - 1
-        seen += int((np.abs(signs @ x) >= observed).sum())
-    return seen / (flips + 1)
+    as_extreme, observed = 1, abs(x.sum()) - 1e-9
+    for start in range(0, flips, BATCH):
+        signs = rng.integers(0, 2, (min(BATCH, flips - start), x.size)) * 2 - 1
+        as_extreme += int((np.abs(signs @ x) >= observed).sum())
+    return as_extreme / (flips + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -89,11 +89,11 @@ def _pigeonhole(x: Floats, resamples: int, seed: int) -> tuple[float, float]:
     seeds, prompts = x.shape
     rng = np.random.default_rng(seed)
     means = []
-    for start in range(0, resamples, 500):
-        many = min(500, resamples - start)
-        of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), many)
-        of_prompts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), many)
-        means.append(((of_seeds @ x) * of_prompts).sum(1) / (seeds * prompts))
+    for start in range(0, resamples, BATCH):
+        size = min(BATCH, resamples - start)
+        seed_counts = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size)
+        prompt_counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size)
+        means.append(((seed_counts @ x) * prompt_counts).sum(1) / (seeds * prompts))
     low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
     return float(low), float(high)
 

@@ -8,6 +8,7 @@ with an interval of width zero), so for 0/1 data they get exact bounds after Clo
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -115,13 +116,19 @@ def spearman_ci(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, seed: int
             f"no rank correlation in {x.size} pairs of {np.unique(x).size} and {np.unique(y).size} different values; "
             "give at least 3 pairs in which both vary"
         )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of resamples that do not vary
+        resampled = _bootstrap((x, y), _rank_correlation, "percentile", 0.95, resamples, seed).bootstrap_distribution
+    low, high = np.nanquantile(resampled, (0.025, 0.975))
+    return RankCorrelation(float(_rank_correlation(x, y)), (float(low), float(high)), x.size)
+
+
+def _bootstrap(
+    samples: tuple[Floats, ...], statistic: Any, method: str, confidence: float, resamples: int, seed: int
+) -> Any:
     rng = np.random.default_rng(seed)
-    drawn = []
-    for start in range(0, resamples, BATCH):
-        chosen = rng.integers(0, x.size, (min(BATCH, resamples - start), x.size))
-        drawn.append(_rank_correlation(x[chosen], y[chosen]))
-    low, high = np.nanquantile(np.concatenate(drawn), (0.025, 0.975))
-    return RankCorrelation(float(_rank_correlation(x[None], y[None])[0]), (float(low), float(high)), x.size)
+    options: dict[str, Any] = {"confidence_level": confidence, "n_resamples": resamples, "batch": BATCH, "rng": rng}
+    return stats.bootstrap(samples, statistic, method=method, paired=True, vectorized=True, **options)
 
 
 def _bootstrap_mean(x: Floats, confidence: float, resamples: int, seed: int) -> tuple[tuple[float, float], str]:
@@ -129,18 +136,10 @@ def _bootstrap_mean(x: Floats, confidence: float, resamples: int, seed: int) -> 
     for method in ("BCa", "percentile"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # scipy warns of the very case that the next method is for
-            found = stats.bootstrap(
-                (x,),
-                np.mean,
-                confidence_level=confidence,
-                n_resamples=resamples,
-                batch=BATCH,
-                method=method,
-                rng=np.random.default_rng(seed),
-            ).confidence_interval
-        if np.isfinite(found.low) and np.isfinite(found.high):
+            interval = _bootstrap((x,), np.mean, method, confidence, resamples, seed).confidence_interval
+        if np.isfinite(interval.low) and np.isfinite(interval.high):
             break
-    return (float(found.low), float(found.high)), method
+    return (float(interval.low), float(interval.high)), method
 
 
 def _constant_difference(difference: float, n: int) -> tuple[float, float]:
@@ -156,15 +155,9 @@ def _constant_difference(difference: float, n: int) -> tuple[float, float]:
     return (2 * share - 1, 1.0) if difference > 0 else (-1.0, 1 - 2 * share)
 
 
-def _rank_correlation(x: Floats, y: Floats) -> Floats:
-    """Spearman's rho of each row, `(R, n)` and `(R, n)` → `(R,)`; nan where a row does not vary."""
-    ranks_x, ranks_y = stats.rankdata(x, axis=1), stats.rankdata(y, axis=1)
-    centred_x = ranks_x - ranks_x.mean(1, keepdims=True)
-    centred_y = ranks_y - ranks_y.mean(1, keepdims=True)
-    scale = np.sqrt((centred_x**2).sum(1) * (centred_y**2).sum(1))
-    products = (centred_x * centred_y).sum(1)
-    result: Floats = np.divide(products, scale, out=np.full(len(x), np.nan), where=scale > 0)
-    return result
+def _rank_correlation(x: Floats, y: Floats, axis: int = -1) -> Any:
+    """Spearman's rho along `axis`; nan where one of both does not vary."""
+    return stats.pearsonr(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis=axis).statistic
 
 
 def _vector(values: ArrayLike, name: str) -> Floats:

@@ -34,15 +34,15 @@ def accuracy_kept(
     """
 
     def run(name: str, policy: Policy | None, **options: Any) -> Evaluation:
-        tell = (lambda done, total: progress(name, done, total)) if progress else None
-        sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        return evaluate(model, tokenizer, task, examples, policy, progress=tell, **sizes, **options)
+        options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options["progress"] = (lambda done, total: progress(name, done, total)) if progress else None
+        return evaluate(model, tokenizer, task, examples, policy, **options)
 
     runs = {"dense": run("dense", None), "adaptive": run("adaptive", policy, **adaptive)}
     with frozen(model, plan):
-        answered = run("frozen", None)
-    answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in answered.answers)
-    runs["frozen"] = replace(answered, answers=answers)
+        evaluation = run("frozen", None)
+    answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in evaluation.answers)
+    runs["frozen"] = replace(evaluation, answers=answers)
     return {
         "dataset": task.name,
         **{name: run.summary() for name, run in runs.items()},

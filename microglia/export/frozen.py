@@ -13,6 +13,8 @@ from microglia.errors import UnsupportedModelError
 from microglia.export.plan import KeepPlan
 from microglia.sites import causal_lm, find_sites
 
+Written = tuple[float | None, list[str]]  # the largest difference of what was read back, if it was; what is lost
+
 
 @contextmanager
 def frozen(model: nn.Module, plan: KeepPlan) -> Iterator[Any]:

@@ -1,6 +1,6 @@
-"""A decoder in which every layer has head counts of its own: `per_layer_config` in config.json.
+"""A decoder whose layers differ in their head counts: `per_layer_config` in config.json.
 
-The stock classes of transformers do everything; only the attention of each layer is made from that layer's own config.
+The stock classes of transformers do everything; only the attention of each layer is made from that layer's config.
 Needs transformers 5.14 or later, torch and nothing else.
 """
 
@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM as StockForCausalLM
 from transformers import LlamaModel as StockModel
 
 
-def give_own_heads(decoder: Any, config: Any) -> None:
-    """Make each layer's attention anew, in the sizes of its own config; weights are loaded afterwards."""
+def set_head_counts(decoder: Any, config: Any) -> None:
+    """Make each layer's attention anew, in the sizes of the layer's config; weights are loaded afterwards."""
     if not getattr(config, "is_heterogeneous", False):
         raise ImportError("config.json has no per_layer_config, or this transformers is older than 5.14; upgrade it")
     for index, layer in enumerate(decoder.layers):
@@ -25,7 +25,7 @@ class MicrogliaModel(StockModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        give_own_heads(self, config)
+        set_head_counts(self, config)
 
 
 class MicrogliaForCausalLM(StockForCausalLM):
@@ -33,4 +33,4 @@ class MicrogliaForCausalLM(StockForCausalLM):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        give_own_heads(self.model, config)
+        set_head_counts(self.model, config)

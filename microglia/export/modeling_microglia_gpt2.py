@@ -1,6 +1,6 @@
-"""GPT-2 in which every layer has a head count of its own: `per_layer_config` in config.json.
+"""GPT-2 whose layers differ in their head counts: `per_layer_config` in config.json.
 
-The stock classes of transformers do everything; only the two projections of each attention are made in their own sizes.
+The stock classes of transformers do everything; only the two projections of each attention are made in other sizes.
 Needs transformers 5.14 or later, torch and nothing else.
 """
 
@@ -10,8 +10,8 @@ from transformers import GPT2LMHeadModel, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 
-def give_own_heads(decoder: Any, config: Any) -> None:
-    """Make each layer's projections anew, in the sizes of its own config; weights are loaded afterwards."""
+def set_head_counts(decoder: Any, config: Any) -> None:
+    """Make each layer's projections anew, in the sizes of the layer's config; weights are loaded afterwards."""
     if not getattr(config, "is_heterogeneous", False):
         raise ImportError("config.json has no per_layer_config, or this transformers is older than 5.14; upgrade it")
     for index, block in enumerate(decoder.h):
@@ -26,7 +26,7 @@ class MicrogliaModel(GPT2Model):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        give_own_heads(self, config)
+        set_head_counts(self, config)
 
 
 class MicrogliaForCausalLM(GPT2LMHeadModel):
@@ -34,4 +34,4 @@ class MicrogliaForCausalLM(GPT2LMHeadModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        give_own_heads(self.transformer, config)
+        set_head_counts(self.transformer, config)

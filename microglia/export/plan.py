@@ -42,15 +42,15 @@ class KeepPlan:
                 f"the plan {kind!r} needs prompts, but there are none to decide on; train first, or freeze a task's "
                 "prompts (--plan task) or one prompt (--plan prompt)"
             )
-        own = _mean_ratio(logits, geometries, gate)
+        adaptive = _mean_ratio(logits, geometries, gate)
         mean = [x.float().mean(0, keepdim=True) for x in logits]
-        frozen = replace(gate, threshold=threshold_for(mean, geometries, own, gate.bucket))
-        return cls(kind, _decided(mean, geometries, frozen), len(logits[0]), frozen.threshold, own)
+        frozen_gate = replace(gate, threshold=threshold_for(mean, geometries, adaptive, gate.bucket))
+        return cls(kind, _keep(mean, geometries, frozen_gate), len(logits[0]), frozen_gate.threshold, adaptive)
 
     @classmethod
     def of_prompt(cls, logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> "KeepPlan":
         """Exactly what `gate` decides for one prompt, `logits` (1, H) per site."""
-        keep = _decided(logits, geometries, gate)
+        keep = _keep(logits, geometries, gate)
         return cls("prompt", keep, 1, gate.threshold, _mean_ratio(logits, geometries, gate))
 
     @property
@@ -70,7 +70,7 @@ class KeepPlan:
         }
 
 
-def _decided(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> tuple[Tensor, ...]:
+def _keep(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return tuple(keep[0].cpu() for keep in gate.every([x.float() for x in logits], geometries))
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia import __version__
 from microglia.checkpoint import CONFIG, check_writable, write_atomically
-from microglia.errors import ConfigError
+from microglia.errors import ConfigError, check_choice
 from microglia.export.frozen import frozen, merged
 from microglia.export.plan import KeepPlan
 from microglia.export.to_gguf import write_gguf
@@ -23,7 +23,7 @@ FORMATS = tuple(WRITERS)
 RECORD = "microglia_export.json"
 LOST = {
     "all": (
-        "every prompt is answered with the same heads: nothing is decided from the input, and there is no dial",
+        "every prompt is answered with the same heads: nothing is decided from the input, and no keep ratio can be set",
         "the prompt is read with the kept heads as well, not with every head; agents were not trained for that",
     ),
     "hf": ("it loads with trust_remote_code only: stock classes have one head count for all layers",),
@@ -55,8 +55,7 @@ class Exported:
 
 def check_format(name: str) -> None:
     """Raise ConfigError for a format that does not exist."""
-    if name not in FORMATS:
-        raise ConfigError(f"format={name!r} is unknown; choose one of {', '.join(FORMATS)}")
+    check_choice("format", name, FORMATS)
 
 
 def check_folder(folder: Path) -> None:
@@ -78,35 +77,35 @@ def export(
     *,
     format: str = "hf",
     check: bool = True,
-    about: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | None = None,
 ) -> Exported:
     """Write `model` with the heads of `plan` to `folder`; the model itself is not changed.
 
-    check: read the export back and compare, which for hf needs room for a second model. about: more for the record
-    (accuracy, base model). Raises UnsupportedModelError, one sentence, for what a format cannot hold.
+    check: read the export back and compare, which for hf needs memory for a second model. details: more for the
+    record (accuracy, base model). Raises UnsupportedModelError, one sentence, for what a format cannot hold.
     """
     check_format(format)
     folder = Path(folder)
     check_folder(folder)
     lm = merged(model)
-    dense = _size(lm)
+    dense_parameters, dense_bytes = _size(lm)
     _clear(folder)
     before = _files(folder)
     with frozen(lm, plan) as small:
-        found = WRITERS[format](small, tokenizer, folder, check=check)
-        size = _size(small)
+        difference, lost = WRITERS[format](small, tokenizer, folder, check=check)
+        parameters, size = _size(small)
     exported = Exported(
         format=format,
         folder=folder,
         files=tuple(sorted(_files(folder) - before)),
-        parameters=size[0],
-        dense_parameters=dense[0],
-        bytes=size[1],
-        dense_bytes=dense[1],
-        difference=found["difference"],
-        lost=(*LOST["all"], *LOST[format], *found["lost"]),
+        parameters=parameters,
+        dense_parameters=dense_parameters,
+        bytes=size,
+        dense_bytes=dense_bytes,
+        difference=difference,
+        lost=(*LOST["all"], *LOST[format], *lost),
     )
-    record = {"microglia": __version__, **exported.summary(), **plan.summary(), **(about or {})}
+    record = {"microglia": __version__, **exported.summary(), **plan.summary(), **(details or {})}
     write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
     return exported
 

@@ -1,5 +1,6 @@
 """One GGUF file for llama.cpp, of architecture `deci`: the one whose layers may differ in their head counts."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from microglia.errors import MicrogliaError, UnsupportedModelError
+from microglia.export.frozen import Written
 from microglia.export.gguf_tokenizer import add_tokenizer
 from microglia.export.to_hf import class_name, weights_and_config
 from microglia.geometry import HeadGeometry
@@ -20,21 +22,9 @@ NAME = "model.gguf"
 ARCHITECTURE = "deci"
 CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM")
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-OF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-OF_MODEL = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
+def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> Written:
     """Write the frozen model `lm` as model.gguf. Returns the largest difference of its tensors read back (None
     unchecked), and what llama.cpp cannot hold.
 
@@ -59,7 +49,7 @@ def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return {"difference": _difference(gguf.GGUFReader(folder / NAME), tensors) if check else None, "lost": lost}
+    return _difference(gguf.GGUFReader(folder / NAME), tensors) if check else None, lost
 
 
 def _check(lm: Any) -> None:
@@ -78,19 +68,18 @@ def _check(lm: Any) -> None:
 
 def named_tensors(state: dict[str, Tensor], geometries: list[HeadGeometry]) -> Iterator[tuple[str, Tensor]]:
     """Weights (out, in) and biases (out,) under llama.cpp's names, rows of q and k in its order."""
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(geometries))
     for name, tensor in state.items():
-        owner, _, kind = name.rpartition(".")
-        if owner in OF_MODEL:
-            yield f"{OF_MODEL[owner]}.{kind}", tensor
-            continue
-        layer, _, part = owner.removeprefix("model.layers.").partition(".")
-        if part not in OF_LAYER:
+        new_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if new_name is None:
             raise UnsupportedModelError(
                 f"the model has {name}, which architecture {ARCHITECTURE} does not; export it with --format hf"
             )
-        if part in ("self_attn.q_proj", "self_attn.k_proj"):
-            tensor = in_pairs(tensor, geometries[int(layer)].head_dim)
-        yield f"blk.{layer}.{OF_LAYER[part]}.{kind}", tensor
+        if rotated := re.search(r"\.(\d+)\.self_attn\.[qk]_proj\.", name):
+            tensor = in_pairs(tensor, geometries[int(rotated[1])].head_dim)
+        yield new_name, tensor
 
 
 def in_pairs(rows: Tensor, head_dim: int) -> Tensor:
@@ -117,8 +106,8 @@ def _describe(writer: Any, lm: Any, config: dict[str, Any]) -> list[str]:
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length([config["intermediate_size"]] * len(layers))
-    writer.add_head_count([own["num_attention_heads"] for own in layers])
-    writer.add_head_count_kv([own["num_key_value_heads"] for own in layers])
+    writer.add_head_count([layer["num_attention_heads"] for layer in layers])
+    writer.add_head_count_kv([layer["num_key_value_heads"] for layer in layers])
     writer.add_key_length(config["head_dim"])
     writer.add_value_length(config["head_dim"])
     writer.add_rope_dimension_count(config["head_dim"])
@@ -167,15 +156,8 @@ def read_tensor(entry: Any) -> Tensor:
 
 def _difference(reader: Any, tensors: dict[str, Tensor]) -> float:
     """0.0. Raises MicrogliaError, naming the tensor, when the file holds anything else than it should."""
-    found = {entry.name: read_tensor(entry) for entry in reader.tensors}
-    wrong = [name for name in tensors.keys() ^ found.keys()]
-    wrong += [
-        name
-        for name in found.keys() & tensors.keys()
-        if not torch.equal(found[name].float(), tensors[name].cpu().float())
-    ]
-    if wrong:
-        raise MicrogliaError(
-            f"{sorted(wrong)[0]} reads back differently from the file; write it again, on another disk"
-        )
+    read = {entry.name: read_tensor(entry).float() for entry in reader.tensors}
+    for name in sorted(read.keys() | tensors.keys()):
+        if name not in read or name not in tensors or not torch.equal(read[name], tensors[name].cpu().float()):
+            raise MicrogliaError(f"{name} reads back differently from the file; write it again, on another disk")
     return 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import MicrogliaError, UnsupportedModelError
-from microglia.export.frozen import probe, probe_logits
+from microglia.export.frozen import Written, probe, probe_logits
 from microglia.export.unfused import unfused_config, unfused_weights
 from microglia.models import load_model
 from microglia.sites import find_sites
@@ -58,7 +58,7 @@ def class_name(lm: Any) -> str:
     )
 
 
-def write_hf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
+def write_hf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> Written:
     """Write the frozen model `lm`. Returns the largest difference of its logits to the reloaded ones (None unchecked).
 
     Raises MicrogliaError when what was written does not load as the same model.
@@ -71,7 +71,7 @@ def write_hf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check
     if lm.generation_config is not None:
         lm.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return {"difference": _reloaded_difference(lm, folder) if check else None, "lost": []}
+    return _reloaded_difference(lm, folder) if check else None, []
 
 
 def weights_and_config(lm: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,14 +91,14 @@ def weights_and_config(lm: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         s.layer: {"num_attention_heads": s.geometry.heads, "num_key_value_heads": s.geometry.kv_heads} for s in sites
     }
     if class_name(lm) == "GPT2LMHeadModel":  # one count for q, k and v
-        counts = {layer: {"num_attention_heads": own["num_attention_heads"]} for layer, own in counts.items()}
+        counts = {s.layer: {"num_attention_heads": s.geometry.heads} for s in sites}
     module = FILE.removesuffix(".py")
     row = config.to_dict() | {
         "architectures": [CAUSAL],
         "auto_map": {"AutoModel": f"{module}.MicrogliaModel", "AutoModelForCausalLM": f"{module}.{CAUSAL}"},
         "head_dim": sites[0].geometry.head_dim,  # from the width and the dense count it could not be told any more
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "per_layer_config": {str(layer): own for layer, own in counts.items()},
+        "per_layer_config": {str(layer): heads for layer, heads in counts.items()},
         # Validation reads the dense count, which stays in its old place.
         "allow_global_per_layer_attribute_access": True,
     }
@@ -108,9 +108,8 @@ def weights_and_config(lm: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def modelling_source(family: Family) -> str:
     """The modelling file, on this family's stock classes."""
     source = (resources.files("microglia.export") / family.source).read_text(encoding="utf-8")
-    for stock, own in ((LLAMA.causal, family.causal), (LLAMA.decoder, family.decoder)):
-        source = source.replace(f"import {stock} as", f"import {own} as")
-    return source
+    source = source.replace(f"import {LLAMA.causal} as", f"import {family.causal} as")
+    return source.replace(f"import {LLAMA.decoder} as", f"import {family.decoder} as")
 
 
 def _reloaded_difference(lm: Any, folder: Path) -> float:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.export.frozen import probe
+from microglia.export.frozen import Written, probe
 from microglia.sites import find_sites
 
 GRAPH = "model.onnx"
@@ -19,7 +19,7 @@ TOLERANCE = 1e-5  # of the largest logit: what float32 leaves between two runtim
 STEPS = 3  # decode steps of the comparison, after the prompt
 
 
-def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> dict[str, Any]:
+def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check: bool) -> Written:
     """Write the frozen model `lm` as model.onnx. Returns ONNX Runtime's largest difference in logits (None unchecked).
 
     Raises ConfigError for other types than float32, MicrogliaError when ONNX Runtime answers differently.
@@ -44,7 +44,7 @@ def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
         difference = _difference(lm, onnxruntime.InferenceSession(folder / GRAPH)) if check else None
     finally:
         lm.set_attn_implementation(backend)
-    return {"difference": difference, "lost": []}
+    return difference, []
 
 
 class _Step(nn.Module):
@@ -56,7 +56,7 @@ class _Step(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         """Ids and positions (B, T), mask (B, P + T) → logits (B, T, V), then keys and values (B, G, P + T, D)."""
-        layers: list[Any] = [_filled(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
+        layers: list[Any] = [_cache_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         output = self.lm(
             input_ids=input_ids,
             attention_mask=_masks(self.lm, attention_mask, input_ids.shape[1]),
@@ -67,7 +67,7 @@ class _Step(nn.Module):
         return output.logits, [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
 
 
-def _filled(key: Tensor, value: Tensor) -> DynamicLayer:
+def _cache_layer(key: Tensor, value: Tensor) -> DynamicLayer:
     layer = DynamicLayer()
     layer.lazy_initialization(key, value)
     layer.keys, layer.values = key, value
@@ -84,15 +84,15 @@ def _masks(lm: Any, attention_mask: Tensor, length: int) -> Tensor | dict[str, T
 
 
 def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype, window: int | None) -> Tensor:
-    """Which keys each new token sees, (B, P + T) → (B, 1, T, P + T), additive; made here, as a part of the graph."""
+    """Which keys each new token reads, (B, P + T) → (B, 1, T, P + T), additive; made here, as a part of the graph."""
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = keys[total - length :]
     near = keys[None, :] <= queries[:, None]
     if window is not None:
         near = near & (keys[None, :] > queries[:, None] - window)
-    seen = near[None, None] & attention_mask[:, None, None, :].bool()
-    return torch.where(seen, 0.0, torch.finfo(dtype).min).to(dtype)
+    visible = near[None, None] & attention_mask[:, None, None, :].bool()
+    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def empty_past(lm: Any, rows: int = 1) -> list[Tensor]:
@@ -137,9 +137,9 @@ def _cache_names(prefix: str, sites: range) -> list[str]:
 def run_step(session: Any, ids: Tensor, past: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """One pass of the graph over unpadded ids (1, T): logits (1, T, V) and the longer cache."""
     before, length = past[0].shape[2], ids.shape[1]
-    given = [ids, torch.ones(1, before + length, dtype=torch.long), torch.arange(before, before + length)[None], *past]
+    inputs = [ids, torch.ones(1, before + length, dtype=torch.long), torch.arange(before, before + length)[None], *past]
     names = [entry.name for entry in session.get_inputs()]
-    logits, *present = session.run(None, {name: x.numpy() for name, x in zip(names, given, strict=True)})
+    logits, *present = session.run(None, {name: x.numpy() for name, x in zip(names, inputs, strict=True)})
     return torch.from_numpy(logits), [torch.from_numpy(x) for x in present]
 
 
@@ -151,8 +151,9 @@ def _difference(lm: Any, session: Any) -> float:
     for _ in range(1 + STEPS):
         output = lm(input_ids=ids, past_key_values=cache, use_cache=True)
         logits, cache = output.logits, output.past_key_values
-        found, past = run_step(session, ids, past)
-        largest, scale = max(largest, float((logits - found).abs().max())), max(scale, float(logits.abs().max()))
+        exported_logits, past = run_step(session, ids, past)
+        largest = max(largest, float((logits - exported_logits).abs().max()))
+        scale = max(scale, float(logits.abs().max()))
         ids = logits[:, -1:].argmax(-1)
     if not largest <= TOLERANCE * max(1.0, scale):
         raise MicrogliaError(

@@ -9,10 +9,12 @@ from jinja2 import TemplateError
 from microglia.errors import DataError
 from microglia.serving.config import ServingConfig
 from microglia.serving.job import Event, Job, Sampling
+from microglia.serving.model import PrunedModel
 from microglia.serving.refusal import Refusal
 from microglia.serving.schema import ChatRequest, CompletionRequest, Message
-from microglia.serving.write import PrunedModel
 from microglia.tasks.prompts import check_characters, render_prompt, uses_chat_template
+
+TOO_LONG = "context_length_exceeded"
 
 
 class Admission:
@@ -23,9 +25,9 @@ class Admission:
         self.tokenizer: Any = copy.deepcopy(model.tokenizer)
 
     def jobs(
-        self, request: ChatRequest | CompletionRequest, tell: Callable[[int], Callable[[Event], None]]
+        self, request: ChatRequest | CompletionRequest, receiver: Callable[[int], Callable[[Event], None]]
     ) -> list[Job]:
-        """The jobs of a request, one a prompt; `tell(index)` is whom each tells. Raises Refusal or MicrogliaError."""
+        """The jobs of a request, one a prompt; `receiver(index)` takes their events. Raises Refusal, MicrogliaError."""
         if request.model != self.config.name:
             raise unknown_model(request.model)
         if isinstance(request, ChatRequest):
@@ -41,10 +43,9 @@ class Admission:
         jobs = []
         for index, prompt in enumerate(prompts):
             tokens = self.count(prompt, field)
-            sampling = Sampling(
-                self.new_tokens(tokens, longest, field), request.temperature, request.top_p, request.seed, request.stops
-            )
-            jobs.append(Job(prompt, tokens, pruning, sampling, tell(index)))
+            new_tokens = self.new_tokens(tokens, longest, field)
+            sampling = Sampling(new_tokens, request.temperature, request.top_p, request.seed, request.stops)
+            jobs.append(Job(prompt, tokens, pruning, sampling, receiver(index)))
         return jobs
 
     def chat(self, messages: Sequence[Message]) -> str:
@@ -52,20 +53,18 @@ class Admission:
         if not messages[-1].text.strip():
             raise Refusal(400, "the last message is empty; give it some text", param="messages")
         if uses_chat_template(self.tokenizer):
-            told = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
+            turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
             try:
-                return str(self.tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True))
+                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
             except TemplateError as error:
-                raise Refusal(
-                    400, f"the model's chat template refuses these messages ({error}); send others", param="messages"
-                ) from error
+                sentence = f"the model's chat template refuses these messages ({error}); send others"
+                raise Refusal(400, sentence, param="messages") from error
         if len(messages) != 1 or messages[0].role != "user":
-            raise Refusal(
-                400,
+            sentence = (
                 "this model has no chat template, so it knows no roles and no history; send one user message, or a "
-                "complete prompt to /v1/completions",
-                param="messages",
+                "complete prompt to /v1/completions"
             )
+            raise Refusal(400, sentence, param="messages")
         return render_prompt(self.tokenizer, messages[0].text, self.model.template)
 
     def count(self, prompt: str, field: str) -> int:
@@ -79,35 +78,26 @@ class Admission:
             raise DataError("the prompt holds no character that the model's tokenizer knows; give it some text")
         most = self.config.max_prompt_tokens
         if most is not None and tokens > most:
-            raise self._too_long(f"the prompt has {tokens} tokens and this server reads {most}; shorten it", field)
+            sentence = f"the prompt has {tokens} tokens and this server reads {most}; shorten it"
+            raise Refusal(400, sentence, param=field, code=TOO_LONG)
         return tokens
 
-    def new_tokens(self, prompt_tokens: int, asked: int | None, field: str) -> int:
-        """The longest answer: what was asked for, or else all that server and context allow."""
-        most, room = self.config.max_new_tokens, self.model.room
-        left = most if room is None else room - prompt_tokens
-        if left < (asked or 1):
-            raise self._too_long(
-                f"the prompt has {prompt_tokens} tokens and {asked or 1} more were asked for, but the model's context "
-                f"is {room}; shorten the prompt or lower max_tokens",
-                field,
+    def new_tokens(self, prompt_tokens: int, max_tokens: int | None, field: str) -> int:
+        """The longest answer: `max_tokens`, or else all that server and context allow."""
+        most, context, wanted = self.config.max_new_tokens, self.model.context_length, max_tokens or 1
+        if context is not None and context - prompt_tokens < wanted:
+            sentence = (
+                f"the prompt has {prompt_tokens} tokens and {wanted} more were asked for, but the model's context is "
+                f"{context}; shorten the prompt or lower max_tokens"
             )
-        if asked is not None and asked > most:
-            raise Refusal(
-                400, f"max_tokens={asked} was given and this server writes at most {most}; lower it", param="max_tokens"
-            )
-        return min(most, left) if asked is None else asked
-
-    @staticmethod
-    def _too_long(sentence: str, field: str) -> Refusal:
-        return Refusal(400, sentence, param=field, code="context_length_exceeded")
+            raise Refusal(400, sentence, param=field, code=TOO_LONG)
+        if wanted > most:
+            sentence = f"max_tokens={max_tokens} was given and this server writes at most {most}; lower it"
+            raise Refusal(400, sentence, param="max_tokens")
+        return max_tokens or (most if context is None else min(most, context - prompt_tokens))
 
 
 def unknown_model(name: str) -> Refusal:
     """What OpenAI says of a model it does not have."""
-    return Refusal(
-        404,
-        f"The model `{name}` does not exist or you do not have access to it; /v1/models lists what there is.",
-        param="model",
-        code="model_not_found",
-    )
+    sentence = f"The model `{name}` does not exist or you do not have access to it; /v1/models lists what there is."
+    return Refusal(404, sentence, param="model", code="model_not_found")

@@ -1,10 +1,10 @@
-"""What the model tells, on its thread, becomes OpenAI's answers and chunks, on the event loop."""
+"""The events of the model's thread become OpenAI's answers and chunks on the event loop."""
 
 import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from typing import Any
 
@@ -12,39 +12,46 @@ from pydantic import BaseModel
 
 from microglia.serving import schema as s
 from microglia.serving.job import Event, Failed, Finished, Job, Piece
+from microglia.serving.metrics import Metrics
 from microglia.serving.refusal import Refusal
 
 
-class Asked:
+class PendingRequest:
     """One request: its jobs, and the queue through which their events come over from the model's thread."""
 
-    def __init__(self, model: str, chat: bool) -> None:
-        self.loop, self.events = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
+    def __init__(self, model: str, chat: bool, metrics: Metrics) -> None:
+        self.loop, self.queue = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Event]]()
         self.jobs: list[Job] = []
-        self.model, self.chat = model, chat
-        self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
+        self.chat, self.metrics = chat, metrics
+        self.identity: dict[str, Any] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
 
-    def tell(self, index: int) -> Callable[[Event], None]:
-        """Whom job `index` tells; from any thread."""
+    def receiver(self, index: int) -> Callable[[Event], None]:
+        """A function that takes the events of job `index`, on any thread."""
 
-        def put(event: Event) -> None:
+        def receive(event: Event) -> None:
+            if isinstance(event, Finished):
+                self.metrics.finished(self.jobs[index], event)
             with suppress(RuntimeError):  # the loop is closed: the server was ended by force and nobody listens
-                self.loop.call_soon_threadsafe(self.events.put_nowait, (index, event))
+                self.loop.call_soon_threadsafe(self.queue.put_nowait, (index, event))
 
-        return put
+        return receive
 
-    def cancel(self) -> int:
-        """Nobody waits any more: let the model write no further. Returns how many answers were cut."""
-        cut = [job for job in self.jobs if not (job.ended or job.cancelled)]
-        for job in cut:
-            job.cancelled = True
-        return len(cut)
+    def cancel(self) -> None:
+        """Nobody waits any more: let the model write no further. Nothing happens after a whole answer."""
+        for job in self.jobs:
+            if not (job.ended or job.cancelled):
+                job.cancelled = True
+                self.metrics.answers.labels("cut").inc()
 
-    async def told(self) -> AsyncIterator[tuple[int, Piece | Finished]]:
+    async def events(self) -> AsyncIterator[tuple[int, Piece | Finished]]:
         """Every event until the last job has finished. Raises Refusal when one fails."""
         open_jobs = len(self.jobs)
         while open_jobs:
-            index, event = await self.events.get()
+            index, event = await self.queue.get()
             if isinstance(event, Failed):
                 raise Refusal(500, event.sentence)
             open_jobs -= isinstance(event, Finished)
@@ -54,21 +61,20 @@ class Asked:
         """The whole answer at once."""
         texts = [""] * len(self.jobs)
         ends: dict[int, Finished] = {}
-        async for index, event in self.told():
+        async for index, event in self.events():
             if isinstance(event, Piece):
                 texts[index] += event.text
             else:
                 ends[index] = event
         usage = self.usage(ends)
-        about: dict[str, Any] = {"id": self.id, "created": self.created, "model": self.model, "usage": usage}
         if self.chat:
-            message = s.ChatMessage(content=texts[0])
-            return s.ChatCompletion(choices=[s.ChatChoice(message=message, finish_reason=ends[0].reason)], **about)
+            choice = s.ChatChoice(message=s.ChatMessage(content=texts[0]), finish_reason=ends[0].reason)
+            return s.ChatCompletion(choices=[choice], usage=usage, **self.identity)
         choices = [
             s.CompletionChoice(index=index, text=text, finish_reason=ends[index].reason)
             for index, text in enumerate(texts)
         ]
-        return s.Completion(choices=choices, **about)
+        return s.Completion(choices=choices, usage=usage, **self.identity)
 
     async def stream(self, with_usage: bool) -> AsyncIterator[str]:
         """The answer as server-sent events. What fails after the first of them is an error object among them."""
@@ -76,7 +82,7 @@ class Asked:
         try:
             if self.chat:
                 yield self.chunk(s.ChunkChoice(delta=s.Delta(role="assistant", content="")))
-            async for index, event in self.told():
+            async for index, event in self.events():
                 if isinstance(event, Finished):
                     ends[index] = event
                 text, reason = (event.text, None) if isinstance(event, Piece) else ("", event.reason)
@@ -85,8 +91,8 @@ class Asked:
                     yield self.chunk(s.ChunkChoice(delta=delta, finish_reason=reason))
                 else:
                     yield self.chunk(s.CompletionChoice(index=index, text=text, finish_reason=reason))
-        except Refusal as refused:
-            yield _sent(refused.body)
+        except Refusal as refusal:
+            yield _server_sent(refusal.body)
             return
         if with_usage:
             yield self.chunk(usage=self.usage(ends))
@@ -94,32 +100,28 @@ class Asked:
 
     def chunk(self, *choices: BaseModel, usage: s.Usage | None = None) -> str:
         kind = s.ChatChunk if self.chat else s.Completion
-        whole = kind(id=self.id, created=self.created, model=self.model, choices=choices, usage=usage).model_dump()  # type: ignore[arg-type]
-        for choice in whole["choices"]:
-            if "delta" in choice:  # what a chunk does not bring is not there
+        chunk = kind(**self.identity, choices=choices, usage=usage).model_dump()  # type: ignore[arg-type]
+        for choice in chunk["choices"]:
+            if "delta" in choice:  # a chunk leaves out what it does not add
                 choice["delta"] = {name: value for name, value in choice["delta"].items() if value is not None}
-        return _sent(whole)
+        return _server_sent(chunk)
 
     def usage(self, ends: dict[int, Finished]) -> s.Usage:
         """Sums over the request's prompts; seconds of the slowest."""
-        prompt = sum(job.prompt_tokens for job in self.jobs)
-        completion = sum(end.completion_tokens for end in ends.values())
-        kept, heads = sum(end.heads_kept for end in ends.values()), sum(end.heads for end in ends.values())
+        prompt_tokens = sum(job.prompt_tokens for job in self.jobs)
+        completion_tokens = sum(end.completion_tokens for end in ends.values())
+        heads_kept, heads = sum(end.heads_kept for end in ends.values()), sum(end.heads for end in ends.values())
         return s.Usage(
-            prompt_tokens=prompt,
-            completion_tokens=completion,
-            total_tokens=prompt + completion,
-            sparsity=1 - kept / heads,
-            heads_kept=kept,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=completion_tokens,
+            total_tokens=prompt_tokens + completion_tokens,
+            sparsity=1 - heads_kept / heads,
+            heads_kept=heads_kept,
             heads=heads,
-            queued_seconds=_slowest([end.queued_seconds for end in ends.values()]),
-            seconds=_slowest([end.seconds for end in ends.values()]),
+            queued_seconds=round(max(end.queued_seconds for end in ends.values()), 6),
+            seconds=round(max(end.seconds for end in ends.values()), 6),
         )
 
 
-def _slowest(seconds: Sequence[float]) -> float:
-    return round(max(seconds), 6)
-
-
-def _sent(value: Any) -> str:
+def _server_sent(value: Any) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"

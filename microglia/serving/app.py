@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -22,18 +22,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from microglia import __version__
 from microglia.serving import schema as s
 from microglia.serving.admission import Admission, unknown_model
-from microglia.serving.answers import Asked
+from microglia.serving.answers import PendingRequest
 from microglia.serving.config import ServingConfig
-from microglia.serving.job import Event, Finished
 from microglia.serving.metrics import CONTENT_TYPE, Metrics
-from microglia.serving.queue import Worker
-from microglia.serving.refusal import SHOWN, Refusal, install, refusal
-from microglia.serving.write import PrunedModel
+from microglia.serving.model import PrunedModel
+from microglia.serving.refusal import SHOWN, Refusal, install, refusal_of
+from microglia.serving.worker import Worker
 
-GONE = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
+CLIENT_CLOSED = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
 PORT = re.compile(r":\d*$")
-OWN_NAMES = {"127.0.0.1", "localhost", "[::1]"}
-SENTENCES: dict[int | str, str] = {
+LOOPBACK_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+Responses = dict[int | str, dict[str, Any]]
+DESCRIPTIONS: dict[int | str, str] = {
     400: "The request is wrong, or asks for what this server does not do.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
@@ -43,17 +43,15 @@ SENTENCES: dict[int | str, str] = {
     500: "The model failed.",
     503: "The server is shutting down.",
 }
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": s.Error, "description": text} for status, text in SENTENCES.items()
-}
+REFUSALS: Responses = {status: {"model": s.Error, "description": text} for status, text in DESCRIPTIONS.items()}
 
 
-def _events(kind: str) -> dict[int | str, dict[str, Any]]:
+def _events(kind: str) -> Responses:
     """What a completion's address returns beside JSON: events with a `kind` each, the last with the text [DONE]."""
-    data = {"type": "string", "contentMediaType": "application/json"}
-    data["contentSchema"] = {"$ref": f"#/components/schemas/{kind}"}  # type: ignore[assignment]
-    told = "The answer; with `stream`, server-sent events, whose data is this, or an error, and at the end [DONE]."
-    return {200: {"description": told, "content": {"text/event-stream": {"schema": data}}}}
+    content_schema = {"$ref": f"#/components/schemas/{kind}"}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content_schema}
+    text = "The answer; with `stream`, server-sent events, whose data is this, or an error, and at the end [DONE]."
+    return {200: {"description": text, "content": {"text/event-stream": {"schema": data}}}}
 
 
 def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
@@ -75,15 +73,16 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
         redoc_url=None,
     )
     install(app)
-    app.add_middleware(_Bounded, most=config.max_body_bytes)
-    app.add_middleware(_Counted, metrics=service.metrics)
+    app.add_middleware(_BodyLimit, most=config.max_body_bytes)
+    app.add_middleware(_RequestCounter, metrics=service.metrics)
     if config.loopback and config.api_key is None:
         # A page in a browser on this machine must not reach the model through a name that it lets point here.
-        app.add_middleware(_Named, names=OWN_NAMES | {f"[{config.host}]" if ":" in config.host else config.host})
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        app.add_middleware(_HostNames, names=LOOPBACK_NAMES | {host})
     app.include_router(service.open_addresses())
     app.include_router(service.guarded_addresses())
-    plain = app.openapi
-    app.openapi = cache(lambda: s.with_chunks(plain()))  # type: ignore[method-assign]
+    openapi = app.openapi
+    app.openapi = cache(lambda: s.with_chunks(openapi()))  # type: ignore[method-assign]
     app.state.service = service
     return app
 
@@ -93,15 +92,9 @@ class _Service:
 
     def __init__(self, model: PrunedModel, config: ServingConfig) -> None:
         self.config, self.admission = config, Admission(model, config)
-        self.worker = Worker(
-            model,
-            max_batch=config.max_batch,
-            max_waiting=config.max_waiting,
-            batch_by=config.batch_by,
-            on_batch=lambda jobs: self.metrics.batch(jobs),
-        )
+        self.worker = Worker(model, config, on_batch=lambda jobs: self.metrics.batch(jobs))
         self.metrics = Metrics(lambda: len(self.worker.waiting), lambda: len(self.worker.running))
-        self.one_at_a_time = CapacityLimiter(1)  # the tokenizer's
+        self.tokenizer_limiter = CapacityLimiter(1)  # no two threads may use it at once
         self.card = s.ModelCard(id=config.name, created=int(time.time()))
 
     def open_addresses(self) -> APIRouter:
@@ -157,10 +150,10 @@ class _Service:
         key = self.config.api_key
         bearer = HTTPBearer(auto_error=False, description="The server's API key, if it has one.")
 
-        async def check(given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-            if key is None or (given and secrets.compare_digest(given.credentials.encode(), key.encode())):
+        async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
+            if key is None or (credentials and secrets.compare_digest(credentials.credentials.encode(), key.encode())):
                 return
-            what = "the API key is wrong" if given else "no API key was given"
+            what = "the API key is wrong" if credentials else "no API key was given"
             raise Refusal(
                 401, f"{what}; send Authorization: Bearer KEY", code="invalid_api_key", kind="authentication_error"
             )
@@ -169,63 +162,44 @@ class _Service:
 
     async def complete(self, body: s.ChatRequest | s.CompletionRequest, request: Request) -> Any:
         """Admit a request, queue its jobs, and answer it at once or piece by piece."""
-        asked = Asked(body.model, isinstance(body, s.ChatRequest))
+        pending = PendingRequest(body.model, isinstance(body, s.ChatRequest), self.metrics)
         # In a thread, so that a long prompt does not hold up the others' pieces.
-        asked.jobs = await run_sync(
-            self.admission.jobs, body, lambda index: self.counted(asked, index), limiter=self.one_at_a_time
-        )
-        self.worker.submit(asked.jobs)
+        pending.jobs = await run_sync(self.admission.jobs, body, pending.receiver, limiter=self.tokenizer_limiter)
+        self.worker.submit(pending.jobs)
         if body.stream:
-            return _Events(
-                asked.stream(bool(body.stream_options and body.stream_options.include_usage)), lambda: self.cut(asked)
-            )
-        answer, gone = asyncio.create_task(asked.answer()), asyncio.create_task(_hung_up(request))
+            with_usage = bool(body.stream_options and body.stream_options.include_usage)
+            return _Events(pending.stream(with_usage), pending.cancel)
+        answer, disconnect = asyncio.create_task(pending.answer()), asyncio.create_task(_disconnected(request))
         try:
-            await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return answer.result() if answer.done() else Response(status_code=GONE)
+            await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            return answer.result() if answer.done() else Response(status_code=CLIENT_CLOSED)
         finally:
             answer.cancel()
-            gone.cancel()
-            self.cut(asked)
-
-    def counted(self, asked: Asked, index: int) -> Callable[[Event], None]:
-        """Tells the request, and the metrics."""
-        tell = asked.tell(index)
-
-        def both(event: Event) -> None:
-            if isinstance(event, Finished):
-                self.metrics.finished(asked.jobs[index], event)
-            tell(event)
-
-        return both
-
-    def cut(self, asked: Asked) -> None:
-        """End what nobody waits for any more; nothing, after a whole answer."""
-        if count := asked.cancel():
-            self.metrics.answers.labels("cut").inc(count)
+            disconnect.cancel()
+            pending.cancel()
 
 
 class _Events(StreamingResponse):
-    """Server-sent events; `closed` is called at their end, also when the client hangs up before the first."""
+    """Server-sent events; `on_close` is called at their end, also when the client hangs up before the first."""
 
-    def __init__(self, events: AsyncIterator[str], closed: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[str], on_close: Callable[[], None]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self.closed = closed
+        self.on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.closed()
+            self.on_close()
 
 
-async def _hung_up(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     """Returns when the client has closed the connection."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-class _Bounded:
+class _BodyLimit:
     """Refuses bodies of more than `most` bytes before they are read, or while, if they do not say how long they are."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
@@ -233,15 +207,12 @@ class _Bounded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """FastAPI's own max_body_size refuses with plain text, which OpenAI's clients cannot read."""
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        told = Headers(scope=scope).get("content-length", "")
-        if told.isdecimal() and int(told) > self.most:
-            refused = refusal(HTTPException(413))
-            return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+        length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
+        if length.isdecimal() and int(length) > self.most:
+            return await refusal_of(HTTPException(413)).response(scope, receive, send)
         total = 0
 
-        async def counted() -> Message:
+        async def receive_limited() -> Message:
             nonlocal total
             message = await receive()
             total += len(message.get("body", b""))
@@ -249,10 +220,10 @@ class _Bounded:
                 raise HTTPException(413)
             return message
 
-        await self.app(scope, counted, send)
+        await self.app(scope, receive_limited, send)
 
 
-class _Named:
+class _HostNames:
     """Refuses requests to other host names than `names`; starlette's own refuses with plain text."""
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
@@ -263,23 +234,22 @@ class _Named:
             name = PORT.sub("", Headers(scope=scope).get("host", "")).lower()
             if name not in self.names:
                 sentence = f"this server does not answer as {name[:SHOWN]!r}; send requests to http://127.0.0.1:PORT"
-                refused = Refusal(400, sentence, code="unknown_host")
-                return await JSONResponse(refused.body, refused.status)(scope, receive, send)
+                return await Refusal(400, sentence, code="unknown_host").response(scope, receive, send)
         await self.app(scope, receive, send)
 
 
-class _Counted:
+class _RequestCounter:
     """Counts requests by address and status, whoever answers them."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def watched(message: Message) -> None:
+        async def send_counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = scope.get("route")  # the pattern and not the path: an address made up by a client is no label
                 path = getattr(route, "path", "other")
                 self.metrics.requests.labels(path, str(message["status"])).inc()
             await send(message)
 
-        await self.app(scope, receive, watched if scope["type"] == "http" else send)
+        await self.app(scope, receive, send_counted)

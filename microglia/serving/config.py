@@ -3,8 +3,9 @@
 import ipaddress
 from dataclasses import dataclass
 
-from microglia.errors import ConfigError
-from microglia.serving.queue import BATCH_BY
+from microglia.errors import ConfigError, check_choice
+
+BATCH_BY = ("settings", "decision")
 
 SIZES = ("max_batch", "max_waiting", "max_new_tokens", "max_prompt_tokens", "max_body_bytes")
 
@@ -14,9 +15,11 @@ class ServingConfig:
     """Raises ConfigError for what cannot be.
 
     name: the model's, in requests; api_key: what clients must send as bearer; max_batch: prompts that are answered
-    together; max_waiting: prompts in the queue, more get 429; max_new_tokens: the longest answer; max_prompt_tokens:
-    the longest prompt, None for what the context holds; max_body_bytes: of a request; batch_by: `settings` or
-    `decision`, see `queue.Worker`; grace: seconds that running answers get at the end, None for all they need.
+    together; max_waiting: prompts in the queue, those being answered not counted, more get 429; max_new_tokens: the
+    longest answer; max_prompt_tokens: the longest prompt, None for what the context holds; max_body_bytes: of a
+    request; batch_by: `settings` takes the oldest jobs of equal pruning, `decision` counts the heads that all of those
+    will keep, when there are more than fit, and takes the ones that keep about as many as the oldest; grace: seconds
+    that running answers get at the end, None for all they need.
     """
 
     name: str
@@ -36,8 +39,7 @@ class ServingConfig:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ConfigError(f"{field}={value} was given; it must be at least 1")
-        if self.batch_by not in BATCH_BY:
-            raise ConfigError(f"batch_by={self.batch_by!r} is unknown; choose {' or '.join(BATCH_BY)}")
+        check_choice("batch_by", self.batch_by, BATCH_BY)
         if not 0 <= self.port < 2**16:
             raise ConfigError(f"port={self.port} was given; it must be below 65536, 0 takes a free one")
         if not self.name.strip():

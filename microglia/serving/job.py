@@ -1,4 +1,4 @@
-"""One prompt on its way through the server, and what is told about it while its answer is written."""
+"""One prompt on its way through the server, and the events that its answer is made of."""
 
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which jobs may share a batch: those whose prompts are pruned alike. threshold None leaves the model dense."""
+    """Jobs of equal pruning may share a batch. threshold None leaves the model dense."""
 
     threshold: float | None
 
@@ -53,7 +53,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer: a sentence that says why, for the one who asked."""
+    """No answer: a sentence that says why, for the client."""
 
     sentence: str
 
@@ -63,32 +63,32 @@ Event = Piece | Finished | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A prompt, ready for the model, and whom to tell. `tell` is called on the model's thread and must not block.
+    """A prompt, ready for the model. `emit` takes its events; it is called on the model's thread and must not block.
 
     cancelled: set from any thread when nobody waits for the answer any more; the model then writes no further.
-    counts: kept heads per site, where batches are formed by decision; None as long as nobody looked.
+    kept_heads: per site, where batches are formed by decision; None as long as they have not been counted.
     """
 
     prompt: str
     prompt_tokens: int
     pruning: Pruning
     sampling: Sampling
-    tell: Callable[[Event], None]
-    arrived: float = field(default_factory=time.monotonic)
+    emit: Callable[[Event], None]
+    arrival: float = field(default_factory=time.monotonic)
     cancelled: bool = False
-    told: bool = False  # whether any character of the answer has left
+    has_output: bool = False  # whether any character of the answer has left
     ended: bool = False
-    counts: tuple[int, ...] | None = None
+    kept_heads: tuple[int, ...] | None = None
 
-    def piece(self, text: str) -> None:
-        """Tell the next characters, if there are any and somebody listens."""
+    def emit_text(self, text: str) -> None:
+        """Emit the next characters, if there are any and somebody waits for them."""
         if text and not self.cancelled:
-            self.told = True
-            self.tell(Piece(text))
+            self.has_output = True
+            self.emit(Piece(text))
 
     def end(self, event: Finished | Failed) -> None:
-        """Tell the end, once."""
+        """Emit the end, once."""
         if not self.ended:
             self.ended = True
             if not self.cancelled:
-                self.tell(event)
+                self.emit(event)

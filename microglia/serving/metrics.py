@@ -13,7 +13,7 @@ SHARES = tuple(i / 20 for i in range(1, 21))
 
 
 class Metrics:
-    """Counters of one server; waiting and running are asked for whenever somebody looks."""
+    """Counters of one server; `waiting` and `running` are called whenever the metrics are read."""
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()

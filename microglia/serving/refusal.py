@@ -9,9 +9,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from microglia.errors import MicrogliaError
-from microglia.serving.queue import Full, Stopped
+from microglia.serving.worker import Full, Stopped
 
 SHOWN = 60  # characters of a wrong value that a sentence repeats
+HTTP_SENTENCES = {
+    404: "there is nothing at this address; POST to /v1/chat/completions or /v1/completions",
+    405: "this address does not take this method; POST completions, GET everything else",
+    413: "the request is larger than this server reads; send less text",
+}
 
 
 class Refusal(Exception):
@@ -27,15 +32,18 @@ class Refusal(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        told = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
-        return {"error": {name: value and _encodable(value) for name, value in told.items()}}
+        """OpenAI's error object."""
+        error = {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}
+        # JSON may carry half a surrogate pair, UTF-8 may not.
+        return {"error": {k: v and v.encode("utf-8", "backslashreplace").decode("utf-8") for k, v in error.items()}}
 
     @property
-    def headers(self) -> dict[str, str]:
-        return {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status, {})
+    def response(self) -> JSONResponse:
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status)
+        return JSONResponse(self.body, self.status, headers)
 
 
-def refusal(error: Exception) -> Refusal:
+def refusal_of(error: Exception) -> Refusal:
     """Any exception as a refusal; what is not meant for clients becomes a 500 without details."""
     match error:
         case Refusal():
@@ -48,10 +56,9 @@ def refusal(error: Exception) -> Refusal:
             return Refusal(400, str(error))
         case RequestValidationError():
             return _invalid(error.errors())
-        case HTTPException(status_code=413):
-            return Refusal(413, "the request is larger than this server reads; send less text", code="body_too_large")
-        case HTTPException():
-            return Refusal(error.status_code, _http(error))
+        case HTTPException(status_code=status):
+            code = "body_too_large" if status == 413 else None
+            return Refusal(status, HTTP_SENTENCES.get(status, str(error.detail)), code=code)
     return Refusal(500, "something in the server failed; its log says what")
 
 
@@ -59,24 +66,10 @@ def install(app: FastAPI) -> None:
     """Let `app` answer every exception with a refusal."""
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
-        told = refusal(error)
-        return JSONResponse(told.body, told.status, headers=told.headers)
+        return refusal_of(error).response
 
     for kind in (Refusal, MicrogliaError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, refuse)
-
-
-def _encodable(text: str) -> str:
-    """JSON may carry half a surrogate pair, UTF-8 may not."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _http(error: HTTPException) -> str:
-    known = {
-        404: "there is nothing at this address; POST to /v1/chat/completions or /v1/completions",
-        405: "this address does not take this method; POST completions, GET everything else",
-    }
-    return known.get(error.status_code, str(error.detail))
 
 
 def _invalid(errors: Sequence[Any]) -> Refusal:
@@ -94,26 +87,22 @@ def _invalid(errors: Sequence[Any]) -> Refusal:
     if error["type"] == "extra_forbidden" or not (last in ("body", "str") or "[" in last):
         path.append(last)
     param = ".".join(path) or None
-    given = repr(error.get("input"))
-    given = given if len(given) <= SHOWN else given[:SHOWN] + "…"
+    value = repr(error.get("input"))
+    value = value if len(value) <= SHOWN else value[:SHOWN] + "…"
+    code: str | None
     match error["type"]:
         case "json_invalid":
             return Refusal(400, "the body is no JSON; send a JSON object with Content-Type: application/json")
-        case "missing":
-            what = f"{param} is missing" if param else "the body is missing"
-            return Refusal(400, f"{what}; give it", param=param, code="missing_required_parameter")
-        case "extra_forbidden":
-            return Refusal(
-                400, f"{param} is nothing that this server does; leave it out", param=param, code="unknown_parameter"
-            )
-        case "literal_error":
-            return Refusal(
-                400,
-                f"{param}={given} is not supported; give {error['ctx']['expected']}",
-                param=param,
-                code="unsupported_value",
-            )
         case "model_attributes_type" | "dict_type" if param is None:
             return Refusal(400, "the body is no JSON object; send one with Content-Type: application/json")
-    message = str(error["msg"])
-    return Refusal(400, f"{param}={given} was given; {message[:1].lower()}{message[1:]}", param=param)
+        case "missing":
+            sentence, code = f"{param or 'the body'} is missing; give it", "missing_required_parameter"
+        case "extra_forbidden":
+            sentence, code = f"{param} is nothing that this server does; leave it out", "unknown_parameter"
+        case "literal_error":
+            expected = error["ctx"]["expected"]
+            sentence, code = f"{param}={value} is not supported; give {expected}", "unsupported_value"
+        case _:
+            message = str(error["msg"])
+            sentence, code = f"{param}={value} was given; {message[:1].lower()}{message[1:]}", None
+    return Refusal(400, sentence, param=param, code=code)

@@ -15,7 +15,7 @@ Zero = Annotated[float, Field(ge=0, le=0)]
 LARGEST_SEED = 2**63 - 1
 
 
-class Given(BaseModel):
+class RequestModel(BaseModel):
     """Parent of what clients send: unknown names are refused, null is the same as leaving out."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -26,14 +26,14 @@ class Given(BaseModel):
         return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
-class StreamOptions(Given):
+class StreamOptions(RequestModel):
     """What goes over the stream beside the answer."""
 
     include_usage: bool = Field(False, description="Send the usage in one more chunk at the end.")
     include_obfuscation: bool = Field(False, description="Accepted, has no effect.")
 
 
-class Request(Given):
+class Request(RequestModel):
     """What chat and text completions have in common."""
 
     model: str = Field(description="A name that /v1/models lists.")
@@ -59,14 +59,14 @@ class Request(Given):
         return tuple(stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop) if stop)
 
 
-class TextPart(Given):
+class TextPart(RequestModel):
     """One part of a message; images and sound are refused."""
 
     type: Literal["text"]
     text: str
 
 
-class Message(Given):
+class Message(RequestModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -78,14 +78,14 @@ class Message(Given):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class TextFormat(Given):
+class TextFormat(RequestModel):
     """The only format that is written."""
 
     type: Literal["text"]
 
 
 class ChatRequest(Request):
-    """A conversation whose next turn is asked for."""
+    """A conversation whose next turn is to be written."""
 
     messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, description="Longest answer; without it, what the server allows.")
@@ -135,22 +135,34 @@ class ChatMessage(BaseModel):
     content: str
 
 
-class ChatChoice(BaseModel):
-    """The answer to a conversation and how it ended."""
+class Choice(BaseModel):
+    """What all kinds of choices have; a chunk has a reason only when the answer ends with it."""
 
     index: int = 0
-    message: ChatMessage
     logprobs: None = None
+    finish_reason: Reason | None = None
+
+
+class Response(BaseModel):
+    """What all answers and chunks have."""
+
+    id: str
+    created: int
+    model: str
+    usage: Usage | None = None
+
+
+class ChatChoice(Choice):
+    """The answer to a conversation and how it ended."""
+
+    message: ChatMessage
     finish_reason: Reason
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Response):
     """The whole answer to a conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -162,44 +174,30 @@ class Delta(BaseModel):
     content: str | None = None
 
 
-class ChunkChoice(BaseModel):
+class ChunkChoice(Choice):
     """A chunk's part of the answer."""
 
-    index: int = 0
     delta: Delta
-    logprobs: None = None
-    finish_reason: Reason | None = None
 
 
-class ChatChunk(BaseModel):
+class ChatChunk(Response):
     """One event of a streamed conversation."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChunkChoice]
-    usage: Usage | None = None
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Choice):
     """The continuation of one prompt; `index` says of which."""
 
-    index: int
     text: str
-    logprobs: None = None
-    finish_reason: Reason | None = None
 
 
-class Completion(BaseModel):
+class Completion(Response):
     """An answer, and when streaming each chunk of it."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
     choices: list[CompletionChoice]
-    usage: Usage | None = None
 
 
 class ModelCard(BaseModel):

@@ -46,10 +46,10 @@ class GrowingText:
 
     def _certain(self, new: str) -> str:
         text, self.held = self.held + new, ""
-        found = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
-        if found:
+        starts = [start for stop in self.stop if (start := text.find(stop)) >= 0]
+        if starts:
             self.stopped = True
-            return text[: min(found)]
+            return text[: min(starts)]
         held = max((_overlap(text, stop) for stop in self.stop), default=0)
         self.held = text[len(text) - held :]
         return text[: len(text) - held]

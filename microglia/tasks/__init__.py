@@ -8,8 +8,8 @@ from microglia.tasks.arithmetic import ArithmeticTask
 from microglia.tasks.base import Choices, Example, Task
 from microglia.tasks.bbh import BbhLogicTask, BbhTask
 from microglia.tasks.gsm8k import Gsm8kTask
+from microglia.tasks.hendrycks_math import Math500Task, MathTask
 from microglia.tasks.jsonl import JsonlTask
-from microglia.tasks.math import Math500Task, MathTask
 from microglia.tasks.svamp import SvampTask
 
 TASKS: dict[str, type[Task]] = {

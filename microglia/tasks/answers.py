@@ -21,7 +21,7 @@ ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:(?:is|are|will be|would be|must be|eq
 AFTER_HASHES = re.compile(r" ?[%°]?[A-Za-z/²³]*(?: [A-Za-z/²³]+){0,4}[ .*_$)\]}!]*(?:<[^>]*>)?$")
 ANOTHER_QUESTION = re.compile(r"\n[ \t]*(?:Question|Q|Problem)[ \t]*:", re.I)
 LIST_STARTS = re.compile(r"1[.)]\s+\S")  # "Answer:" and, on the next line, "1. Find the total"
-LONGEST_BOX = 300  # characters looked at for the closing brace, so that a babbling model costs no quadratic time
+LONGEST_BOX = 300  # characters read in search of the closing brace
 LARGEST_EXPONENT = 40  # 1e999999999 would otherwise be written out in full
 
 UNICODE = str.maketrans(
@@ -43,14 +43,32 @@ def extract_answer(text: str) -> str | None:
     last "the answer is n", the last `\\boxed{n}`, the last number. What follows a new `Question:` is ignored: it is
     the model's own invention.
     """
-    text = _plain(text)
-    if (another := ANOTHER_QUESTION.search(text)) and text[: another.start()].strip():
-        text = text[: another.start()]
-    for found in (_after_hashes(text), _after_answer_is(text), _boxed(text)):
-        if found is not None:
-            return found
+    text = before_next_question(_plain(text))
+    for answer in (_after_hashes(text), _after_answer_is(text), _boxed(text)):
+        if answer is not None:
+            return answer
     numbers = [_canonical(match) for match in NUMBER.finditer(text)]
     return numbers[-1] if numbers else None
+
+
+def before_next_question(text: str) -> str:
+    """Text up to a `Question:` that a model has made up after its answer."""
+    another = ANOTHER_QUESTION.search(text)
+    return text[: another.start()] if another and text[: another.start()].strip() else text
+
+
+def braced(text: str, start: int, limit: int) -> tuple[str, bool]:
+    """What stands between an opening brace before `start` and its closing one, and whether there is one.
+
+    Escaped braces are text. At most `limit` characters are read, so that a babbling model costs no quadratic time.
+    """
+    depth = 1
+    for end in range(start, min(len(text), start + limit)):
+        if text[end - 1] != "\\":
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if not depth:
+            return text[start:end], True
+    return text[start : start + limit], False
 
 
 def normalise_answer(answer: str) -> str:
@@ -102,7 +120,7 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _after_answer_is(text: str) -> str | None:
-    found = None
+    answer = None
     for marker in ANSWER_IS.finditer(text):
         newline = text.find("\n", marker.end())
         line = text[marker.end() : newline if newline >= 0 else len(text)]
@@ -111,18 +129,14 @@ def _after_answer_is(text: str) -> str | None:
         sentence = re.split(r"[.!?;](?=\s|$)", line, maxsplit=1)[0]
         # In "the answer is 5 + 3 = 8" it is 8.
         if match := NUMBER.search(sentence.rsplit("=", 1)[-1]) or NUMBER.search(sentence):
-            found = _canonical(match)
-    return found
+            answer = _canonical(match)
+    return answer
 
 
 def _boxed(text: str) -> str | None:
     """The last number in the last `\\boxed{…}` that has one; braces inside are followed."""
-    found = None
+    answer = None
     for box in re.finditer(r"\\boxed\s*\{", text):
-        depth, end = 1, box.end()
-        while end < min(len(text), box.end() + LONGEST_BOX) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if numbers := list(NUMBER.finditer(text[box.end() : end])):
-            found = _canonical(numbers[-1])
-    return found
+        if numbers := list(NUMBER.finditer(braced(text, box.end(), LONGEST_BOX)[0])):
+            answer = _canonical(numbers[-1])
+    return answer

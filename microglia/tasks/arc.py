@@ -8,15 +8,14 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-from microglia.errors import DataError
-from microglia.tasks.answers import ANOTHER_QUESTION
+from microglia.tasks.answers import before_next_question
 from microglia.tasks.base import Choices, Example, Task
-from microglia.tasks.rows import hub_rows, read_rows
+from microglia.tasks.rows import first_file, hub_rows, read_rows, usable_rows
 
 HUB_ID = "allenai/ai2_arc"
 FILES = {"train": "Train", "validation": "Dev", "test": "Test"}
 LETTERS = "ABCDEFGH"  # some questions number their choices; all are lettered here
-ASKED = "Answer with the letter of the right choice."
+INSTRUCTION = "Answer with the letter of the right choice."
 LETTER = r"[\s*_(\[{$\\]*(?:boxed\{)?(?:\\?text\{)?\(?([A-H])\b(?!['\u2019])"
 # Tried in turn: "the answer is (C)", \boxed{C}, a text that begins "C." or is just "C", the last "(C)" or "C)".
 PATTERNS = (
@@ -41,31 +40,24 @@ class ArcChallengeTask(Task):
         """
         name = f"{self.part}-{FILES[split]}.jsonl"
         rows = hub_rows(HUB_ID, self.part, split, name) if data_dir is None else self._rows(Path(data_dir), name)
-        try:
+        with usable_rows(f"{self.part}, {split},", "id, question, choices and answerKey"):
             return [self._example(row) for row in rows]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{self.part}, {split}, holds a question without usable id, question, choices and answerKey "
-                f"({error!r}); download it again"
-            ) from error
 
     def extract(self, text: str) -> str | None:
         """The letter that the text gives; what follows a new `Question:` is the model's own invention."""
-        if (another := ANOTHER_QUESTION.search(text)) and text[: another.start()].strip():
-            text = text[: another.start()]
+        text = before_next_question(text)
         for pattern in PATTERNS:
-            if found := [letter for letter in pattern.findall(text) if letter.isupper()]:
-                return str(found[0] if pattern is PATTERNS[2] else found[-1])
+            if letters := [letter for letter in pattern.findall(text) if letter.isupper()]:
+                return str(letters[0] if pattern is PATTERNS[2] else letters[-1])
         return None
 
     def _rows(self, folder: Path, name: str) -> list[dict[str, Any]]:
-        for path in (folder / self.part / name, folder / name):
-            if path.is_file():
-                return read_rows(path, ("id", "question", "answerKey"), texts=False)
-        raise DataError(
-            f"there is no file {folder / self.part / name}; data_dir must hold {self.part} as in the archive that "
-            "allenai.org/data/arc offers, so give such a folder or leave it out to use the hub"
+        advice = (
+            f"data_dir must hold {self.part} as in the archive that allenai.org/data/arc offers, so give such a folder "
+            "or leave it out to use the hub"
         )
+        path = first_file([folder / self.part / name, folder / name], advice)
+        return read_rows(path, ("id", "question", "answerKey"), texts=False)
 
     def _example(self, row: dict[str, Any]) -> Example:
         if isinstance(row["question"], str):  # the hub's columns
@@ -78,7 +70,7 @@ class ArcChallengeTask(Task):
         listed = "\n".join(f"{LETTERS[place]}. {text}" for place, text in enumerate(texts))
         return Example(
             id=f"{self.name}/{row['id']}",
-            question=f"{stem.strip()}\n{listed}\n{ASKED}",
+            question=f"{stem.strip()}\n{listed}\n{INSTRUCTION}",
             answer=f"{LETTERS[gold]}. {texts[gold]}",
             gold=LETTERS[gold],
             difficulty=0,

@@ -112,11 +112,13 @@ def sample(examples: Sequence[Example], limit: int | None, seed: int) -> list[Ex
     return shuffled[:limit]
 
 
-def without_validation(examples: Sequence[Example], split: str) -> list[Example]:
-    """Train or validation out of training examples that come without a validation split.
+def split_off(examples: Sequence[Example], split: str) -> list[Example]:
+    """Train or validation out of training examples that come without a validation split; all of them for test.
 
     500 are held out, or a tenth of a small set; which ones depends on the number of examples alone.
     """
+    if split == "test":
+        return list(examples)
     order = list(range(len(examples)))
     random.Random(VALIDATION_SEED).shuffle(order)
     held_out = frozenset(order[len(order) - min(VALIDATION_SIZE, max(1, len(order) // 10)) :])

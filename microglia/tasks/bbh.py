@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
-from microglia.tasks.answers import ANOTHER_QUESTION, NUMBER, UNICODE, extract_answer, normalise_answer
+from microglia.tasks.answers import NUMBER, UNICODE, before_next_question, extract_answer, normalise_answer
 from microglia.tasks.base import Example, Task
-from microglia.tasks.rows import hub_rows, read_json
+from microglia.tasks.rows import first_file, hub_rows, read_json, usable_rows
 
 HUB_ID = "SaylorTwift/bbh"
+REPOSITORY = "github.com/suzgunmirac/BIG-Bench-Hard"
 LOGIC = (  # tasks whose answers follow from what they state, by logic alone
     "boolean_expressions",
     "formal_fallacies",
@@ -35,7 +36,7 @@ TASKS_27 = tuple(
         )
     )
 )
-ASKED = 'Think step by step and end with "So the answer is" and the answer.'
+INSTRUCTION = 'Think step by step and end with "So the answer is" and the answer.'
 ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is\b|[:=])[ \t:]*", re.I)
 OPTION = re.compile(r"\(([A-Z])\)|^\W*([A-Z])(?:[.):,]|\W*$)")
 
@@ -54,14 +55,10 @@ class BbhTask(Task):
         """
         examples = []
         for task in self.tasks:
-            try:
+            with usable_rows(f"BBH {task}", "input and target"):
                 for index, row in enumerate(_rows(task, data_dir)):
                     examples.append(_example(task, f"{index}", row["input"], row["target"]))
-            except (KeyError, TypeError, AttributeError) as error:
-                raise DataError(
-                    f"BBH {task} holds a question without usable input and target ({error!r}); download it again"
-                ) from error
-        return examples if self.shots else [replace(e, question=f"{e.question}\n{ASKED}") for e in examples]
+        return examples if self.shots else [replace(e, question=f"{e.question}\n{INSTRUCTION}") for e in examples]
 
     def with_shots(self, examples: Sequence[Example], data_dir: Path | str | None) -> list[Example]:
         """Each example with the first of its own task's worked ones before it.
@@ -72,8 +69,8 @@ class BbhTask(Task):
             return list(examples)
         if data_dir is None:
             raise ConfigError(
-                "BBH's worked examples are not on the hub; clone github.com/suzgunmirac/BIG-Bench-Hard and give its "
-                "folder as --data-dir (data_dir=), or leave shots out"
+                f"BBH's worked examples are not on the hub; clone {REPOSITORY} and give its folder as --data-dir "
+                "(data_dir=), or leave shots out"
             )
         solved = {task: _worked(task, Path(data_dir)) for task in self.tasks}
         if self.shots > (most := min(map(len, solved.values()))):
@@ -82,25 +79,24 @@ class BbhTask(Task):
 
     def extract(self, text: str) -> str | None:
         """What follows the last "the answer is", or else the last line."""
-        if (another := ANOTHER_QUESTION.search(text)) and text[: another.start()].strip():
-            text = text[: another.start()]
+        text = before_next_question(text)
         lines = [line for line in text.splitlines() if line.strip()]
-        return _stripped((_said(text) or lines)[-1]) if lines else None
+        return _stripped((_stated_answers(text) or lines)[-1]) if lines else None
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the answers agree as options, numbers, brackets or words, whichever the gold answer is."""
-        found, gold = self.extract(text), _stripped(example.gold)
-        if found is None:
+        answer, gold = self.extract(text), _stripped(example.gold)
+        if answer is None:
             return False
         if option := re.fullmatch(r"\(([A-Z])\)", gold):
-            given = OPTION.search(found)
-            return given is not None and option[1] in (given[1], given[2])
+            letter = OPTION.search(answer)
+            return letter is not None and option[1] in (letter[1], letter[2])
         if NUMBER.fullmatch(gold):
-            return extract_answer(f"The answer is {found}") == normalise_answer(gold)
+            return extract_answer(f"The answer is {answer}") == normalise_answer(gold)
         if not re.search(r"\w", gold):
-            return re.sub(r"[^\[\](){}<>]", "", found) == gold.replace(" ", "")
-        given_words, words = (re.findall(r"[\w'-]+", side.casefold()) for side in (found, gold))
-        return given_words[: len(words)] == words if len(words) == 1 else given_words == words
+            return re.sub(r"[^\[\](){}<>]", "", answer) == gold.replace(" ", "")
+        answer_words, words = (re.findall(r"[\w'-]+", side.casefold()) for side in (answer, gold))
+        return answer_words[: len(words)] == words if len(words) == 1 else answer_words == words
 
 
 class BbhLogicTask(BbhTask):
@@ -110,7 +106,7 @@ class BbhLogicTask(BbhTask):
     tasks: ClassVar[tuple[str, ...]] = LOGIC
 
 
-def _said(text: str) -> list[str]:
+def _stated_answers(text: str) -> list[str]:
     """Each rest of a line after "the answer is"."""
     rests = [text[marker.end() :].partition("\n")[0] for marker in ANSWER_IS.finditer(text)]
     return [rest for rest in rests if rest.strip()]
@@ -127,13 +123,8 @@ def _stripped(answer: str) -> str:
 def _rows(task: str, data_dir: Path | str | None) -> list[dict[str, Any]]:
     if data_dir is None:
         return hub_rows(HUB_ID, task, "test", f"bbh/{task}.json")
-    path = Path(data_dir) / "bbh" / f"{task}.json"
-    if not path.is_file():
-        raise DataError(
-            f"there is no file {path}; data_dir must be a copy of github.com/suzgunmirac/BIG-Bench-Hard, so give one "
-            "or leave it out to use the hub"
-        )
-    return list(read_json(path)["examples"])
+    advice = f"data_dir must be a copy of {REPOSITORY}, so give one or leave it out to use the hub"
+    return list(read_json(first_file([Path(data_dir) / "bbh" / f"{task}.json"], advice))["examples"])
 
 
 def _worked(task: str, folder: Path) -> tuple[Example, ...]:
@@ -141,9 +132,7 @@ def _worked(task: str, folder: Path) -> tuple[Example, ...]:
 
     The description opens the first question.
     """
-    path = folder / "cot-prompts" / f"{task}.txt"
-    if not path.is_file():
-        raise DataError(f"there is no file {path}; give a whole copy of github.com/suzgunmirac/BIG-Bench-Hard")
+    path = first_file([folder / "cot-prompts" / f"{task}.txt"], f"give a whole copy of {REPOSITORY}")
     text = path.read_text(encoding="utf-8").partition("-----\n")[2]
     description, *rest = re.split(r"^Q:", text, flags=re.M)
     parts = [part.partition("\nA:") for part in rest]
@@ -151,8 +140,8 @@ def _worked(task: str, folder: Path) -> tuple[Example, ...]:
         raise DataError(f"{path} holds no questions 'Q:' with answers 'A:'; download it again")
     examples = []
     for number, (question, _, answer) in enumerate(parts):
-        asked = f"{description.strip()}\n\n{question.strip()}" if number == 0 else question.strip()
-        examples.append(_example(task, f"shot-{number}", asked, (_said(answer) or [""])[-1], answer.strip()))
+        text = f"{description.strip()}\n\n{question.strip()}" if number == 0 else question.strip()
+        examples.append(_example(task, f"shot-{number}", text, (_stated_answers(answer) or [""])[-1], answer.strip()))
     return tuple(examples)
 
 

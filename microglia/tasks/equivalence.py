@@ -19,15 +19,15 @@ def check_installed(task: str) -> None:
         )
 
 
-def equivalent(gold: str, given: str) -> bool:
+def equivalent(gold: str, answer: str) -> bool:
     """Whether two LaTeX answers, `gold` the right one, are equal: `\\frac12` and `0.5`, `x \\in [1,2]` and `[1,2]`."""
-    if _plain(gold) == _plain(given):
+    if _plain(gold) == _plain(answer):
         return True
     from math_verify import parse, verify
 
     # Its time limit is a signal, which only the main thread can have.
     limit = SECONDS if threading.current_thread() is threading.main_thread() else None
-    sides = [parse(f"\\boxed{{{side}}}", parsing_timeout=limit) for side in (gold, given)]
+    sides = [parse(f"\\boxed{{{side}}}", parsing_timeout=limit) for side in (gold, answer)]
     return bool(verify(*sides, timeout_seconds=limit))
 
 

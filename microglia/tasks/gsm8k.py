@@ -9,11 +9,14 @@ from typing import ClassVar
 
 from microglia.errors import DataError
 from microglia.tasks.answers import normalise_answer
-from microglia.tasks.base import Example, Task, without_validation
-from microglia.tasks.rows import hub_rows, read_rows
+from microglia.tasks.base import Example, Task, split_off
+from microglia.tasks.rows import first_file, hub_rows, read_rows
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
-FIELDS = ("question", "answer")
+ADVICE = (
+    "data_dir must be a folder with train.jsonl and test.jsonl as in github.com/openai/grade-school-math, so give such "
+    "a folder or leave it out to use the hub"
+)
 CALCULATOR = re.compile(r"<<[^>]*>>")
 
 
@@ -34,9 +37,11 @@ class Gsm8kTask(Task):
         if data_dir is None:
             rows = hub_rows(HUB_ID, HUB_CONFIG, source, "train.jsonl and test.jsonl")
         else:
-            rows = _rows_from_folder(Path(data_dir), source)
-        examples = [_example(row, source, index) for index, row in enumerate(rows)]
-        return examples if split == "test" else without_validation(examples, split)
+            path = first_file([Path(data_dir) / f"{source}.jsonl"], ADVICE)
+            rows = read_rows(path, ("question", "answer"))
+            if len(rows) < 2:
+                raise DataError(f"{path} holds {len(rows)} example(s) but at least 2 are needed; give the whole file")
+        return split_off([_example(row, source, index) for index, row in enumerate(rows)], split)
 
 
 def _example(row: dict[str, str], source: str, index: int) -> Example:
@@ -50,16 +55,3 @@ def _example(row: dict[str, str], source: str, index: int) -> Example:
         )
     steps = sum(1 for line in worked.splitlines() if line.strip())
     return Example(f"gsm8k/{source}/{index}", row["question"].strip(), answer, gold, difficulty=steps)
-
-
-def _rows_from_folder(folder: Path, source: str) -> list[dict[str, str]]:
-    path = folder / f"{source}.jsonl"
-    if not path.is_file():
-        raise DataError(
-            f"there is no file {path}; data_dir must be a folder with train.jsonl and test.jsonl as in "
-            "github.com/openai/grade-school-math, so give such a folder or leave it out to use the hub"
-        )
-    rows = read_rows(path, FIELDS)
-    if len(rows) < 2:
-        raise DataError(f"{path} holds {len(rows)} example(s) but at least 2 are needed; give the whole file")
-    return rows

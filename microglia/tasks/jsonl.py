@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
-from microglia.tasks.answers import ANOTHER_QUESTION, extract_answer, normalise_answer
-from microglia.tasks.base import Example, Task, without_validation
-from microglia.tasks.rows import read_rows
+from microglia.tasks.answers import before_next_question, extract_answer, normalise_answer
+from microglia.tasks.base import Example, Task, split_off
+from microglia.tasks.rows import first_file, read_rows
 
 MARKED = re.compile(r"(?:####|\banswer(?:\s+is\b|:))[ \t:]*(\S.*)", re.I)
 
@@ -32,17 +32,14 @@ class JsonlTask(Task):
         if data_dir is None:
             raise ConfigError("the jsonl task needs a file; give it, or a folder with test.jsonl, as --data-dir")
         place = Path(data_dir)
-        own_validation = (place / "validation.jsonl").is_file()
-        source = "train" if split == "validation" and not own_validation else split
-        path = place if place.is_file() else place / f"{source}.jsonl"
-        if not path.is_file():
-            raise DataError(
-                f"there is no file {path}; data_dir must be a JSON-lines file or a folder with {source}.jsonl"
-            )
+        has_validation = (place / "validation.jsonl").is_file()
+        source = "train" if split == "validation" and not has_validation else split
+        advice = f"data_dir must be a JSON-lines file or a folder with {source}.jsonl"
+        path = place if place.is_file() else first_file([place / f"{source}.jsonl"], advice)
         rows = read_rows(path, self.fields, texts=False)
         examples = [self._example(row, f"{self.name}/{path.stem}/{index}") for index, row in enumerate(rows)]
-        if split != "test" and not own_validation:
-            examples = without_validation(examples, split)
+        if not has_validation:
+            examples = split_off(examples, split)
         if not examples:
             raise DataError(f"{path} leaves no example for {split}; give a file with more lines")
         return examples
@@ -71,8 +68,7 @@ class JsonlTask(Task):
 
 def _words(text: str) -> list[str]:
     """The final answer in words: the last that `####` or "the answer is" announces, or else the last or first line."""
-    another = ANOTHER_QUESTION.search(text)
-    text = text[: another.start()] if another and text[: another.start()].strip() else text
+    text = before_next_question(text)
     lines = [line for line in text.splitlines() if line.strip()]
-    found = MARKED.findall(text)[-1:] or lines[-1:] + lines[:1]
-    return [words for line in found if (words := normalise_answer(line))]
+    candidates = MARKED.findall(text)[-1:] or lines[-1:] + lines[:1]
+    return [words for line in candidates if (words := normalise_answer(line))]

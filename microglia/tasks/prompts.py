@@ -39,8 +39,8 @@ def render_prompt(
         turns = [turn for shot in shots for turn in zip(("user", "assistant"), shot, strict=True)]
         messages = [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    solved = [f"{_filled(template, asked)} {answer}\n\n" for asked, answer in shots]
-    return "".join([*solved, _filled(template, question)])
+    solved = [f"{_fill(template, shot)} {answer}\n\n" for shot, answer in shots]
+    return "".join([*solved, _fill(template, question)])
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template: str) -> str:
@@ -61,7 +61,7 @@ def choice_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template
     return render_prompt(tokenizer, example.choices.question, template, shots)
 
 
-def _filled(template: str, question: str) -> str:
+def _fill(template: str, question: str) -> str:
     try:
         prompt = template.format(question=question)
         has_question = template.format(question="\0") != template.format(question="\1")

@@ -11,13 +11,12 @@ from typing import Any, ClassVar
 
 from microglia.errors import DataError
 from microglia.tasks.answers import normalise_answer
-from microglia.tasks.base import Example, Task, without_validation
-from microglia.tasks.rows import hub_rows, read_json
+from microglia.tasks.base import Example, Task, split_off
+from microglia.tasks.rows import first_file, hub_rows, read_json, usable_rows
 
 HUB_ID = "ChilleD/SVAMP"
-TEST_FILE, TRAIN_FOLDER = "SVAMP.json", "mawps-asdiv-a_svamp"
-FIELDS = ("ID", "Body", "Question", "Equation", "Answer")
-TRAIN_FIELDS = ("Question", "Numbers", "Equation", "Answer")
+REPOSITORY = "github.com/arkilpatel/SVAMP"
+TEST_FILE = "SVAMP.json"
 
 
 class SvampTask(Task):
@@ -34,43 +33,31 @@ class SvampTask(Task):
         """
         if split == "test":
             rows = _test_rows(data_dir)
-            try:
+            with usable_rows("SVAMP", "ID, Body, Question, Equation, Answer"):
                 return [_test_example(row) for row in rows]
-            except (KeyError, TypeError, ValueError) as error:
-                raise DataError(
-                    f"SVAMP holds a row without usable {', '.join(FIELDS)} ({error}); download it again"
-                ) from error
         if data_dir is None:
             raise DataError(
-                "SVAMP's training problems are not on the hub; clone github.com/arkilpatel/SVAMP and give its folder "
-                "as --data-dir (data_dir=)"
+                f"SVAMP's training problems are not on the hub; clone {REPOSITORY} and give its folder as --data-dir "
+                "(data_dir=)"
             )
-        path = _found(Path(data_dir), f"{TRAIN_FOLDER}/train.csv")
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                examples = [_train_example(row, index) for index, row in enumerate(csv.DictReader(file))]
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise DataError(
-                f"{path} holds a row without usable {', '.join(TRAIN_FIELDS)} ({error}); download it again"
-            ) from error
-        return without_validation(examples, split)
+        path = _file(data_dir, "mawps-asdiv-a_svamp/train.csv")
+        with (
+            usable_rows(str(path), "Question, Numbers, Equation, Answer"),
+            path.open(encoding="utf-8", newline="") as f,
+        ):
+            return split_off([_train_example(row, index) for index, row in enumerate(csv.DictReader(f))], split)
 
 
-def _found(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / "data" / name):
-        if path.is_file():
-            return path
-    raise DataError(
-        f"there is no file {folder / name}; data_dir must be a copy of github.com/arkilpatel/SVAMP, so give one or "
-        "leave it out to use the hub"
-    )
+def _file(data_dir: Path | str, name: str) -> Path:
+    advice = f"data_dir must be a copy of {REPOSITORY}, so give one or leave it out to use the hub"
+    return first_file([Path(data_dir) / name, Path(data_dir) / "data" / name], advice)
 
 
 def _test_rows(data_dir: Path | str | None) -> list[dict[str, Any]]:
     if data_dir is not None:
-        rows = read_json(_found(Path(data_dir), TEST_FILE))
+        rows = read_json(_file(data_dir, TEST_FILE))
         return list(rows) if isinstance(rows, list) else []
-    instead = f"{TEST_FILE} as in github.com/arkilpatel/SVAMP"
+    instead = f"{TEST_FILE} as in {REPOSITORY}"
     rows = [row for part in ("train", "test") for row in hub_rows(HUB_ID, None, part, instead)]
     return sorted(rows, key=lambda row: int(re.sub(r"\D", "", str(row.get("ID"))) or 0))  # chal-1, chal-2, …
 

@@ -15,7 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from microglia import processes
 from microglia.checkpoint.files import checksum, claimed, write_atomically
-from microglia.errors import CheckpointError, ConfigError, MicrogliaError
+from microglia.errors import CheckpointError, ConfigError, MicrogliaError, first_line
 from microglia.training.trained import Trained
 
 WEIGHTS, CHECKSUMS = "trained.safetensors", "sha256.json"
@@ -87,8 +87,7 @@ def readable(folder: Path | str) -> Iterator[None]:
     except MicrogliaError:
         raise
     except Exception as error:  # torch, pickle, safetensors and the system raise their own kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise CheckpointError(f"{folder} cannot be read ({reason}); {_ADVICE}") from error
+        raise CheckpointError(f"{folder} cannot be read ({first_line(error)}); {_ADVICE}") from error
 
 
 def _check(folder: Path) -> None:

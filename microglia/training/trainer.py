@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from microglia import processes
-from microglia.errors import MicrogliaError
+from microglia.errors import MicrogliaError, first_line
 from microglia.training.config import TrainingConfig
 from microglia.training.order import ORDER, Order, Ordered
 from microglia.training.saved import WEIGHTS, load_trained, readable, seal
@@ -148,10 +148,9 @@ class PruningTrainer(Trainer):
             if processes.is_first():
                 seal(folder)
         except Exception as error:  # torch, safetensors and the system raise their own kinds
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise MicrogliaError(
-                f"{folder} cannot be written ({reason}); make room there and go on with --resume from the checkpoint "
-                "before it"
+                f"{folder} cannot be written ({first_line(error)}); make room there and go on with --resume from "
+                "the checkpoint before it"
             ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -39,7 +39,7 @@ def test_the_mean_plan_is_written_evaluated_and_recorded(checkpoint, tmp_path):
     assert data["parameters"] < data["dense_parameters"]
     assert data["accuracy"]["frozen"]["sparsity"] == pytest.approx(data["sparsity"])
     assert "diff_ci95" in data["accuracy"]["paired"]
-    assert "there is no dial" in data["lost"][0]
+    assert "no keep ratio can be set" in data["lost"][0]
     record = json.loads((place / "microglia_export.json").read_text())
     assert record["heads"] == data["heads"]
     again = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=True)

@@ -15,8 +15,8 @@ from microglia.look import Look
 from microglia.policy import AgentPolicy
 from microglia.serving.app import create_app
 from microglia.serving.config import ServingConfig
+from microglia.serving.model import PrunedModel
 from microglia.serving.run import address, listen, server_for
-from microglia.serving.write import PrunedModel
 from microglia.sites import find_sites
 from microglia.tasks.base import Task
 from tests.tiny import tiny_model
@@ -33,9 +33,7 @@ def tiny_pruned(**changes) -> PrunedModel:
     model, tokenizer, look = tiny_model("llama", **sizes), character_tokenizer(), Look()
     policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16)).eval()
     logits = prompt_logits(model, tokenizer, CALIBRATION, policy, look=look)
-    return PrunedModel(
-        model, tokenizer, policy, Gate(bucket=1), look, template=Task.template, calibration=logits, scope="answer"
-    )
+    return PrunedModel(model, tokenizer, policy, Gate(bucket=1), look, template=Task.template, calibration=logits)
 
 
 @cache

@@ -96,7 +96,7 @@ def test_what_is_wrong_is_named(folder: Path) -> None:
         EASY.load("test", data_dir=folder / "nowhere")
     path = folder / "ARC-Easy" / "ARC-Easy-Test.jsonl"
     path.write_text(json.dumps({**row(0), "answerKey": "E"}))
-    with pytest.raises(DataError, match=r"ARC-Easy, test, holds a question without usable id"):
+    with pytest.raises(DataError, match=r"ARC-Easy, test, holds a row without usable id"):
         EASY.load("test", data_dir=folder)
     path.write_text('{"id": "1"}')
     with pytest.raises(DataError, match=r"line 1 has no field 'question'"):

@@ -11,7 +11,7 @@ import pytest
 from microglia.errors import ConfigError, DataError
 from microglia.tasks import get_task
 from microglia.tasks.base import Example
-from microglia.tasks.bbh import ASKED, LOGIC, TASKS_27
+from microglia.tasks.bbh import INSTRUCTION, LOGIC, TASKS_27
 from tests.official import official
 
 OFFICIAL, needs_official = official("bbh")
@@ -87,7 +87,7 @@ def test_zero_shot_asks_for_steps_and_few_shot_shows_them(folder: Path) -> None:
     asked = TASK.load("test", data_dir=folder)
     assert len(asked) == 54
     assert asked[0].id == "bbh/boolean_expressions/0"
-    assert asked[0].question == f"What of boolean_expressions 0?\n{ASKED}"
+    assert asked[0].question == f"What of boolean_expressions 0?\n{INSTRUCTION}"
     assert asked[0].answer == "So the answer is (A)."
     shown = get_task("bbh", shots=2).load("test", data_dir=folder)
     assert [shot.question for shot in shown[0].shots] == [
@@ -127,7 +127,7 @@ def test_what_is_wrong_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match=r"navigate\.txt holds no questions 'Q:' with answers 'A:'"):
         get_task("bbh", shots=1).load("test", data_dir=folder)
     (folder / "bbh" / "navigate.json").write_text('{"examples": [{"input": "?"}]}')
-    with pytest.raises(DataError, match=r"BBH navigate holds a question without usable input and target"):
+    with pytest.raises(DataError, match=r"BBH navigate holds a row without usable input and target"):
         TASK.load("test", data_dir=folder)
     (folder / "bbh" / "navigate.json").unlink()
     with pytest.raises(DataError, match=r"there is no file .*navigate\.json; data_dir must be a copy of github"):

@@ -11,7 +11,7 @@ import pytest
 from microglia.errors import ConfigError, DataError
 from microglia.tasks import equivalence, get_task
 from microglia.tasks.equivalence import equivalent
-from microglia.tasks.math import SUBJECTS, last_boxed
+from microglia.tasks.hendrycks_math import SUBJECTS, last_boxed
 from tests.official import official
 
 pytest.importorskip("math_verify", reason="math-verify is not installed (extra eval)")

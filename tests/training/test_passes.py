@@ -90,7 +90,7 @@ def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta(family):
     model.requires_grad_(False)
     sites = find_sites(model)
     policy = StaticPolicy([torch.full((s.geometry.heads,), 0.3) for s in sites])
-    trained = Trained(model, policy, TrainingConfig(gate="soft", beta=0.0), look=Look(), bucket=None).train()
+    trained = Trained(model, policy, TrainingConfig(estimator="soft", beta=0.0), look=Look(), bucket=None).train()
     with ExitStack() as gates:
         loss, _ = trained(Moment(alpha=0.0, temperature=1.0, noise=0.0, target=None), gates, **vars(BATCH))
         loss.backward()

@@ -5,24 +5,24 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.errors import MicrogliaError
+from microglia.serving.config import ServingConfig
 from microglia.serving.job import Failed, Job
 
 log = logging.getLogger(__name__)
-BATCH_BY = ("settings", "decision")
 STOPPED = "the server is shutting down; ask again when it is back"
 BROKE = "the model failed on this prompt; ask again, and if it happens twice look into the server's log"
 
 
 class Model(Protocol):
-    """What the thread needs of a model: `write.PrunedModel`."""
+    """What the thread needs of a model: `model.PrunedModel`."""
 
     @property
-    def room(self) -> int | None: ...
+    def context_length(self) -> int | None: ...
 
     def answer(self, jobs: Sequence[Job]) -> None: ...
 
-    def look_at(self, jobs: Sequence[Job]) -> None: ...
+    def count_kept_heads(self, jobs: Sequence[Job]) -> None: ...
 
 
 class Full(MicrogliaError):
@@ -36,29 +36,18 @@ class Stopped(MicrogliaError):
 class Worker:
     """`submit` puts jobs into the queue; a thread of its own takes them out in batches and lets the model answer.
 
-    max_batch: rows of a batch; max_waiting: jobs in the queue, those being answered not counted; gather: seconds that
-    an idle model waits for company when a job arrives; batch_by: `settings` takes the oldest jobs that are pruned
-    alike, `decision` looks at all of those first, when there are more than fit, and takes the ones that keep about as
-    many heads as the oldest; on_batch: told the jobs of every batch.
+    gather: seconds that an idle model waits for company when a job arrives; on_batch: called with every batch's jobs.
     """
 
     def __init__(
         self,
         model: Model,
+        config: ServingConfig,
         *,
-        max_batch: int = 16,
-        max_waiting: int = 64,
         gather: float = 0.01,
-        batch_by: str = "settings",
         on_batch: Callable[[Sequence[Job]], None] = lambda jobs: None,
     ) -> None:
-        if batch_by not in BATCH_BY:
-            raise ConfigError(f"batch_by={batch_by!r} is unknown; choose {' or '.join(BATCH_BY)}")
-        for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
-            if value < 1:
-                raise ConfigError(f"{name}={value} was given; it must be at least 1")
-        self.model, self.max_batch, self.max_waiting, self.gather = model, max_batch, max_waiting, gather
-        self.batch_by, self.on_batch = batch_by, on_batch
+        self.model, self.config, self.gather, self.on_batch = model, config, gather, on_batch
         self.waiting: list[Job] = []  # oldest first
         self.running: list[Job] = []
         self.changed = threading.Condition()
@@ -79,10 +68,10 @@ class Worker:
             if not self.alive:
                 raise Stopped(STOPPED)
             self._drop_cancelled()
-            if len(self.waiting) + len(jobs) > self.max_waiting:
+            if len(self.waiting) + len(jobs) > self.config.max_waiting:
                 raise Full(
                     f"{len(self.waiting)} prompts are waiting and {len(jobs)} more would be too many for the queue of "
-                    f"{self.max_waiting}; ask again in a moment"
+                    f"{self.config.max_waiting}; ask again in a moment"
                 )
             self.waiting += jobs
             self.changed.notify()
@@ -114,36 +103,38 @@ class Worker:
     def _next(self) -> list[Job]:
         """The next batch, waiting for one; empty when it is time to stop."""
         while True:
-            alike = self._alike()
-            if self.batch_by == "decision" and len(alike) > self.max_batch and alike[0].pruning.threshold is not None:
-                alike = self._by_decision(alike)
+            jobs = self._jobs_of_equal_pruning()
+            if self.config.batch_by == "decision" and len(jobs) > self.config.max_batch:
+                jobs = self._order_by_decision(jobs)
             with self.changed:
                 if self.stopping:
                     return []
-                self.running = fitting(alike, self.max_batch, self.model.room)
-                taken = {id(job) for job in self.running}
-                self.waiting = [job for job in self.waiting if id(job) not in taken]
+                self.running = fit_into_context(jobs, self.config.max_batch, self.model.context_length)
+                self.waiting = [job for job in self.waiting if job not in self.running]
                 if self.running:
                     return self.running
 
-    def _alike(self) -> list[Job]:
+    def _jobs_of_equal_pruning(self) -> list[Job]:
         """Wait for jobs; those that may share a batch with the oldest."""
         with self.changed:
             if not self.waiting:
                 self.changed.wait_for(lambda: self.waiting or self.stopping)
-                self.changed.wait_for(lambda: self.stopping or len(self.waiting) >= self.max_batch, self.gather)
+                self.changed.wait_for(lambda: self.stopping or len(self.waiting) >= self.config.max_batch, self.gather)
             self._drop_cancelled()
-            return pruned_alike(self.waiting)
+            return equal_pruning(self.waiting)
 
-    def _by_decision(self, jobs: list[Job]) -> list[Job]:
+    def _order_by_decision(self, jobs: list[Job]) -> list[Job]:
         """The oldest job first, then those whose prompts keep about as many heads at every site."""
-        try:
-            for group in _parts([job for job in jobs if job.counts is None], self.max_batch):
-                self.model.look_at(group)
-        except Exception:  # whoever is to blame hears of it alone, when it is answered
-            log.exception("could not look at the waiting prompts; batches are formed by age")
+        if jobs[0].pruning.threshold is None:
             return jobs
-        return by_decision(jobs)
+        uncounted, size = [job for job in jobs if job.kept_heads is None], self.config.max_batch
+        try:
+            for start in range(0, len(uncounted), size):
+                self.model.count_kept_heads(uncounted[start : start + size])
+        except Exception:  # whoever is to blame hears of it alone, when it is answered
+            log.exception("could not read the waiting prompts ahead; batches are formed by age")
+            return jobs
+        return order_by_decision(jobs)
 
     def _answer(self, jobs: list[Job]) -> None:
         """Let the model answer; when it fails on a batch, each job that has not begun is tried alone."""
@@ -154,7 +145,7 @@ class Worker:
             log.exception("a batch of %d failed", len(jobs))
             failed = Failed(str(error) if isinstance(error, MicrogliaError) else BROKE)
         # Not inside `except`, where the error would keep the batch's tensors in memory.
-        again = [job for job in jobs if len(jobs) > 1 and not (job.ended or job.told or job.cancelled)]
+        again = [job for job in jobs if len(jobs) > 1 and not (job.ended or job.has_output or job.cancelled)]
         for job in jobs:
             if job not in again:
                 job.end(failed)
@@ -165,28 +156,25 @@ class Worker:
         self.waiting = [job for job in self.waiting if not job.cancelled]
 
 
-def pruned_alike(jobs: Sequence[Job]) -> list[Job]:
+def equal_pruning(jobs: Sequence[Job]) -> list[Job]:
     """The jobs that may share a batch with the oldest, which comes first."""
     return [job for job in jobs if job.pruning == jobs[0].pruning]
 
 
-def by_decision(jobs: Sequence[Job]) -> list[Job]:
+def order_by_decision(jobs: Sequence[Job]) -> list[Job]:
     """The oldest job, then the others by how many heads they keep more or less than it, summed over sites."""
-    oldest = jobs[0].counts or ()
-    return sorted(jobs, key=lambda job: sum(abs(a - b) for a, b in zip(job.counts or (), oldest, strict=True)))
+    oldest = jobs[0].kept_heads or ()
+    return sorted(jobs, key=lambda job: sum(abs(a - b) for a, b in zip(job.kept_heads or (), oldest, strict=True)))
 
 
-def fitting(jobs: Sequence[Job], most: int, room: int | None) -> list[Job]:
+def fit_into_context(jobs: Sequence[Job], most: int, context_length: int | None) -> list[Job]:
     """The first `most` jobs whose longest prompt and longest answer fit into the model's context side by side."""
     batch: list[Job] = []
     prompt = answer = 0
     for job in jobs:
         longest_prompt, longest_answer = max(prompt, job.prompt_tokens), max(answer, job.sampling.max_new_tokens)
-        if len(batch) < most and (not batch or room is None or longest_prompt + longest_answer <= room):
+        fits = context_length is None or longest_prompt + longest_answer <= context_length
+        if len(batch) < most and (fits or not batch):
             batch.append(job)
             prompt, answer = longest_prompt, longest_answer
     return batch
-
-
-def _parts(jobs: Sequence[Job], size: int) -> list[Sequence[Job]]:
-    return [jobs[start : start + size] for start in range(0, len(jobs), size)]

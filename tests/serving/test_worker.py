@@ -5,8 +5,18 @@ import threading
 import pytest
 
 from microglia.errors import ConfigError, DataError
+from microglia.serving.config import ServingConfig
 from microglia.serving.job import Failed, Finished, Job, Pruning, Sampling
-from microglia.serving.queue import BROKE, STOPPED, Full, Stopped, Worker, by_decision, fitting, pruned_alike
+from microglia.serving.worker import (
+    BROKE,
+    STOPPED,
+    Full,
+    Stopped,
+    Worker,
+    equal_pruning,
+    fit_into_context,
+    order_by_decision,
+)
 
 
 def job(name="x", threshold=0.0, tokens=5, longest=5, told=None):
@@ -19,7 +29,7 @@ def job(name="x", threshold=0.0, tokens=5, longest=5, told=None):
 class Noting:
     """Answers at once, after `go`; fails on batches that hold a prompt named bad."""
 
-    room = 100
+    context_length = 100
 
     def __init__(self):
         self.batches, self.looked = [], []
@@ -37,10 +47,10 @@ class Noting:
         for one in jobs:
             one.end(Finished("stop", 1, 1, 2, 0.0, 0.0))
 
-    def look_at(self, jobs):
+    def count_kept_heads(self, jobs):
         self.looked.append([j.prompt for j in jobs])
         for one in jobs:
-            one.counts = (len(one.prompt), 4)
+            one.kept_heads = (len(one.prompt), 4)
 
 
 @pytest.fixture
@@ -50,7 +60,7 @@ def start():
 
     def make(**options):
         model = Noting()
-        worker = Worker(model, gather=0, **options)
+        worker = Worker(model, ServingConfig("x", **options), gather=0)
         worker.start()
         workers.append(worker)
         worker.submit([job("first")])
@@ -152,21 +162,21 @@ def test_stopping_finishes_the_batch_and_tells_those_who_wait(start):
 
 def test_a_batch_fits_into_the_context_side_by_side():
     jobs = [job("a", tokens=50, longest=10), job("b", tokens=10, longest=60), job("c", tokens=40, longest=50)]
-    assert [j.prompt for j in fitting(jobs, 3, room=100)] == ["a", "c"]
-    assert [j.prompt for j in fitting(jobs, 3, room=None)] == ["a", "b", "c"]
-    assert [j.prompt for j in fitting(jobs, 1, room=None)] == ["a"]
+    assert [j.prompt for j in fit_into_context(jobs, 3, context_length=100)] == ["a", "c"]
+    assert [j.prompt for j in fit_into_context(jobs, 3, context_length=None)] == ["a", "b", "c"]
+    assert [j.prompt for j in fit_into_context(jobs, 1, context_length=None)] == ["a"]
 
 
 def test_the_oldest_comes_first_whatever_it_is_ordered_by():
     jobs = [job("old", 0.5), job("other", 0.1), job("new", 0.5)]
-    assert pruned_alike(jobs) == [jobs[0], jobs[2]]
-    assert pruned_alike([]) == []
+    assert equal_pruning(jobs) == [jobs[0], jobs[2]]
+    assert equal_pruning([]) == []
     for one, counts in zip(jobs, [(4, 4), (1, 7), (4, 5)], strict=True):
-        one.counts = counts
-    assert by_decision(jobs) == [jobs[0], jobs[2], jobs[1]]
+        one.kept_heads = counts
+    assert order_by_decision(jobs) == [jobs[0], jobs[2], jobs[1]]
 
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_waiting": 0}, {"batch_by": "luck"}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigError, match=r"was given; it must be at least 1|choose settings or decision"):
-        Worker(Noting(), **wrong)
+        Worker(Noting(), ServingConfig("x", **wrong))

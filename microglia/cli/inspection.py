@@ -9,7 +9,7 @@ from rich.table import Table
 from microglia.cli import decided
 from microglia.cli import options as o
 from microglia.cli.verb import Outcome, facts, verb
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.errors import ConfigError, MicrogliaError, first_line
 
 
 @verb
@@ -147,7 +147,7 @@ def _without_weights(source: str, trust_remote_code: bool) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged config.json raises whatever its values come across
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise MicrogliaError(
-            f"{source!r} is neither a checkpoint folder nor a causal language model ({reason}); give one of them"
+            f"{source!r} is neither a checkpoint folder nor a causal language model ({first_line(error)}); give "
+            "one of them"
         ) from error

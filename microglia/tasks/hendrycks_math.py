@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import DataError
-from microglia.tasks.answers import ANOTHER_QUESTION, extract_answer
-from microglia.tasks.base import Example, Task, without_validation
+from microglia.tasks.answers import before_next_question, braced, extract_answer
+from microglia.tasks.base import Example, Task, split_off
 from microglia.tasks.equivalence import check_installed, equivalent
-from microglia.tasks.rows import hub_rows, read_json, read_rows
+from microglia.tasks.rows import first_file, hub_rows, read_json, read_rows
 
 HUB_ID = "EleutherAI/hendrycks_math"
 HUB_ID_500 = "HuggingFaceH4/MATH-500"
@@ -24,11 +24,11 @@ SUBJECTS = (
     "prealgebra",
     "precalculus",
 )
-ASKED = "Put the final answer in \\boxed{}."
+INSTRUCTION = "Put the final answer in \\boxed{}."
 BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
 # "The final answer is $x$.": up to a full stop that ends a sentence.
 ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is|are|[:=])[\s:]*(.+?)(?:\.(?=\s|$)|$)", re.I | re.M)
-LONGEST_BOX = 2000  # characters looked at for the closing brace
+LONGEST_BOX = 2000  # characters read in search of the closing brace
 
 
 class MathTask(Task):
@@ -46,33 +46,33 @@ class MathTask(Task):
         """
         check_installed(self.name)
         source = "test" if split == "test" else "train"
-        if data_dir is not None:
-            rows = self._rows(Path(data_dir), source)
-        else:
-            rows = [
-                row | {"unique_id": f"{source}/{subject}/{index}"}
-                for subject in SUBJECTS
-                for index, row in enumerate(hub_rows(HUB_ID, subject, source, "train.jsonl and test.jsonl"))
-            ]
-        examples = [self._example(row, source, index) for index, row in enumerate(rows)]
-        return examples if split == "test" else without_validation(examples, split)
+        rows = self.hub_rows(source) if data_dir is None else self.folder_rows(Path(data_dir), source)
+        return split_off([self._example(row, source, index) for index, row in enumerate(rows)], split)
 
     def extract(self, text: str) -> str | None:
         """What the last `\\boxed{…}` holds, or else what follows the last "the answer is", or the last number."""
-        if (another := ANOTHER_QUESTION.search(text)) and text[: another.start()].strip():
-            text = text[: another.start()]
+        text = before_next_question(text)
         if (boxed := last_boxed(text)) is not None:
             return boxed
-        if said := ANSWER_IS.findall(text):
-            return str(said[-1]).strip().strip("$*").strip() or None
+        if stated := ANSWER_IS.findall(text):
+            return str(stated[-1]).strip().strip("$*").strip() or None
         return extract_answer(text)
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the final answer of `text` equals the example's as mathematics: 0.5 for 1/2, x=3 for 3."""
-        found = self.extract(text)
-        return found is not None and equivalent(example.gold, found)
+        answer = self.extract(text)
+        return answer is not None and equivalent(example.gold, answer)
 
-    def _rows(self, folder: Path, source: str) -> list[dict[str, Any]]:
+    def hub_rows(self, source: str) -> list[dict[str, Any]]:
+        """The rows of a split on the hub, each with its place there as unique_id."""
+        return [
+            row | {"unique_id": f"{source}/{subject}/{index}"}
+            for subject in SUBJECTS
+            for index, row in enumerate(hub_rows(HUB_ID, subject, source, "train.jsonl and test.jsonl"))
+        ]
+
+    def folder_rows(self, folder: Path, source: str) -> list[dict[str, Any]]:
+        """The rows of a split in a local folder."""
         path = folder / f"{source}.jsonl"
         if path.is_file():
             return read_rows(path, ("problem", "solution"))
@@ -94,7 +94,7 @@ class MathTask(Task):
         level = re.search(r"\d", str(row.get("level", "")))
         return Example(
             id=f"math/{identity}",
-            question=f"{problem.strip()}\n{ASKED}",
+            question=f"{problem.strip()}\n{INSTRUCTION}",
             answer=solution.strip(),
             gold=gold.strip(),
             difficulty=int(level[0]) if level else 0,
@@ -108,25 +108,15 @@ class Math500Task(MathTask):
     name: ClassVar[str] = "math-500"
     splits: ClassVar[tuple[str, ...]] = ("test",)
 
-    def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
-        """The 500 problems, from `data_dir` (a folder with math500_test.jsonl or test.jsonl) or from the hub.
+    def hub_rows(self, source: str) -> list[dict[str, Any]]:
+        """The rows of the one split on the hub."""
+        return hub_rows(HUB_ID_500, None, source, "test.jsonl")
 
-        Raises ConfigError and DataError as MATH does, DataError also when the file is not MATH-500's.
-        """
-        check_installed(self.name)
-        if data_dir is None:
-            rows = hub_rows(HUB_ID_500, None, "test", "test.jsonl")
-        else:
-            rows = self._rows(Path(data_dir), "test")
-        return [self._example(row, "test", index) for index, row in enumerate(rows)]
-
-    def _rows(self, folder: Path, source: str) -> list[dict[str, Any]]:
-        for path in (folder / "math500_test.jsonl", folder / "test.jsonl"):
-            if path.is_file():  # unique_id tells MATH-500 from the whole of MATH
-                return read_rows(path, ("problem", "solution", "answer", "unique_id"))
-        raise DataError(
-            f"there is no file {folder / 'test.jsonl'}; give MATH-500's folder or leave it out to use the hub"
-        )
+    def folder_rows(self, folder: Path, source: str) -> list[dict[str, Any]]:
+        """The rows of math500_test.jsonl or test.jsonl. Raises DataError when the file is not MATH-500's."""
+        advice = "give MATH-500's folder or leave it out to use the hub"
+        path = first_file([folder / "math500_test.jsonl", folder / "test.jsonl"], advice)
+        return read_rows(path, ("problem", "solution", "answer", "unique_id"))  # unique_id: not the whole of MATH
 
 
 def last_boxed(text: str) -> str | None:
@@ -137,11 +127,7 @@ def last_boxed(text: str) -> str | None:
             if bare := re.match(r"[^\s$.,]+", text[start:]):
                 return bare[0]
             continue
-        depth, end = 1, start + 1
-        while end < min(len(text), start + LONGEST_BOX) and depth:
-            escaped = text[end - 1] == "\\"
-            depth += 0 if escaped else {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if not depth:
-            return text[start + 1 : end - 1].strip()
+        inside, closed = braced(text, start + 1, LONGEST_BOX)
+        if closed:
+            return inside.strip()
     return None

@@ -53,13 +53,13 @@ def test_no_nucleus_and_no_heat_are_greedy(model):
 
 
 def test_the_draw_follows_the_distribution():
-    from microglia.serving.write import drawn
+    from microglia.serving.sampling import draw_token
 
     scores, generator = torch.tensor([[0.0, 1.0, 2.0, 3.0]]), torch.Generator().manual_seed(0)
-    draws = torch.tensor([drawn(scores, Sampling(1, temperature=2.0), generator) for _ in range(4000)])
+    draws = torch.tensor([draw_token(scores, Sampling(1, temperature=2.0), generator) for _ in range(4000)])
     found = torch.bincount(draws, minlength=4) / 4000
     torch.testing.assert_close(found, (scores[0] / 2).softmax(-1), rtol=0, atol=0.03)
-    nucleus = {drawn(scores, Sampling(1, temperature=2.0, top_p=0.5), generator) for _ in range(100)}
+    nucleus = {draw_token(scores, Sampling(1, temperature=2.0, top_p=0.5), generator) for _ in range(100)}
     assert nucleus == {2, 3}
 
 
@@ -85,11 +85,11 @@ def test_dense_jobs_keep_every_head(model):
 
 def test_looking_counts_the_heads_that_will_be_kept(model):
     jobs = [Job(prompt, 9, model.pruning(True, 0.7), Sampling(3), lambda event: None) for prompt in PROMPTS]
-    model.look_at(jobs)
+    model.count_kept_heads(jobs)
     for job in jobs:
         keep = alone(job.prompt, 1, keep_ratio=0.7).keep
-        assert job.counts == tuple(int(k.sum()) for k in keep)
-    assert len({job.counts for job in jobs}) > 1
+        assert job.kept_heads == tuple(int(k.sum()) for k in keep)
+    assert len({job.kept_heads for job in jobs}) > 1
 
 
 def test_a_cancelled_row_ends_and_its_neighbour_does_not(model):
