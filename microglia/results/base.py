@@ -82,7 +82,7 @@ def _dataclass(cls: type, row: Any, where: str) -> Any:
     if not isinstance(row, dict):
         raise DataError(f"{where} holds a {type(row).__name__}")
     hints = _hints(cls)
-    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}  # type: ignore[arg-type]
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
     for names, what in ((needed - row.keys(), "has no"), (row.keys() - hints.keys(), "has the unknown field")):
         if names:
             raise DataError(f"{where} {what} {', '.join(sorted(map(str, names)))}")
