@@ -173,8 +173,8 @@ def ablate(ablation: Ablation, wanted: Sequence[Variant], seeds: Sequence[int]) 
     for done, (variant, seed) in enumerate(product(wanted, seeds)):
         if ablation.progress:
             ablation.progress("runs", done, len(wanted) * len(seeds))
-        key = {"recipe": plain(variant.recipe), "seed": seed, "at": ablation.at}
-        key |= {"as_trained": ablation.as_trained, "base": plain(base)}
+        key = {"recipe": plain(asdict(variant.recipe)), "seed": seed, "at": ablation.at}
+        key |= {"as_trained": ablation.as_trained, "base": plain(asdict(base))}
         runs.append(ablation.ledger.get(key, partial(_run, ablation, base, variant.recipe, seed)))
     by_variant = [runs[start : start + len(seeds)] for start in range(0, len(runs), len(seeds))]
     return summarise(wanted, by_variant, seeds, ablation.at)
@@ -185,19 +185,15 @@ def _baseline(ablation: Ablation, base: Recipe, steps: int, seed: int) -> Static
     if not steps:
         return None
     config = baseline_config(base.config, max_steps=steps, noise=(1.0, 0.0), ramp=0.7, seed=seed)
-    setup, on_log = ablation.setup, ablation.on_log("static baseline", steps)
-    options: dict[str, Any] = {
-        "look": setup.look,
-        "bucket": base.bucket,
-        "data_dir": ablation.data_dir,
-        "on_log": on_log,
-    }
+    setup = ablation.setup
+    options: dict[str, Any] = {"look": setup.look, "bucket": base.bucket, "data_dir": ablation.data_dir}
+    options["on_log"] = ablation.on_log("static baseline", steps)
 
     def train_baseline() -> list[list[float]]:
         baseline = train_static_baseline(setup.model, setup.tokenizer, setup.task, config, **options)
         return [x.tolist() for x in baseline.logits]
 
-    logits = ablation.ledger.get({"static_baseline": plain(config), "bucket": base.bucket}, train_baseline)
+    logits = ablation.ledger.get({"static_baseline": plain(asdict(config)), "bucket": base.bucket}, train_baseline)
     return StaticPolicy([torch.tensor(site) for site in logits])
 
 
@@ -258,7 +254,7 @@ def summarise(
             )
         )
     prompts = right(common[0]).shape[1]
-    base = plain(wanted[0].recipe)
+    base = plain(asdict(wanted[0].recipe))
     return AblationResult(rows=tuple(rows), base=base, at_keep_ratio=at, seeds=tuple(seeds), prompts=prompts)
 
 

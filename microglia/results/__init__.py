@@ -6,7 +6,7 @@
 A field that has its default value is left out of the JSON. A kind whose fields change gets the next version.
 """
 
-from microglia.results.base import KINDS, Result, from_json, plain
+from microglia.results.base import KINDS, Result, from_json, part_from_json, plain
 from microglia.results.kinds import (
     AblationResult,
     BenchmarkResult,
@@ -60,5 +60,6 @@ __all__ = [
     "TrainingRun",
     "Tried",
     "from_json",
+    "part_from_json",
     "plain",
 ]

@@ -62,7 +62,9 @@ def from_json(row: Any, where: str = "the result") -> Any:
             f"{where} has version {version!r} of the kind {kind!r}, and this microglia reads up to {newest}; update it"
         )
     try:
-        return _dataclass(KINDS[kind], {name: x for name, x in row.items() if name not in ("kind", "version")}, kind)
+        return part_from_json(
+            KINDS[kind], {name: x for name, x in row.items() if name not in ("kind", "version")}, kind
+        )
     except DataError as error:
         raise DataError(f"{where}: {error}; {again}") from None
 
@@ -75,10 +77,11 @@ def _default(f: Any) -> Any:
 @cache
 def _hints(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls)}  # type: ignore[arg-type]
+    return {f.name: hints[f.name] for f in fields(cls)}
 
 
-def _dataclass(cls: type, row: Any, where: str) -> Any:
+def part_from_json(cls: type, row: Any, where: str) -> Any:
+    """A dataclass as `plain` wrote it. Raises DataError for a field too few or too many, or of another type."""
     if not isinstance(row, dict):
         raise DataError(f"{where} holds a {type(row).__name__}")
     hints = _hints(cls)
@@ -97,7 +100,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, UnionType):
         return None if value is None else _typed(arguments[0], value, where)
     if is_dataclass(hint):
-        return _dataclass(hint, value, where)  # type: ignore[arg-type]
+        return part_from_json(hint, value, where)  # type: ignore[arg-type]
     if hint is float and (value is None or type(value) in (int, float)):
         return math.nan if value is None else float(value)
     if hint in (int, str, bool) and type(value) is hint:

@@ -14,7 +14,7 @@ from microglia.experiments.ledger import Ledger
 from microglia.experiments.measure import Budget, Measured, Progress, budget, measure
 from microglia.gate import Gate, keep_ratio
 from microglia.policy import Policy
-from microglia.results import BenchmarkRow, Latency, plain
+from microglia.results import BenchmarkRow, Latency, part_from_json, plain
 from microglia.sites import find_sites
 
 
@@ -68,8 +68,8 @@ def compare(
                 run = Run(entry.name, ratio, seed, Measured.from_json(row))
                 if place == 0 and comparison.num_runs:
                     key |= {"run": "time", "runs": comparison.num_runs}
-                    timing = comparison.ledger.get(key, partial(_timing, comparison, make, ratio))
-                    run = replace(run, timing={name: Latency(**row) for name, row in timing.items()})
+                    rows = comparison.ledger.get(key, partial(_timing, comparison, make, ratio))
+                    run = replace(run, timing={n: part_from_json(Latency, row, n) for n, row in rows.items()})
                 runs.append(run)
     return runs
 
