@@ -18,7 +18,7 @@ from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaE
 from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
-from microglia.experiments.calibrate import calibrate, untouched_by_training
+from microglia.experiments.calibrate import calibrate, unused_examples
 from microglia.experiments.ledger import Ledger
 from microglia.gate import Gate, check_bucket, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
@@ -226,8 +226,7 @@ class MicrogliaPruningSystem:
         """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
 
         scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
-        With LoRA, dense has the adapter too, so the difference is the pruning's alone. `progress(name, done, total)` is
-        called after every batch.
+        With LoRA, dense has the adapter too. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
@@ -259,8 +258,7 @@ class MicrogliaPruningSystem:
             scoring=scoring,
             accuracy=pruned.accuracy,
             sparsity=pruned.sparsity,
-            pruned=pruned.summary(),
-            dense=runs["dense"].summary() if dense else None,
+            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
             paired=paired(runs["dense"], pruned) if dense else None,
             answers={name: run.rows() for name, run in runs.items()},
         )
@@ -293,13 +291,12 @@ class MicrogliaPruningSystem:
     ) -> Promise:
         """Prune as far as a promise allows, on held-out prompts that training did not use.
 
-        aim: options of `microglia.experiments.calibrate.calibrate`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        aim: options of `experiments.calibrate.calibrate`: max_drop with confidence, or keep_ratio, or latency_ratio.
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)
         trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
-        load: dict[str, Any] = {"limit": limit, "seed": seed, "data_dir": data_dir}
-        examples = untouched_by_training(task, split, trained, CALIBRATION_PROMPTS, **load)
+        examples = unused_examples(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
         bench = Bench(self.model, self.tokenizer, task, examples, self.look, self.fill, self.scope, path)
         bench = replace(bench, batch_size=batch_size, max_new_tokens=max_new_tokens)
         settings: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}

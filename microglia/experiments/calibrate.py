@@ -142,7 +142,7 @@ def sentence(promise: Promise) -> str:
     return f"{kept} {_points(promise.max_drop)} against the dense model {measured}"
 
 
-def untouched_by_training(
+def unused_examples(
     task: Task, split: str, trained: Mapping[str, Any] | None, at_least: int, *, limit: int | None, **load: Any
 ) -> list[Example]:
     """Examples of a split without those that a training on this task used; `load` goes to the task.
