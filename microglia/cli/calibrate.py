@@ -1,5 +1,6 @@
 """`microglia calibrate`: prune as far as a promise about the accuracy of a checkpoint allows."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,13 +88,12 @@ def calibrate(
         ) from None
     save(str(model_path), folder, system)
     append_records(folder / RECORDS, records(promise, next(system.model.parameters()).device, seed))
-    return Outcome(promise.to_json(), [*([table(promise)] if promise.tried else []), promise.sentence])
+    data = replace(promise, settings={**promise.settings, "output_dir": str(folder)}).to_json()
+    return Outcome(data, [*([table(promise)] if promise.tried else []), promise.sentence])
 
 
 def save(source: str, folder: Path, system: Any) -> None:
     """The checkpoint as it was, but with the chosen threshold and its promise."""
-    from dataclasses import replace
-
     from microglia.checkpoint import Checkpoint
 
     saved = Checkpoint.from_pretrained(source)
@@ -103,8 +103,6 @@ def save(source: str, folder: Path, system: Any) -> None:
 
 def records(promise: Any, device: Any, seed: int) -> list[Any]:
     """One record per setting that was tried."""
-    from dataclasses import asdict
-
     from microglia.record import Record, circumstances
 
     around = {**circumstances(device), "seed": seed}
