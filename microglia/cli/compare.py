@@ -1,4 +1,4 @@
-"""`microglia compare`: agents, their static twin and criteria on one bench, over keep ratios and seeds."""
+"""`microglia compare`: agents, their static baseline and criteria on the same prompts, over keep ratios and seeds."""
 
 import json
 from dataclasses import asdict, replace
@@ -11,12 +11,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.number_lists import numbers
-from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+from microglia.cli.numbers import numbers
+from microglia.cli.verb import Interrupted, Outcome, progress, verb
 from microglia.errors import ConfigError
 
-CELLS, RECORDS, SUMMARY, PAIRS = "cells.jsonl", "records.jsonl", "comparison.json", "pairs"
-DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a threshold
+LEDGER, RECORDS, SUMMARY, PAIRS = "ledger.jsonl", "records.jsonl", "comparison.json", "pairs"
+HELD_OUT = 200  # held-out prompts on which each keep ratio becomes a threshold
 Many = list[str] | None
 
 
@@ -28,7 +28,7 @@ def compare(
     ] = None,
     train_pairs: Annotated[
         bool,
-        typer.Option("--train-pairs", help="Train agents and twin anew for each seed, as the demo does, instead."),
+        typer.Option("--train-pairs", help="Train agents and static baseline for each seed instead."),
     ] = False,
     policies: Annotated[
         Many,
@@ -55,7 +55,7 @@ def compare(
     path: o.PrunedPath = "compact",
     num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Folder for cells (to go on after an interruption) and records.")
+        Path | None, typer.Option("--output-dir", help="Folder for runs (to go on after an interruption) and records.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Picture to write: .png, .svg or .pdf.")] = None,
     model: o.Model = None,
@@ -64,17 +64,18 @@ def compare(
     dtype: o.Dtype = None,
     trust_remote_code: o.TrustRemoteCode = False,
 ) -> Outcome:
-    """Compare agents with their static twin and with criteria on the same prompts.
+    """Compare agents with their static baseline and with criteria on the same prompts.
 
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.compare import at_keep_ratio as choose
-    from microglia.compare import compare as measure
-    from microglia.compare import contenders, draw, summarise
-    from microglia.compare.plot import check_plot
-    from microglia.ledger import Ledger
+    from microglia.experiments.compare import BASELINE, draw, entries, summarise
+    from microglia.experiments.compare import at_keep_ratio as choose
+    from microglia.experiments.compare import compare as measure
+    from microglia.experiments.compare.plot import check_plot
+    from microglia.experiments.ledger import Ledger
     from microglia.record import append_records, circumstances
+    from microglia.results import Circumstances
 
     if plot is not None:
         check_plot(plot)
@@ -82,47 +83,49 @@ def compare(
         check_writable(output_dir)
     ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
     all_seeds = numbers("--seeds", seeds, int) or [0]
-    how, twins = o.loading(device, dtype, trust_remote_code), list[Any]()
-    system, own = fresh(model_path, model, output_dir, how) if train_pairs else load(model_path, model, how)
+    how, baselines = o.loading(device, dtype, trust_remote_code), list[Any]()
+    system, agents = fresh(model_path, model, output_dir, how) if train_pairs else load(model_path, model, how)
     task = o.task(dataset, shots, question_field, answer_field)
-    arena, examples = arena_of(system, task, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
-    arena = replace(arena, bench=replace(arena.bench, answer_room=answer_room), num_runs=num_runs)
+    comparison, examples = prepared(system, task, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
+    comparison = replace(comparison, setup=replace(comparison.setup, answer_room=answer_room), num_runs=num_runs)
     if train_pairs:
-        own, twins = pairs(arena.dial, all_seeds, Path(str(output_dir)), system.source, data_dir)
-    found = contenders(
+        agents, baselines = pairs(comparison.held_out, all_seeds, Path(str(output_dir)), system.source, data_dir)
+    compared = entries(
         policies or ["random"],
-        arena.bench,
-        own,
+        comparison.setup,
         examples,
+        {"agents": agents, BASELINE: baselines},
         bucket=system.gate.bucket,
-        trained=system.training.get("config"),
-        twins=twins,
+        training=system.training.get("config"),
     )
-    at = choose(arena, own[0], ratios, at_keep_ratio)
-    about = {"dataset": dataset, "split": split, "limit": limit, "seed": seed, "path": path, "fill": system.fill}
-    about |= {"scope": system.scope, "look": asdict(system.look), "max_new_tokens": max_new_tokens}
-    about |= {"base_model": system.source, "bucket": system.gate.bucket, "answer_room": answer_room}
-    about |= {"shots": shots, "question_field": question_field, "answer_field": answer_field}
-    place = None if output_dir is None else output_dir / CELLS
-    ledger = Ledger(place, {**about, "data_dir": None if data_dir is None else str(data_dir)})
+    at = choose(comparison, agents[0], ratios, at_keep_ratio)
+    settings = {"limit": limit, "seed": seed, "path": path, "fill": system.fill, "scope": system.scope}
+    settings |= {"look": asdict(system.look), "max_new_tokens": max_new_tokens, "answer_room": answer_room}
+    settings |= {"base_model": system.source, "bucket": system.gate.bucket, "shots": shots}
+    settings |= {"question_field": question_field, "answer_field": answer_field}
+    depends = {"dataset": dataset, "split": split, "data_dir": None if data_dir is None else str(data_dir), **settings}
+    ledger = Ledger(None if output_dir is None else output_dir / LEDGER, depends)
     try:
         with progress("comparing") as update:
-            cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
+            comparison = replace(comparison, ledger=ledger, progress=update)
+            runs = measure(comparison, compared, [*ratios, at], all_seeds)
     except KeyboardInterrupt:
         if output_dir is None:
             raise Interrupted("interrupted; nothing was kept, as --output-dir was not given") from None
         raise Interrupted(
-            f"interrupted; {output_dir / CELLS} keeps the finished cells: go on with the same command"
+            f"interrupted; {output_dir / LEDGER} keeps the finished runs: go on with the same command"
         ) from None
-    around = circumstances(next(system.model.parameters()).device)
-    data = finite({**summarise(cells, at), **about, **around})
+    made = Circumstances(**circumstances(next(system.model.parameters()).device))
+    result = summarise(runs, at)
+    result = replace(result, dataset=dataset, split=split, settings=settings, circumstances=made)
+    data = result.to_json()
     if output_dir is not None:
         (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
-        append_records(output_dir / RECORDS, records(data, around, seed))
+        append_records(output_dir / RECORDS, records(result))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(data, plot, title=f"{Path(str(system.source)).name}, {dataset}")
-    return Outcome(data, views(data))
+        draw(result, plot, title=f"{Path(str(system.source)).name}, {dataset}")
+    return Outcome(data, views(result))
 
 
 def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
@@ -135,7 +138,9 @@ def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, li
     for name, checkpoint in zip(names, checkpoints, strict=True):
         checkpoint.check(system.model)
         if checkpoint.config.policy == "static":
-            raise ConfigError(f"{name} holds a static mask; give agents, and the mask as --policies gate={name}")
+            raise ConfigError(
+                f"{name} holds a static mask; give agents, and the mask as --policies static_baseline={name}"
+            )
         if checkpoint.config.lora and len(names) > 1:
             raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
     device = next(system.model.parameters()).device
@@ -155,11 +160,11 @@ def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[s
 
 
 def pairs(
-    dial: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
+    held_out: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
 ) -> tuple[list[Any], list[Any]]:
-    """Agents and twins of all seeds, trained by the demo's recipe or taken from an earlier run."""
-    from microglia.demo import RECIPE
-    from microglia.pair import trained_pair
+    """Agents and static baselines of all seeds, trained by the demo's recipe or taken from an earlier run."""
+    from microglia.experiments.demo import RECIPE
+    from microglia.experiments.side_by_side import saved_pair
 
     made = []
     most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
@@ -167,8 +172,8 @@ def pairs(
         for seed in seeds:
             with progress(f"training, seed {seed}") as update:
                 made.append(
-                    trained_pair(
-                        dial,
+                    saved_pair(
+                        held_out,
                         RECIPE,
                         seed,
                         output_dir / PAIRS / str(seed),
@@ -181,14 +186,14 @@ def pairs(
         raise Interrupted(
             f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
         ) from None
-    return [pair.agents for pair in made], [pair.twin for pair in made]
+    return [pair.agents for pair in made], [pair.static_baseline for pair in made]
 
 
 def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
     update("steps", row["step"], most)
 
 
-def arena_of(
+def prepared(
     system: Any,
     task: Any,
     data_dir: Path | None,
@@ -199,11 +204,11 @@ def arena_of(
     batch_size: int,
     max_new_tokens: int,
 ) -> tuple[Any, Any]:
-    """The bench and its dial, and a function that draws training examples for criteria."""
-    from microglia.compare import Arena
+    """What is compared on, and a function that draws training examples for criteria."""
     from microglia.evaluation.bench import Bench
+    from microglia.experiments.compare import Comparison
 
-    bench = Bench(
+    setup = Bench(
         system.model,
         system.tokenizer,
         task,
@@ -215,79 +220,76 @@ def arena_of(
         batch_size,
         max_new_tokens,
     )
-    held_out = "validation" if split != "validation" else "train"
-    dial = replace(bench, examples=task.load(held_out, limit=DIAL_PROMPTS, seed=seed, data_dir=data_dir))
+    other = "validation" if split != "validation" else "train"
+    held_out = replace(setup, examples=task.load(other, limit=HELD_OUT, seed=seed, data_dir=data_dir))
 
     def examples(count: int | None, at: int) -> Any:
         return task.load("train", limit=count, seed=at, data_dir=data_dir)
 
-    return Arena(bench, dial, replace(system.gate, threshold=0.0)), examples
+    return Comparison(setup, held_out, replace(system.gate, threshold=0.0)), examples
 
 
-def records(data: dict[str, Any], around: dict[str, Any], seed: int) -> list[Any]:
+def records(result: Any) -> list[Any]:
     """One record per row, and one for what adaptivity adds."""
     from microglia.record import Record
+    from microglia.results import plain
 
-    about = {name: data[name] for name in ("dataset", "split", "path", "base_model", "max_new_tokens", "answer_room")}
+    names = ("path", "base_model", "max_new_tokens", "answer_room")
+    extra = {"dataset": result.dataset, "split": result.split, **{name: result.settings[name] for name in names}}
+    around = {"seed": result.settings["seed"], **asdict(result.circumstances)}
     rows = [
-        Record("accuracy", row["accuracy"], "ratio", n=row["prompts"], seed=seed, extra={**about, **row}, **around)
-        for row in data["rows"]
+        Record("accuracy", row.accuracy, "ratio", n=row.prompts, extra={**extra, **plain(row)}, **around)
+        for row in result.rows
     ]
-    gain = data["adaptivity"]
-    n = data["rows"][0]["prompts"]
-    return [*rows, Record("adaptivity", gain["gain"], "ratio", n=n, seed=seed, extra={**about, **gain}, **around)]
+    n, gain = result.rows[0].prompts, result.adaptivity
+    return [*rows, Record("adaptivity", gain.gain, "ratio", n=n, extra={**extra, **plain(gain)}, **around)]
 
 
-def views(data: dict[str, Any]) -> list[Any]:
+def views(result: Any) -> list[Any]:
     """The table, and what it shows in sentences."""
-    first = data["rows"][0]
-    table = Table(
-        title=f"{data['dataset']}, {data['split']}, {first['prompts']} prompts",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
-    timed = first["ms_per_token"] is not None
+    first = result.rows[0]
+    title = f"{result.dataset}, {result.split}, {first.prompts} prompts"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
-    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * timed), "p", ""):
+    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * bool(first.latency)), "p", ""):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in data["rows"]:
+    for row in result.rows:
         time = []
-        if timed:
-            time = [f"{row['ms_per_token']:.2f}", f"{row['ratio_to_dense']:.2f}×", f"{row['kv_bytes'] / 1024:,.0f}"]
-        low, high = row["ci95"]
+        if row.latency:
+            time = [f"{row.latency.ms_per_token:.2f}", f"{row.latency.ratio_to_dense:.2f}×"]
+            time.append(f"{row.latency.kv_bytes / 1024:,.0f}")
+        low, high = row.ci95
+        best = row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency
         table.add_row(
-            row["policy"],
-            f"{row['keep_ratio']:.1%}",
-            f"{100 * row['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})",
-            f"{row['loss']:.3f}",
-            f"{row['mean_tokens']:.0f}",
+            row.policy,
+            f"{row.keep_ratio:.1%}",
+            f"{100 * row.accuracy:.1f} ({100 * low:.0f}–{100 * high:.0f})",
+            f"{row.loss:.3f}",
+            f"{row.mean_tokens:.0f}",
             *time,
-            f"{row['agents_p_holm']:.2g}" if "agents_p_holm" in row else "",
-            "*" if row.get("pareto_latency", row["pareto_sparsity"]) else "",
+            f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
+            "*" if best else "",
         )
-    return [table, *sentences(data)]
+    return [table, *sentences(result)]
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(result: Any) -> list[str]:
     """What adaptivity adds, and whether sparsity follows difficulty and family."""
-    gain, (low, high) = data["adaptivity"]["gain"], data["adaptivity"]["ci95"]
-    kept = data["adaptivity"]["keep_ratios"]
-    found = "supports" if low is not None and low > 0 else "does not support"
-    ends = "" if low is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    gain, (low, high) = result.adaptivity, result.adaptivity.ci95
+    agents, baseline = gain.keep_ratios["agents"], gain.keep_ratios["static_baseline"]
+    ends = "" if low != low else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     lines = [
         "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
-        + ("small." if data["rows"][0]["ms_per_token"] is None else "fast. ms: of a step; faster: dense time ÷ this."),
-        f"Adapting to the input adds {100 * gain:+.1f} points{ends}, at {kept['agents']:.1%} of the heads against "
-        f"{kept['gate']:.1%} of the static twin's: this run {found} a gain.",
+        + ("fast. ms: of a step; faster: dense time ÷ this." if result.rows[0].latency else "small."),
+        f"Adapting to the input adds {100 * gain.gain:+.1f} points{ends}, at {agents:.1%} of the heads against "
+        f"{baseline:.1%} of the static baseline's: this run {'supports' if low > 0 else 'does not support'} a gain.",
     ]
-    follows = data["follows_difficulty"]
-    if follows["rank_correlation"] is None:
-        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
-    else:
-        rho, (low, high) = follows["rank_correlation"], follows["ci95"]
+    if follows := result.follows_difficulty:
+        rho, (low, high) = follows.rank_correlation, follows.ci95
         lines.append(f"Rank correlation of steps and sparsity: {rho:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}.")
-    families = {name: value for name, value in data["sparsity_by_family"].items() if name}
+    else:
+        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
+    families = {name: value for name, value in result.sparsity_by_family.items() if name}
     if families:
         lines.append("Heads pruned by family: " + ", ".join(f"{name} {value:.1%}" for name, value in families.items()))
     return lines

@@ -113,6 +113,7 @@ def train(
     """
     given = {name: value for name, value in locals().items() if value is not None}
     from microglia.look import Look
+    from microglia.results import TrainingRun
     from microglia.system import MicrogliaPruningSystem
     from microglia.training import TrainingConfig
 
@@ -142,24 +143,24 @@ def train(
         raise Interrupted(kept(output_dir)) from None
     saved = system.checkpoint().config
     parameters = sum(p.numel() for p in result.policy.parameters())
-    data = {
-        "output_dir": str(output_dir),
-        "base_model": saved.base_model,
-        "dataset": dataset,
-        "seconds": result.seconds,
-        "agent_parameters": parameters,
-        "agent_share": parameters / saved.base_parameters,
-        "training": saved.training,
-    }
+    run = TrainingRun(
+        output_dir=str(output_dir),
+        base_model=saved.base_model,
+        dataset=dataset,
+        seconds=result.seconds,
+        agent_parameters=parameters,
+        agent_share=parameters / saved.base_parameters,
+        training=dict(saved.training),
+    )
     last = saved.training["last"]
     rows = {
         "checkpoint": output_dir,
         "keep ratio, task loss": ", ".join(f"{last[name]:.3f}" for name in ("keep_ratio", "task") if name in last),
-        "agents": f"{parameters:,} parameters, {data['agent_share']:.2%} of the model",
+        "agents": f"{parameters:,} parameters, {run.agent_share:.2%} of the model",
         "time": f"{result.seconds:.0f} s",
         "next": f"microglia evaluate --model-path {output_dir} --dataset {dataset}",
     }
-    return Outcome(data, [facts(rows)])
+    return Outcome(run.to_json(), [facts(rows)])
 
 
 def kept(output_dir: Path) -> str:

@@ -55,13 +55,13 @@ class Execution(ABC):
     """One way to carry out decisions. To add one: a subclass, registered in EXECUTIONS.
 
     name: in the registry. prunes: False for the one that leaves the model dense. scores: whether several given tokens
-    can continue a prompt in one pass.
+    can continue a prompt in one pass. saves: False where pruned units are still computed.
     """
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
     scores: ClassVar[bool] = True
-    saves: ClassVar[bool] = True  # False where pruned units are still computed
+    saves: ClassVar[bool] = True
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "Execution":

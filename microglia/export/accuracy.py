@@ -11,6 +11,7 @@ from microglia.evaluation.run import Evaluation, evaluate, paired
 from microglia.export.frozen import frozen
 from microglia.export.plan import KeepPlan
 from microglia.policy import Policy
+from microglia.results import FrozenAccuracy
 from microglia.tasks import Example, Task
 
 
@@ -26,7 +27,7 @@ def accuracy_kept(
     max_new_tokens: int = 256,
     batch_size: int = 32,
     **adaptive: Any,
-) -> dict[str, Any]:
+) -> FrozenAccuracy:
     """Summaries of `dense`, `adaptive` and `frozen` on the same examples; frozen paired with each of the others.
 
     `adaptive` options (gate, look, fill, scope) are those of the policy. The frozen model reads the prompt with its
@@ -34,18 +35,18 @@ def accuracy_kept(
     """
 
     def run(name: str, policy: Policy | None, **options: Any) -> Evaluation:
-        options |= {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        options["progress"] = (lambda done, total: progress(name, done, total)) if progress else None
-        return evaluate(model, tokenizer, task, examples, policy, **options)
+        tell = (lambda done, total: progress(name, done, total)) if progress else None
+        sizes: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        return evaluate(model, tokenizer, task, examples, policy, progress=tell, **sizes, **options)
 
     runs = {"dense": run("dense", None), "adaptive": run("adaptive", policy, **adaptive)}
     with frozen(model, plan):
-        evaluation = run("frozen", None)
-    answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in evaluation.answers)
-    runs["frozen"] = replace(evaluation, answers=answers)
-    return {
-        "dataset": task.name,
-        **{name: run.summary() for name, run in runs.items()},
-        "paired": paired(runs["dense"], runs["frozen"]),
-        "paired_adaptive": paired(runs["adaptive"], runs["frozen"]),
-    }
+        answered = run("frozen", None)
+    answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in answered.answers)
+    runs["frozen"] = replace(answered, answers=answers)
+    return FrozenAccuracy(
+        dataset=task.name,
+        **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+        paired=paired(runs["dense"], runs["frozen"]),
+        paired_adaptive=paired(runs["adaptive"], runs["frozen"]),
+    )
