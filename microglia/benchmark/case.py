@@ -114,10 +114,7 @@ class Case:
         """Decide and prune anew, as for a new prompt, then decode."""
         with ExitStack() as stack:
             prepared = stack.enter_context(execution.prepared(self._request(BURST + 1)))
-            if prepared.cache is None:
-                prompt = shared_copy(cache)
-            else:
-                prompt = self._read(prepared.cache).past_key_values
+            prompt = shared_copy(cache) if prepared.cache is None else self._read(prepared.cache).past_key_values
             deciding = self.clock(lambda: self._decide(features))
             pruning = execution.apply(self.sites, decision, prompt)
             slicing = self.clock(lambda: stack.enter_context(pruning))

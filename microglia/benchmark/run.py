@@ -13,12 +13,12 @@ from microglia.benchmark.case import Burst, Case, RequestTimes
 from microglia.benchmark.ceiling import break_even_tokens, ceiling, realised_share
 from microglia.benchmark.costs import Costs, costs
 from microglia.benchmark.latency import interleaved, paired_ratio, summary
-from microglia.benchmark.rows import Report, Row
 from microglia.benchmark.subjects import Subject
 from microglia.errors import ConfigError
 from microglia.execution import Decision, Execution, execution_for
 from microglia.gate import keep_ratio, rows_agree
 from microglia.record import circumstances
+from microglia.results import BenchmarkResult, BenchmarkRow, Circumstances
 
 
 @dataclass(frozen=True)
@@ -63,21 +63,22 @@ def benchmark(
     plan: Plan,
     description: dict[str, Any],
     progress: Callable[[str, int, int], None] | None = None,
-) -> Report:
-    """Measure the plan on a model in memory; it comes back unchanged. `description` goes into the report.
+) -> BenchmarkResult:
+    """Measure the plan on a model in memory; it comes back unchanged. `description` goes into the result.
 
     progress: called with a name, the number of combinations done and their number.
     """
     lm: Any = causal_lm(model)
     executions = [execution_for(one, lm) for one in plan.executions]
-    rows: list[Row] = []
+    rows: list[BenchmarkRow] = []
     cases = list(product(plan.keep_ratios, plan.batch_sizes, plan.contexts))
     for done, (ratio, batch, context) in enumerate(cases):
         if progress is not None:
             progress("decode steps", done, len(cases))
         measured = _measure(Case(lm, subject(batch, context, ratio), plan.new_tokens), executions, plan.num_runs)
         rows += [row for execution in executions for row in measured.rows(execution)]
-    return Report(rows, description, circumstances(lm.device))
+    found = Circumstances(**circumstances(lm.device))
+    return BenchmarkResult(rows=tuple(rows), subject=description, circumstances=found)
 
 
 def _measure(case: Case, executions: Sequence[Execution], num_runs: int) -> "_Measured":
@@ -104,7 +105,7 @@ class _Measured:
     dense: Costs
     pruned: Costs
 
-    def rows(self, execution: Execution) -> Iterator[Row]:
+    def rows(self, execution: Execution) -> Iterator[BenchmarkRow]:
         """One row of an execution, and one with decision and slicing spread over an answer's tokens."""
         bursts = self.bursts[execution.name]
         yield self._row(execution.name, execution, [b.step_ms for b in bursts])
@@ -122,7 +123,7 @@ class _Measured:
         overhead = summary([b.decision_ms for b in bursts]).median + summary([b.slicing_ms for b in bursts]).median
         return break_even_tokens(overhead, dense, dense / self._ratio([b.step_ms for b in bursts]).median)
 
-    def _row(self, variant: str, execution: Execution, times: Sequence[float]) -> Row:
+    def _row(self, variant: str, execution: Execution, times: Sequence[float]) -> BenchmarkRow:
         (batch, context), keep = self.case.ids.shape, self.decision.keep
         bursts, requests = self.bursts[execution.name], self.requests[execution.name]
         time, ratio, saves = summary(times), self._ratio(times), execution.saves
@@ -130,7 +131,7 @@ class _Measured:
         best = ceiling(self.dense.bytes, self.pruned.bytes) if execution.prunes else 1.0
         kept = float(keep_ratio(keep).mean()) if execution.prunes else 1.0
         request = [r.total_ms for r in requests]
-        return Row(
+        return BenchmarkRow(
             variant=variant,
             batch_size=batch,
             context=context,

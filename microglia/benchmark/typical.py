@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from microglia.anatomy import causal_lm, context_length
-from microglia.benchmark.rows import Row
 from microglia.benchmark.run import Plan, benchmark
 from microglia.benchmark.subjects import Prompted, Subject
 from microglia.gate import keep_ratio
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read_prompts
+from microglia.results import BenchmarkRow
 from microglia.units import find_sites
 
 SAMPLE = 64  # prompts among which the typical one is found
@@ -36,7 +36,7 @@ def typical_subject(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Seq
 
 def typical_rows(
     model: Any, subject: Subject, ratio: float | None, *, num_runs: int = 20, new_tokens: int = 64
-) -> dict[str, Row]:
+) -> dict[str, BenchmarkRow]:
     """The measured row of every variant at one keep ratio, for one prompt."""
     context = max(1, (context_length(model) or 4096) - new_tokens - 8)
     plan = Plan(contexts=(context,), keep_ratios=(ratio,), new_tokens=new_tokens, num_runs=num_runs)

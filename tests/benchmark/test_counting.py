@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from microglia.benchmark.flops import prefill_flops, step_flops
-from microglia.benchmark.memory import kept_kv_bytes, kept_weight_bytes, tensor_bytes, weight_bytes
-from microglia.benchmark.pattern import counts_at, kept_counts, random_keep
-from microglia.cache import kv_bytes
-from microglia.compact import compacted
+from microglia.anatomy import Anatomy, HeadGeometry
+from microglia.anatomy.projection import tensor_bytes
+from microglia.benchmark.costs import costs, kept_kv_bytes, prefill_flops, step_flops, weight_bytes
+from microglia.benchmark.pattern import counts_at, random_keep
+from microglia.execution import Compact, Decision
 from microglia.gate import Gate, keep_ratio
-from microglia.geometry import HeadGeometry
-from microglia.sites import find_sites
+from microglia.units import find_sites
+from microglia.units.kv import kv_bytes
 from tests.tiny import FAMILIES, tiny_model
 
 CONTEXT = 6  # below the tiny models' sliding window
@@ -46,11 +46,11 @@ def test_operations_of_a_step_are_those_that_torch_counts(family: str, ratio: fl
     model = tiny_model(family, attn_implementation="eager")
     sites, ids, cache = read(model)
     keep = patterns(sites, ratio) if ratio else None
-    analytical = step_flops(model, sites, batch=1, keys=[CONTEXT + 1] * len(sites), keep=keep)
+    analytical = step_flops(Anatomy(model), *((sites, keep) if keep else ()), batch=1, context=CONTEXT)
     if keep is None:
         found = counted(lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))
     else:
-        with torch.inference_mode(), compacted(sites, keep, cache=cache):
+        with torch.inference_mode(), Compact().apply(sites, Decision(keep), cache):
             found = counted(lambda: model(ids[:, -1:], past_key_values=cache, use_cache=True))
     assert found - analytical in rotations(sites, positions=1)
 
@@ -61,14 +61,14 @@ def test_operations_of_a_prefill_are_those_that_torch_counts_and_the_causal_half
     linear = counted(lambda: model(ids, use_cache=True, logits_to_keep=1))  # sdpa: no operations on a CPU
     seen = sum(range(1, CONTEXT + 1))
     attention = 2 * sum(2 * 2 * site.geometry.width * seen for site in sites)
-    total = prefill_flops(model, sites, batch=2, context=CONTEXT, windows=[None] * len(sites))
+    total = prefill_flops(Anatomy(model), batch=2, context=CONTEXT)
     assert linear + attention - total in rotations(sites, positions=CONTEXT)
 
 
 def test_a_sliding_window_caps_the_prefill() -> None:
-    model = tiny_model("mistral")
-    sites = find_sites(model)
-    full, capped = (prefill_flops(model, sites, batch=1, context=20, windows=[w] * 2) for w in (None, 7))
+    models = [tiny_model("mistral", sliding_window=window) for window in (None, 7)]
+    sites = find_sites(models[0])
+    full, capped = (prefill_flops(Anatomy(model), batch=1, context=20) for model in models)
     seen = sum(range(1, 21)) - (sum(range(1, 8)) + 13 * 7)
     assert full - capped == 4 * seen * sum(site.geometry.width for site in sites)
 
@@ -79,9 +79,9 @@ def test_bytes_after_compaction_are_those_of_the_tensors_in_use(family: str, rat
     model = tiny_model(family)
     sites, _, cache = read(model)
     keep = patterns(sites, ratio)
-    weights, kv = kept_weight_bytes(model, sites, keep), kept_kv_bytes(cache, sites, keep)
+    weights, kv = weight_bytes(model, sites, keep), kept_kv_bytes(cache, sites, keep)
     assert weights < weight_bytes(model)
-    with torch.inference_mode(), compacted(sites, keep, cache=cache):
+    with torch.inference_mode(), Compact().apply(sites, Decision(keep), cache):
         assert weights == weight_bytes(model)
         assert kv == kv_bytes(cache)
 
@@ -103,7 +103,7 @@ def test_kv_bytes_go_down_by_exactly_the_pruned_share(rows: int, ratio: float) -
     keep = patterns(sites, ratio, rows)
     assert keep_ratio(keep).tolist() == [ratio] * rows
     dense = kv_bytes(cache)
-    with torch.inference_mode(), compacted(sites, keep, cache=cache):
+    with torch.inference_mode(), Compact().apply(sites, Decision(keep), cache):
         assert kv_bytes(cache) == dense * ratio
 
 
@@ -111,8 +111,23 @@ def test_rows_that_decide_for_themselves_still_read_every_weight() -> None:
     model = tiny_model("llama")
     sites, _, cache = read(model, rows=3)
     keep = patterns(sites, 0.5, rows=3)
-    assert kept_weight_bytes(model, sites, keep, rows=3) == weight_bytes(model, rows=3)
+    assert weight_bytes(model, sites, keep, rows=3) == weight_bytes(model, rows=3)
     assert kept_kv_bytes(cache, sites, keep) == kv_bytes(cache) // 2
+
+
+def test_a_sliding_window_caps_the_step_and_pruning_saves_within_it() -> None:
+    model = tiny_model("gemma3_text")  # a sliding layer of 7 keys and a full one
+    sites, _, cache = read(model, context=20)
+    keep = patterns(sites, 0.5)
+    dense = costs(model, cache, batch=1, context=20)
+    kept = costs(model, cache, batch=1, context=20, sites=sites, keep=keep)
+    projections = sum(site.saved_flops(k) for site, k in zip(sites, keep, strict=True))
+    width = sites[0].geometry.width
+    assert dense.step_flops - kept.step_flops == projections + 4 * (7 + 21) * width // 2
+    assert dense.bytes - kept.bytes == sum(s.saved_bytes(k) for s, k in zip(sites, keep, strict=True)) + (
+        kv_bytes(cache) - kept_kv_bytes(cache, sites, keep)
+    )
+    assert dense.prefill_flops == kept.prefill_flops
 
 
 @pytest.mark.parametrize(
@@ -134,9 +149,8 @@ def test_patterns_are_rectangles_that_the_gate_leaves_as_they_are() -> None:
     for family in ("llama", "qwen2"):
         for site, keep in zip(sites := find_sites(tiny_model(family)), patterns(sites, 0.5, rows=5), strict=True):
             assert torch.equal(Gate(bucket=1)(keep * 2 - 1, site.geometry), keep)
-            heads, groups = kept_counts(site, keep)
-            assert heads == keep[0].sum()
-            assert groups <= site.geometry.kv_heads
+            assert site.attended_width(keep) == keep[0].sum() * site.geometry.head_dim
+            assert site.kv_share(keep) <= 1
 
 
 def test_a_quantised_tensor_counts_what_it_stores() -> None:

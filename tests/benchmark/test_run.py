@@ -3,19 +3,35 @@
 import gc
 import json
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
 
-from microglia.benchmark import SHAPES, Plan, benchmark, random_model, random_subject, text_subject
+from microglia.benchmark import (
+    SHAPES,
+    Plan,
+    Prompted,
+    benchmark,
+    random_model,
+    random_subject,
+    records,
+    text_subject,
+    typical_speed,
+    typical_subject,
+)
 from microglia.benchmark.memory import peak_bytes, reset_peak
 from microglia.benchmark.shapes import shape_config
 from microglia.errors import ConfigError, DataError
-from microglia.gate import Gate
-from microglia.policy import StaticPolicy
+from microglia.execution import Captured, Compact
+from microglia.gate import Gate, keep_ratio
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
+from microglia.reading import read, read_prompts
 from microglia.record import append_records, read_records
-from microglia.sites import find_sites
-from tests.tiny import tiny_model
+from microglia.results import from_json
+from microglia.units import HeadSite, find_sites
+from tests.tiny import tiny_model, tiny_tokenizer, wild
 
 PLAN = Plan(batch_sizes=(1, 2), contexts=(16,), keep_ratios=(0.5,), new_tokens=3, num_runs=2)
 WANTED = set(
@@ -42,8 +58,11 @@ def test_every_combination_has_its_four_variants(report) -> None:
 
 
 def test_the_json_has_the_promised_shape(report) -> None:
-    data = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert {"rows", "device", "command", "versions", "commit"} <= data.keys()
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert {"kind", "rows", "circumstances"} <= data.keys()
+    assert {"device", "command", "versions"} <= data["circumstances"].keys()
+    assert report.circumstances.commit == data["circumstances"].get("commit")
+    assert from_json(data) == report
     for row in data["rows"]:
         assert row.keys() >= WANTED
 
@@ -80,10 +99,10 @@ def test_rows_that_decide_for_themselves_are_told_from_those_that_agree(report) 
 
 
 def test_records_carry_the_row_and_its_circumstances(report, tmp_path) -> None:
-    append_records(tmp_path / "records.jsonl", report.records())
-    records = read_records(tmp_path / "records.jsonl")
-    assert [r.extra["variant"] for r in records] == [row.variant for row in report.rows]
-    for record, row in zip(records, report.rows, strict=True):
+    append_records(tmp_path / "records.jsonl", records(report))
+    written = read_records(tmp_path / "records.jsonl")
+    assert [r.extra["variant"] for r in written] == [row.variant for row in report.rows]
+    for record, row in zip(written, report.rows, strict=True):
         assert (record.name, record.unit, record.value) == ("decode_latency", "ms", row.ms_per_token)
         assert record.command
         assert record.device
@@ -97,14 +116,17 @@ class Letters:
         return {"input_ids": [ord(letter) % 90 + 2 for letter in text]}
 
 
-def test_a_policy_is_measured_on_text_at_the_gate_that_it_is_given() -> None:
+def test_a_pruner_is_measured_on_text_at_the_budget_that_it_is_given() -> None:
     model = tiny_model("llama")
-    policy = StaticPolicy.random([site.geometry for site in find_sites(model)], seed=0)
-    gates = {None: Gate(threshold=-1.0), 0.5: Gate(threshold=0.5)}
-    subject = text_subject(policy, gates.__getitem__, Letters(), ["How many?", "Seven are left."], per_row=True)
+    geometries = [site.geometry for site in find_sites(model)]
+    policy = StaticPolicy.random(geometries, seed=0)
+    logits = [x.detach()[None] for x in policy.logits]
+    pruner = Pruner(policy, Gate(threshold=-1.0, bucket=1)).with_budget(logits, geometries)
+    subject = text_subject(pruner, Letters(), ["How many?", "Seven are left."], per_row=True)
     together, apart = subject(1, 8, None), subject(2, 8, 0.5)
-    assert together.gate is gates[None]
-    assert apart.gate is gates[0.5]
+    assert together.pruner is pruner
+    assert apart.pruner.gate == pruner.at(0.5).gate
+    assert keep_ratio(apart.pruner.keep(logits, geometries)).tolist() == [0.5]
     assert not torch.equal(*apart.ids)
     plan = Plan(batch_sizes=(2,), contexts=(8,), keep_ratios=(None,), new_tokens=2, num_runs=1)
     rows = benchmark(model, subject, plan, {}).rows
@@ -112,6 +134,56 @@ def test_a_policy_is_measured_on_text_at_the_gate_that_it_is_given() -> None:
     assert rows[2].realised_share is None
     with pytest.raises(DataError, match="2 prompts of 100 tokens were asked for"):
         subject(2, 100, None)
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_any_execution_takes_part(per_row: bool) -> None:
+    model = tiny_model("phi3")
+    captured = Captured(model, block=1)
+    plan = Plan((2,), (16,), (0.5,), new_tokens=3, num_runs=2, executions=("dense", "compact", captured))
+    rows = benchmark(model, random_subject(model, per_row=per_row), plan, {}).rows
+    assert [row.variant for row in rows] == ["dense", "compact", "compact_total", "captured", "captured_total"]
+    dense, compact, _, replayed, total = rows
+    for row in (replayed, total):  # the static cache is reserved for every head, a step reads those that are kept
+        assert row.kv_bytes > dense.kv_bytes > compact.kv_bytes
+        assert row.bytes_per_token == compact.bytes_per_token
+        assert (row.ceiling, row.keep_ratio, row.step_flops) == (compact.ceiling, 0.5, compact.step_flops)
+    assert replayed.slicing_ms > 0
+    before = captured.captures
+    benchmark(model, random_subject(model, per_row=per_row), plan, {})
+    assert captured.captures == before
+
+
+def test_what_pruned_heads_leave_behind_is_measured_too(monkeypatch) -> None:
+    biased = []
+    fill_bias = HeadSite.fill_bias
+    monkeypatch.setattr(HeadSite, "fill_bias", lambda *args: biased.append(1) or fill_bias(*args))
+    model = tiny_model("qwen2")
+
+    def subject(batch, context, ratio):
+        prompted = random_subject(model)(batch, context, ratio)
+        return Prompted(prompted.ids, replace(prompted.pruner, fill="mean"))
+
+    plan = Plan((1,), (16,), (0.5,), new_tokens=3, num_runs=1)
+    rows = benchmark(model, subject, plan, {}).rows
+    assert [row.variant for row in rows] == ["dense", "masked", "compact", "compact_total"]
+    assert len(biased) == 2 * 2 * 2  # sites, with one repetition to warm up, of requests and of bursts
+
+
+def test_the_typical_prompt_is_the_median_one() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    prompts = ["abcdefgh", "12+34=?", "Zebra!", "(x-y)*z", "qrstuvwxyz"]
+    pruner = wild(model)
+    logits = read_prompts(model, tokenizer, prompts, pruner).logits
+    pruner = pruner.with_budget(logits, [site.geometry for site in find_sites(model)])
+    subject = typical_subject(model, tokenizer, prompts, pruner)
+    kept = keep_ratio(pruner.at(0.5).keep(logits, pruner.budget.geometries)).tolist()
+    found = subject(2, 256, 0.5)
+    row = read(model, found.ids, torch.ones_like(found.ids), found.pruner)
+    assert keep_ratio(row.keep).tolist() == [sorted(kept)[2]] * 2
+    assert len(set(kept)) > 1
+    assert subject(1, 3, 0.5).ids.shape == (1, 3)
+    assert typical_speed(model, tokenizer, prompts, pruner, num_runs=1)(0.5) > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -139,6 +211,9 @@ def test_a_shape_is_built_in_the_type_asked_for(shape: str, monkeypatch) -> None
         (lambda: Plan(keep_ratios=()), "keep_ratios is empty"),
         (lambda: Plan(contexts=(0,)), "every value must be at least 1"),
         (lambda: Plan(new_tokens=1), "new_tokens=1"),
+        (lambda: Plan(executions=("masked",)), "executions=masked was given; name each once, and dense"),
+        (lambda: Plan(executions=("dense", "compact", Compact())), "executions=dense,compact,compact was given"),
+        (lambda: benchmark(tiny_model("phi3"), None, Plan(executions=("dense", "fast")), {}), "execution='fast'"),
         (lambda: random_subject(tiny_model("phi3"))(1, 8, None), "give keep_ratio"),
         (lambda: random_subject(tiny_model("phi3"))(1, 8, 1.5), "keep_ratio=1.5 was given"),
     ],
