@@ -1,6 +1,7 @@
 """Generate answers for prompts with any execution: dense, masked, compact, captured."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia.anatomy import causal_lm
 from microglia.attach import Trace, attached
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.execution import Execution, Request, execution_for
+from microglia.execution import Execution, Prepared, Request, execution_for
 from microglia.lease import dense
 from microglia.passes import read_prompt
 from microglia.pruner import Pruner
@@ -123,22 +124,30 @@ def generate(
         end_tokens=settings.end_tokens,
         pad_token=0 if pad is None else pad,
     )
-    with (  # in this order: a caller who is refused must not have touched what another thread captured and uses
-        attached(lm, pruner, execution) if pruner is not None else dense(lm) as trace,
-        execution.prepared(request) as prepared,
-    ):
-        cache = {} if prepared.cache is None else {"past_key_values": prepared.cache}
+    with answering(lm, pruner, execution, request) as (trace, prepared):
         if prepared.greedy is not None and settings.is_plain:
-            first = read_prompt(lm, ids, mask, **cache)
+            first = read_prompt(lm, ids, mask, **prepared.cache_option)
             new = prepared.greedy(first.logits[:, -1])
         else:
-            output = lm.generate(**batch, **cache, max_new_tokens=max_new_tokens, **settings.options)
+            output = lm.generate(**batch, **prepared.cache_option, max_new_tokens=max_new_tokens, **settings.options)
             new = getattr(output, "sequences", output)[:, ids.shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     if pruner is None or trace is None:
         return Generated(new, texts, [])
     _check_read_once(trace, settings)
     return Generated(new, texts, trace.keep, [split_features(x, pruner.policy.signals) for x in trace.features])
+
+
+@contextmanager
+def answering(
+    lm: Any, pruner: Pruner | None, execution: Execution, request: Request
+) -> Iterator[tuple[Trace | None, Prepared]]:
+    """While inside, the model reads and answers one request, dense and without a trace where there is no pruner."""
+    with (  # in this order: a caller who is refused must not have touched what another thread captured and uses
+        attached(lm, pruner, execution) if pruner is not None else dense(lm) as trace,
+        execution.prepared(request) as prepared,
+    ):
+        yield trace, prepared
 
 
 def _check_read_once(trace: Trace, settings: Settings) -> None:

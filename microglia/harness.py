@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from microglia.anatomy import causal_lm
-from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.evaluation.likelihood import likelihoods
 from microglia.execution import Request, execution_for
+from microglia.generation import answering
 from microglia.system import MicrogliaPruningSystem
 
 try:
@@ -102,12 +102,8 @@ class MicrogliaLM(HFLM):
         mask = options.get("attention_mask")
         mask = torch.ones_like(context) if mask is None else mask
         request = Request(mask, max_length - context.shape[1], fill=self.pruner.fill == "mean")
-        with (
-            attached(self.model, self.pruner, self.execution) as trace,
-            self.execution.prepared(request) as prepared,
-        ):
-            cache = {} if prepared.cache is None else {"past_key_values": prepared.cache}
-            tokens = super()._model_generate(context, max_length, stop, **options, **cache)
+        with answering(self.model, self.pruner, self.execution, request) as (trace, prepared):
+            tokens = super()._model_generate(context, max_length, stop, **options, **prepared.cache_option)
         self.keep_ratios += trace.keep_ratio.tolist()
         return tokens
 

@@ -19,7 +19,7 @@ from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import paired
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for
-from microglia.experiments.calibrate import calibrate, unused_examples
+from microglia.experiments.calibrate import Aim, calibrate, unused_examples
 from microglia.experiments.ledger import Ledger
 from microglia.explain import Explanation, explain
 from microglia.gate import Gate, keep_ratio
@@ -242,11 +242,12 @@ class MicrogliaPruningSystem:
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         ledger: Path | str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
         **aim: Any,
     ) -> Promise:
         """Prune as far as a promise allows, on held-out prompts that training did not use.
 
-        aim: options of `experiments.calibrate.calibrate`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        aim: fields of `experiments.calibrate.Aim`: max_drop with confidence, or keep_ratio, or latency_ratio.
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)
@@ -257,7 +258,7 @@ class MicrogliaPruningSystem:
         settings = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "execution": name}
         key = {**settings, "max_new_tokens": max_new_tokens, "base_model": self.source}
         key |= {"pruner": self.pruner.with_threshold(0.0).fingerprint()}
-        promise = calibrate(setup, self.pruner, ledger=Ledger(ledger, key), **aim)
+        promise = calibrate(setup, self.pruner, Aim(**aim), ledger=Ledger(ledger, key), progress=progress)
         promise = replace(promise, settings=settings)
         self.pruner = self.pruner.with_threshold(promise.threshold)
         self.promise = promise.to_json()

@@ -9,9 +9,10 @@ import torch
 from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.gate import Gate
-from microglia.policy import MixturePolicy, StaticPolicy
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
 from microglia.units import find_sites
-from tests.tiny import BACKENDS, positions, step_logits, tiny_model, tiny_prompts, uneven, wild
+from tests.tiny import BACKENDS, geometries_of, positions, step_logits, tiny_model, tiny_prompts, uneven, wild
 
 IDS, MASK = tiny_prompts(14, 9, 3)
 ANSWER = tiny_prompts(5, 5, 5, seed=2)[0]
@@ -22,8 +23,8 @@ ANSWER = tiny_prompts(5, 5, 5, seed=2)[0]
 def test_all_ones_are_the_untouched_model_bit_for_bit(family, backend, execution):
     model = tiny_model(family, backend=backend)
     dense = step_logits(model, IDS, MASK, ANSWER)
-    policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
-    with attached(model, policy, execution) as trace:
+    pruner = Pruner(StaticPolicy.all_kept(geometries_of(model)))
+    with attached(model, pruner, execution) as trace:
         assert step_logits(model, IDS, MASK, ANSWER).equal(dense)
     assert trace.keep_ratio.tolist() == [1, 1, 1]
 
@@ -52,39 +53,32 @@ def test_the_prompt_is_dense_and_the_answer_is_gated_at_the_output_projection(fa
     assert (ours[:, 1:] - dense[:, 1:]).abs().max() > 1e-2
 
 
-def test_scope_all_gates_the_prompt_too_from_each_sites_own_signals():
-    model = tiny_model("qwen2")
-    pruner = wild(model)
-    dense = step_logits(model, IDS, MASK, ANSWER)
-    with attached(model, policy, scope="all") as trace:
-        ours = step_logits(model, IDS, MASK, ANSWER)
-    assert (ours[:, 0] - dense[:, 0]).abs().max() > 1e-3
-    for features, logits, keep, agent in zip(trace.features, trace.logits, trace.keep, range(2), strict=True):
-        torch.testing.assert_close(policy.site_logits(agent, features), logits)
-        assert keep.equal(ONE(logits, find_sites(model)[agent].geometry))
-
-
-def test_a_policy_that_needs_every_site_is_refused_before_a_prompt_is_read():
-    model = tiny_model("qwen2")
-    policy = MixturePolicy([site.geometry for site in find_sites(model)])
-    with pytest.raises(ConfigError, match="a mixture sees every site before it decides; use scope='answer'"):
-        attached(model, policy, scope="all").__enter__()
-    with attached(model, policy):  # nothing was left behind
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
+def test_dense_decides_and_changes_nothing(family, make):
+    model = tiny_model(family)
+    pruner, dense = make(model), step_logits(model, IDS, MASK, ANSWER)
+    with attached(model, pruner, "masked") as masked:
         step_logits(model, IDS, MASK, ANSWER)
+    with attached(model, pruner, "dense") as trace:
+        assert step_logits(model, IDS, MASK, ANSWER).equal(dense)
+    assert trace.keep_ratio.equal(masked.keep_ratio)
+    assert (trace.keep_ratio < 1).all()
+    for name in ("features", "logits", "keep"):
+        assert all(a.equal(b) for a, b in zip(getattr(trace, name), getattr(masked, name), strict=True))
 
 
 def test_mean_fill_stands_in_for_pruned_heads():
     model = tiny_model("llama")
     site, prompt, answer = find_sites(model)[0], [], []
     handle = site.output.register_forward_pre_hook(lambda _, inputs: prompt.append(site.geometry.split(inputs[0])))
-    with torch.no_grad(), attached(model, uneven(model), fill="mean") as trace:
+    with torch.no_grad(), attached(model, uneven(model, fill="mean")) as trace:
         cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         handle.remove()
         site.output.register_forward_pre_hook(lambda _, inputs: answer.append(site.geometry.split(inputs[0])))
         mask = torch.cat([MASK, MASK[:, -1:]], dim=1)
         model(input_ids=ANSWER[:, :1], attention_mask=mask, past_key_values=cache)
     pruned = trace.keep[0][0] == 0
-    means = torch.stack([x[own.bool()].mean(0) for x, own in zip(prompt[0], MASK, strict=True)])
+    means = torch.stack([x[tokens.bool()].mean(0) for x, tokens in zip(prompt[0], MASK, strict=True)])
     assert pruned.any()
     torch.testing.assert_close(answer[-1][:, 0, pruned], means[:, pruned], atol=1e-5, rtol=1e-5)
 
@@ -92,23 +86,22 @@ def test_mean_fill_stands_in_for_pruned_heads():
 # --- a decision belongs to its prompt ---------------------------------------------------------------------------------
 
 
-def decide(model, policy, ids, mask, **options):
-    with torch.no_grad(), attached(model, policy, **options) as trace:
+def decide(model, pruner, ids, mask, **options):
+    with torch.no_grad(), attached(model, pruner, **options) as trace:
         model(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True)
     return trace
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
-@pytest.mark.parametrize("scope", ["answer", "all"])
-def test_a_prompt_is_decided_the_same_alone_in_a_batch_and_padded(family, backend, scope):
+def test_a_prompt_is_decided_the_same_alone_in_a_batch_and_padded(family, backend):
     model = tiny_model(family, backend=backend)
     pruner = wild(model)
-    batch = decide(model, policy, IDS, MASK, scope=scope)
+    batch = decide(model, pruner, IDS, MASK)
     assert len({tuple(torch.cat(row).tolist()) for row in zip(*batch.keep, strict=True)}) == 3  # they do differ
     for row in range(3):
-        own = MASK[row].bool()
-        alone = decide(model, policy, IDS[row : row + 1, own], MASK[row : row + 1, own], scope=scope)
-        padded = decide(model, policy, IDS[row : row + 1], MASK[row : row + 1], scope=scope)
+        tokens = MASK[row].bool()
+        alone = decide(model, pruner, IDS[row : row + 1, tokens], MASK[row : row + 1, tokens])
+        padded = decide(model, pruner, IDS[row : row + 1], MASK[row : row + 1])
         for one, two, many in zip(alone.features, padded.features, batch.features, strict=True):
             torch.testing.assert_close(one, many[row : row + 1], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(two, many[row : row + 1], atol=1e-4, rtol=1e-4)
@@ -123,31 +116,29 @@ def test_the_answer_has_no_say(family, execution):
     pruner = wild(model)
     keeps = []
     for seed in (2, 3):
-        with attached(model, policy, execution) as trace:
+        with attached(model, pruner, execution) as trace:
             step_logits(model, IDS, MASK, tiny_prompts(5, 5, 5, seed=seed)[0])
         keeps.append(torch.cat(trace.keep, dim=-1))
     assert keeps[0].equal(keeps[1])
-    assert keeps[0].equal(torch.cat(decide(model, policy, IDS, MASK).keep, dim=-1))
+    assert keeps[0].equal(torch.cat(decide(model, pruner, IDS, MASK).keep, dim=-1))
 
 
-@pytest.mark.parametrize("scope", ["answer", "all"])
-def test_given_tokens_limit_the_look_to_the_prompt(scope):
-    """A pass that holds prompt and answer decides as the prompt alone does, when it is told where the prompt ends."""
+def test_given_tokens_limit_what_is_measured_to_the_prompt():
+    """A pass that holds prompt and answer decides as the prompt alone does, when the prompt's tokens are given."""
     model = tiny_model("llama")
     pruner = wild(model)
     ids = torch.cat([IDS, ANSWER], dim=1)
     mask = torch.cat([MASK, torch.ones_like(ANSWER)], dim=1)
     prompt = torch.cat([MASK, torch.zeros_like(ANSWER)], dim=1).bool()
-    keeps = decide(model, policy, ids, mask, tokens=prompt).keep
-    assert keeps[0].equal(decide(model, policy, IDS, MASK).keep[0])
-    if scope == "answer":
-        assert keeps[1].equal(decide(model, policy, IDS, MASK).keep[1])
+    keeps = decide(model, pruner, ids, mask, tokens=prompt).keep
+    assert keeps[0].equal(decide(model, pruner, IDS, MASK).keep[0])
+    assert keeps[1].equal(decide(model, pruner, IDS, MASK).keep[1])
 
 
 def test_every_prompt_is_decided_anew():
     model = tiny_model("llama")
     pruner = wild(model)
-    with attached(model, policy, "compact") as trace:
+    with attached(model, pruner, "compact") as trace:
         first = step_logits(model, IDS, MASK, ANSWER)
         keep = trace.keep
         step_logits(model, *tiny_prompts(6, seed=9), ANSWER[:1])
@@ -158,12 +149,12 @@ def test_every_prompt_is_decided_anew():
 
 def test_gradients_of_the_gates_reach_every_agent():
     model = tiny_model("llama").requires_grad_(False)
-    pruner = wild(model)
-    with attached(model, policy, gate=Gate(mode="straight-through", bucket=1)):
+    pruner = wild(model, gate=Gate(mode="straight-through", bucket=1))
+    with attached(model, pruner):
         cache = model(input_ids=IDS, attention_mask=MASK, use_cache=True).past_key_values
         mask = torch.cat([MASK, MASK[:, -1:]], dim=1)
         model(input_ids=ANSWER[:, :1], attention_mask=mask, past_key_values=cache).logits.pow(2).sum().backward()
-    assert [name for name, p in policy.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert [name for name, p in pruner.policy.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -171,18 +162,18 @@ def test_gradients_of_the_gates_reach_every_agent():
 
 def test_a_second_attachment_is_refused_here_and_in_another_thread():
     model, other = tiny_model("llama"), tiny_model("llama")
-    policy, caught = uneven(model), []
+    pruner, caught = uneven(model), []
 
     def attach():
         try:
-            with attached(model, policy):
+            with attached(model, pruner):
                 pass
         except MicrogliaError as error:
             caught.append(str(error))
 
-    with attached(model, policy), attached(other, policy):
+    with attached(model, pruner), attached(other, pruner):
         with pytest.raises(MicrogliaError, match="LlamaForCausalLM is already attached, here or in another thread"):
-            attached(model, policy).__enter__()
+            attached(model, pruner).__enter__()
         thread = threading.Thread(target=attach)
         thread.start()
         thread.join()
@@ -193,18 +184,18 @@ def test_a_second_attachment_is_refused_here_and_in_another_thread():
 
 def in_a_thread(work):
     """What `work` raised in a thread of its own, or what it returned."""
-    found = []
+    results = []
 
     def run():
         try:
-            found.append(work())
+            results.append(work())
         except MicrogliaError as error:
-            found.append(str(error))
+            results.append(str(error))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return found[0]
+    return results[0]
 
 
 @pytest.mark.parametrize("execution", ["masked", "compact"])
@@ -226,32 +217,26 @@ def test_an_answer_is_never_continued_with_the_heads_of_a_later_prompt(execution
 def test_a_pass_beside_another_threads_pass_is_refused_and_does_not_disturb_it():
     model, caught = tiny_model("llama"), []
     pruner = uneven(model)
-    with attached(model, policy, "compact"):
+    with attached(model, pruner, "compact"):
         truth = step_logits(model, IDS, MASK, ANSWER)
 
     def meanwhile(*_):
         caught.append(in_a_thread(lambda: model(input_ids=IDS, use_cache=True)))
 
     handle = model.model.layers[0].mlp.register_forward_hook(meanwhile)
-    with attached(model, policy, "compact"):
+    with attached(model, pruner, "compact"):
         assert step_logits(model, IDS, MASK, ANSWER).equal(truth)
     handle.remove()
     assert len(caught) == 1 + ANSWER.shape[1]
     assert all("two threads run this attached LlamaForCausalLM at the same time" in error for error in caught)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"scope": "half"}, "scope='half' is unknown; choose answer or all"),
-        ({"fill": "max"}, "fill='max' is unknown; choose zero or mean"),
-        ({"scope": "all", "look": Look(norm="hidden")}, "use norm='head' or scope='answer'"),
-    ],
-)
-def test_impossible_options_are_refused(options, sentence):
+def test_an_unknown_execution_is_refused():
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match=sentence), attached(model, uneven(model), **options):
-        pass
+    with pytest.raises(ConfigError, match="execution='half' is unknown; choose captured, compact, dense or masked"):
+        attached(model, uneven(model), "half").__enter__()
+    with attached(model, uneven(model)):  # nothing was left behind
+        step_logits(model, IDS, MASK, ANSWER)
 
 
 def test_a_cache_from_elsewhere_a_wrong_batch_and_an_empty_prompt_are_refused():

@@ -1,4 +1,4 @@
-"""generate(): the compacted execution says what the masked execution says, token for token, and what cannot work is refused."""
+"""generate(): compact says what masked says, token for token, and what cannot work is refused."""
 
 import functools
 import threading
@@ -10,19 +10,19 @@ from transformers import GenerationConfig
 
 from microglia.attach import attached
 from microglia.errors import ConfigError, DataError, MicrogliaError
-from microglia.gate import Gate
-from microglia.generation import encode_prompts, generate
 from microglia.execution import Captured
+from microglia.generation import generate
+from microglia.reading import encode_prompts
 from tests.tiny import BACKENDS, tiny_model, tiny_tokenizer, uneven, wild
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
 LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
 
 
-def both(model, policy, **options):
-    options = {"gate": ONE, **LENGTH, **options}
+def both(model, pruner, **options):
     masked, compact = (
-        generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, **options) for execution in ("masked", "compact")
+        generate(model, tiny_tokenizer(), PROMPTS, pruner, execution=execution, **LENGTH, **options)
+        for execution in ("masked", "compact")
     )
     assert masked.tokens.shape == (3, 10)
     assert all(a.equal(b) for a, b in zip(masked.keep, compact.keep, strict=True))
@@ -41,7 +41,7 @@ def test_greedy_compact_is_greedy_masked(family, backend):
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_both_fills_and_both_kinds_of_decision(family, fill, rows):
     model = tiny_model(family)
-    masked, compact = both(model, uneven(model, rows), fill=fill)
+    masked, compact = both(model, uneven(model, rows, fill=fill))
     assert compact.equal(masked)
     assert not masked.equal(generate(model, tiny_tokenizer(), PROMPTS, **LENGTH).tokens)
 
@@ -50,11 +50,11 @@ def test_both_fills_and_both_kinds_of_decision(family, fill, rows):
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "phi3", "gpt2"])
 def test_sampling_with_the_same_seed(family, make):
     model = tiny_model(family)
-    policy, tokens = make(model), []
+    pruner, tokens = make(model), []
     for execution in ("masked", "compact"):
         torch.manual_seed(0)
         tokens.append(
-            generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, do_sample=True, **LENGTH).tokens
+            generate(model, tiny_tokenizer(), PROMPTS, pruner, execution=execution, do_sample=True, **LENGTH).tokens
         )
     assert tokens[0].equal(tokens[1])
 
@@ -64,21 +64,22 @@ def test_sampling_with_the_same_seed(family, make):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 def test_beams_share_the_decision_of_their_prompt(family, make, fill):
     model = tiny_model(family)
-    policy = make(model)
-    masked, compact = both(model, policy, num_beams=3, fill=fill)
+    pruner = make(model, fill=fill)
+    masked, compact = both(model, pruner, num_beams=3)
     assert compact.equal(masked)
-    keep = generate(model, tiny_tokenizer(), PROMPTS, policy, num_beams=3, **LENGTH).keep
-    single = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH).keep
+    keep = generate(model, tiny_tokenizer(), PROMPTS, pruner, num_beams=3, **LENGTH).keep
+    single = generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH).keep
     assert all(a.equal(b.repeat_interleave(3, dim=0)) for a, b in zip(keep, single, strict=True))
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_a_static_cache_decides_and_says_the_same(family, backend):
     model = tiny_model(family, backend=backend)
-    policy, options = wild(model), {"gate": ONE, **LENGTH}
-    dynamic = generate(model, tiny_tokenizer(), PROMPTS, policy, **options)
+    pruner = wild(model)
+    dynamic = generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH)
     for execution in ("masked", "compact"):
-        static = generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, cache_implementation="static", **options)
+        options = {"execution": execution, "cache_implementation": "static", **LENGTH}
+        static = generate(model, tiny_tokenizer(), PROMPTS, pruner, **options)
         assert all(a.equal(b) for a, b in zip(static.keep, dynamic.keep, strict=True))
         assert static.tokens.equal(dynamic.tokens)
 
@@ -86,9 +87,9 @@ def test_a_static_cache_decides_and_says_the_same(family, backend):
 def test_rows_say_alone_what_they_say_in_a_batch(family):
     model = tiny_model(family)
     pruner = wild(model)
-    together = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
+    together = generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH)
     for row, prompt in enumerate(PROMPTS):
-        alone = generate(model, tiny_tokenizer(), [prompt], policy, **LENGTH)
+        alone = generate(model, tiny_tokenizer(), [prompt], pruner, **LENGTH)
         assert alone.tokens.equal(together.tokens[row : row + 1])
         assert alone.texts == together.texts[row : row + 1]
 
@@ -96,12 +97,12 @@ def test_rows_say_alone_what_they_say_in_a_batch(family):
 def test_an_offloaded_model_says_the_same():
     model = tiny_model("llama")
     pruner = wild(model)
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH)
     offloaded = accelerate.cpu_offload(tiny_model("llama"), execution_device="cpu")
-    assert generate(offloaded, tiny_tokenizer(), PROMPTS, policy, **LENGTH).tokens.equal(truth.tokens)
+    assert generate(offloaded, tiny_tokenizer(), PROMPTS, pruner, **LENGTH).tokens.equal(truth.tokens)
 
 
-def test_without_a_policy_the_model_stays_dense():
+def test_without_a_pruner_the_model_stays_dense():
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     output = generate(model, tokenizer, PROMPTS, **LENGTH)
     truth = model.generate(**tokenizer(PROMPTS, return_tensors="pt", padding=True), do_sample=False, **LENGTH)
@@ -119,15 +120,15 @@ def test_prompts_are_padded_on_the_left_whatever_the_tokenizer_says():
 
 
 @torch.no_grad()
-def own_loop(model, input_ids, generation_config, whole=False, past=False, **given):
-    """A user's greedy loop. whole: it reads everything anew for every token. past: past the model's hooks."""
+def custom_loop(model, input_ids, generation_config, whole=False, direct=False, **given):
+    """A user's greedy loop. whole: it reads everything anew for every token. direct: past the model's hooks."""
     ids, mask, cache = input_ids, given["attention_mask"], None if whole else given["past_key_values"]
-    call = model.forward if past else model
+    call = model.forward if direct else model
     for step in range(generation_config.max_new_tokens):
         place = (mask.cumsum(1) - 1).clamp(min=0)
-        seen = ids.shape[1] - 1 if step and not whole else 0
+        past = ids.shape[1] - 1 if step and not whole else 0
         out = call(
-            ids[:, seen:], attention_mask=mask, position_ids=place[:, seen:], past_key_values=cache, use_cache=not whole
+            ids[:, past:], attention_mask=mask, position_ids=place[:, past:], past_key_values=cache, use_cache=not whole
         )
         cache = None if whole else out.past_key_values
         ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
@@ -139,18 +140,20 @@ def own_loop(model, input_ids, generation_config, whole=False, past=False, **giv
 @pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
 def test_a_loop_of_the_users_own_is_pruned_like_the_librarys(make, execution):
     model = tiny_model("llama")
-    policy, options = make(model), {"gate": ONE, "max_new_tokens": 6, "eos_token_id": None}
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, execution="masked", **options)
-    own = generate(model, tiny_tokenizer(), PROMPTS, policy, execution=execution, custom_generate=own_loop, **options)
-    assert own.tokens.equal(truth.tokens)
-    assert all(a.equal(b) for a, b in zip(own.keep, truth.keep, strict=True))
-    assert not own.tokens.equal(generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=6, eos_token_id=None).tokens)
+    pruner, options = make(model), {"max_new_tokens": 6, "eos_token_id": None}
+    truth = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution="masked", **options)
+    ours = generate(
+        model, tiny_tokenizer(), PROMPTS, pruner, execution=execution, custom_generate=custom_loop, **options
+    )
+    assert ours.tokens.equal(truth.tokens)
+    assert all(a.equal(b) for a, b in zip(ours.keep, truth.keep, strict=True))
+    assert not ours.tokens.equal(generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=6, eos_token_id=None).tokens)
 
 
-@pytest.mark.parametrize(("how", "times"), [({"whole": True}, 4), ({"past": True}, 0)])
+@pytest.mark.parametrize(("how", "times"), [({"whole": True}, 4), ({"direct": True}, 0)])
 def test_a_loop_in_which_nothing_would_be_pruned_is_refused(how, times):
     model = tiny_model("llama")
-    loop = functools.partial(own_loop, **how)
+    loop = functools.partial(custom_loop, **how)
     with pytest.raises(MicrogliaError, match=f"custom_generate read a whole text {times} times, but a prompt is read"):
         generate(
             model, tiny_tokenizer(), PROMPTS, uneven(model), execution="masked", custom_generate=loop,
@@ -161,16 +164,16 @@ def test_a_loop_in_which_nothing_would_be_pruned_is_refused(how, times):
 def test_a_model_that_is_configured_without_a_cache_is_pruned_all_the_same():
     model = tiny_model("llama")
     pruner = uneven(model)
-    truth = generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH)
     model.generation_config.use_cache = model.config.use_cache = False
-    assert generate(model, tiny_tokenizer(), PROMPTS, policy, **LENGTH).tokens.equal(truth.tokens)
+    assert generate(model, tiny_tokenizer(), PROMPTS, pruner, **LENGTH).tokens.equal(truth.tokens)
 
 
 class Meanwhile:
     """A streamer that, at the first new token, lets another thread try to generate on the same model."""
 
     def __init__(self, work):
-        self.work, self.calls, self.found = work, 0, None
+        self.work, self.calls, self.result = work, 0, None
 
     def put(self, value):
         self.calls += 1
@@ -181,9 +184,9 @@ class Meanwhile:
 
     def other(self):
         try:
-            self.found = self.work().tokens
+            self.result = self.work().tokens
         except MicrogliaError as error:
-            self.found = str(error)
+            self.result = str(error)
 
     def end(self):
         pass
@@ -193,20 +196,19 @@ class Meanwhile:
 @pytest.mark.parametrize("ours", ["dense", "compact", "captured"])
 def test_two_threads_get_right_answers_or_an_error_and_never_mixed_ones(ours, theirs):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    policy, captured = uneven(model), Captured(model)
+    pruner, captured = uneven(model), Captured(model)
 
     def write(execution, prompts, **options):
-        pruned = None if execution == "dense" else policy
-        execution = "masked" if execution == "dense" else execution
-        return generate(model, tokenizer, prompts, pruned, execution=execution, captured=captured, **LENGTH, **options)
+        execution = captured if execution == "captured" else execution
+        return generate(model, tokenizer, prompts, pruner, execution=execution, **LENGTH, **options)
 
     truth, other = write(ours, PROMPTS[:1]).tokens, write(theirs, PROMPTS[1:2]).tokens
     streamer = Meanwhile(lambda: write(theirs, PROMPTS[1:2]))
     assert write(ours, PROMPTS[:1], streamer=streamer).tokens.equal(truth)
     if ours == theirs == "dense":
-        assert streamer.found.equal(other)
+        assert streamer.result.equal(other)
     else:
-        assert "here or in another thread" in streamer.found
+        assert "here or in another thread" in streamer.result
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------
@@ -232,7 +234,7 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"execution": "scenic"}, "execution='scenic' is unknown; choose masked, compact or graph"),
+        ({"execution": "scenic"}, "execution='scenic' is unknown; choose captured, compact, dense or masked"),
         ({"assistant_model": tiny_model("llama")}, "assistant_model reads the prompt in parts or with guesses"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads the prompt in parts or with guesses"),
         ({"prefill_chunk_size": 3}, "prefill_chunk_size reads the prompt in parts or with guesses"),

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from microglia.attach import attached
-from microglia.gate import Gate
 from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven
 
 IDS, MASK = tiny_prompts(9, 4, 6)
@@ -16,7 +15,7 @@ IDS, MASK = tiny_prompts(9, 4, 6)
 def test_leaving_restores_everything(family, execution, rows, fill, snapshot):
     model = tiny_model(family)
     before = snapshot(model)
-    with attached(model, uneven(model, rows), execution, fill=fill):
+    with attached(model, uneven(model, rows, fill=fill), execution):
         step_logits(model, IDS, MASK, IDS[:, -2:])
         inside = [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()]
         assert sum(inside) > 0
@@ -54,7 +53,7 @@ def test_errors_restore_everything(error, where, rows, snapshot):
 
 
 def test_a_pruning_that_fails_half_way_is_undone(snapshot):
-    """The second site of this batch cannot be compacted: the first one is dense again."""
+    """The second site of this batch cannot be cut: the first one is dense again."""
     model = tiny_model("llama")
     before = snapshot(model)
     with (
@@ -69,7 +68,7 @@ def test_a_model_in_training_mode_with_gradients_keeps_both(snapshot):
     model = tiny_model("qwen2").train()
     model.model.embed_tokens.requires_grad_(False)
     before = snapshot(model)
-    with attached(model, uneven(model), "compact", look=Look(norm="hidden")):
+    with attached(model, uneven(model), "compact"):
         step_logits(model, IDS, MASK, IDS[:, -2:])
     assert snapshot(model) == before
     assert [p.requires_grad for p in model.parameters()].count(False) == 1

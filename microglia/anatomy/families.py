@@ -13,7 +13,8 @@ class Family:
     causal, decoder: classes of the language model and of its stack of layers. attention, mlp: how a layer's two halves
     store their projections. attention_name, mlp_name: of the halves in a layer. norms: of a layer, before attention and
     before the MLP. export_as: the family whose classes an export loads with (Phi-3 taken apart is Mistral).
-    gguf: whether llama.cpp's architecture `deci` computes it.
+    modelling: the file of `microglia.export` that an export's code is made of. gguf: whether llama.cpp's architecture
+    `deci` computes it.
     """
 
     causal: str
@@ -24,6 +25,7 @@ class Family:
     mlp_name: str = "mlp"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
     export_as: str | None = None
+    modelling: str = "modeling_microglia.py"
     gguf: bool = False
 
 
@@ -52,6 +54,7 @@ FAMILIES: Registry[Family] = Registry(
             mlp=Mlp(("c_fc",), "c_proj"),
             attention_name="attn",
             norms=("ln_1", "ln_2"),
+            modelling="modeling_microglia_gpt2.py",
         ),
     },
 )

@@ -1,21 +1,18 @@
 """The static baseline and the agents as criteria: trained on the calibration's examples, as the agents always are."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
-from microglia.policies import Policy, new_agents
+from microglia.policies import Policy, StaticPolicy, new_agents
 from microglia.tasks.base import Example, Task
 from microglia.training import TrainingConfig
-from microglia.training.static_baseline import baseline_config, train_in_memory, train_static_baseline
-
-R = TypeVar("R")
+from microglia.training.static_baseline import baseline_config, train_in_memory
 
 RECIPE = TrainingConfig(max_steps=100, keep_ratio=0.75, ramp=0.7, save_steps=10_000)
 BASELINE = baseline_config(RECIPE)
@@ -41,17 +38,13 @@ class CalibrationTask(Task):
         return list(self.examples)[:limit]
 
 
-def train_on(calibration: Calibration, training: Callable[..., R], *policy: Policy, config: TrainingConfig) -> R:
-    """Call `train_in_memory` or `train_static_baseline` with the calibration's examples and seed.
-
-    Raises ConfigError for LoRA.
-    """
+def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -> Policy:
+    """Train a policy in place on the calibration's examples, with its seed; back on the CPU. Raises ConfigError for LoRA."""
     if config.lora != "none":
         raise ConfigError(f"lora={config.lora!r} was given, but a criterion leaves the model as it is; use lora='none'")
     task, config = CalibrationTask(calibration), replace(config, seed=calibration.seed)
-    pruners = [calibration.pruner(one) for one in policy]
-    options: dict[str, Any] = {} if pruners else {"gate": Gate(bucket=calibration.bucket)}
-    return training(calibration.model, calibration.tokenizer, task, *pruners, config, **options)
+    train_in_memory(calibration.model, calibration.tokenizer, task, calibration.pruner(policy), config)
+    return policy.cpu()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +61,7 @@ class StaticBaseline(Criterion):
     )
 
     def static(self, calibration: Calibration) -> Policy:
-        return train_on(calibration, train_static_baseline, config=self.config).cpu()
+        return train_on(calibration, StaticPolicy.all_kept(calibration.geometries), self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]
@@ -93,8 +86,7 @@ class Agents(Criterion):
 
     def look_at(self, calibration: Calibration) -> Policy:
         agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
-        train_on(calibration, train_in_memory, agents, config=self.config)
-        return agents.cpu()
+        return train_on(calibration, agents, self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.mean(0) for x in calibration.logits(self.look_at(calibration))]

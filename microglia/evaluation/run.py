@@ -102,6 +102,16 @@ class Evaluation:
         return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
 
 
+    def to_json(self) -> dict[str, Any]:
+        """For a ledger."""
+        return {"answers": self.rows(), "seconds": self.seconds}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Evaluation":
+        """What `to_json` gave."""
+        return cls(tuple(Answer(**answer) for answer in row["answers"]), row["seconds"])
+
+
 @dataclass(frozen=True)
 class _Answered:
     """One batch: answers by the index of their example, the heads' sums, the seconds, and the process that did it."""

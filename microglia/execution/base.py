@@ -50,6 +50,11 @@ class Prepared:
     cache: Cache | None = None
     greedy: Callable[[Tensor], Tensor] | None = None
 
+    @property
+    def cache_option(self) -> dict[str, Cache]:
+        """The cache as a keyword for the model, or nothing where the model makes its own."""
+        return {} if self.cache is None else {"past_key_values": self.cache}
+
 
 class Execution(ABC):
     """One way to carry out decisions. To add one: a subclass, registered in EXECUTIONS.

@@ -13,24 +13,27 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError
-from microglia.evaluation.bench import Bench
 from microglia.evaluation.crossed import crossed_difference, holm_corrected
+from microglia.evaluation.setup import Setup
 from microglia.experiments.ledger import Ledger
-from microglia.experiments.measure import Measured, Progress, budget, figures, losses, measure, right
+from microglia.experiments.measure import Measured, Progress, figures, losses, measure, right
 from microglia.experiments.side_by_side import agents_from
 from microglia.gate import Gate
-from microglia.policy import TRAINED_ON_INPUT, StaticPolicy
+from microglia.policies import LearnedPolicy, Policy, StaticPolicy, agent_kinds
+from microglia.policies.base import POLICIES
+from microglia.pruner import Fill, Pruner
+from microglia.registry import listed
 from microglia.results import AblationResult, AblationRow, plain
-from microglia.training import TrainingConfig, train
-from microglia.training.loop import TOLD
-from microglia.training.static_baseline import baseline_config, train_static_baseline
+from microglia.training import RunFolder, TrainingConfig, train
+from microglia.training.loop import SETTINGS
+from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
 
 Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
 
@@ -41,11 +44,12 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "temperature": (0.5, 1.0, 2.0),
     "policy": ("mixture", "agents"),
     "hidden_dim": (4, 16, 64),
-    "features": ("both", "norm", "entropy"),
+    "signals": ("both", "norm", "entropy"),
     "fill": ("zero", "mean"),
     "bucket": (None, 1, 4),
     "lora": ("none", "first", "joint"),
 }
+SIGNALS = {"both": ("norm", "entropy"), "norm": ("norm",), "entropy": ("entropy",)}
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,14 @@ class Recipe:
     config: TrainingConfig = field(default_factory=TrainingConfig)
     policy: str = "mixture"
     hidden_dim: int | None = None
-    features: str = "both"
+    signals: str = "both"
+    fill: Fill = "zero"
     bucket: int | None = None
     baseline_steps: int = 0
 
     def changed(self, name: str, value: Any) -> "Recipe":
         """The recipe with one thing changed. Raises ConfigError for an unknown name or a value out of range."""
-        here = ("policy", "hidden_dim", "features", "bucket", "baseline_steps")
+        here = ("policy", "hidden_dim", "signals", "fill", "bucket", "baseline_steps")
         known = [*here, *(f.name for f in fields(TrainingConfig))]
         if name not in known:
             raise ConfigError(f"a recipe has no {name}; choose from {', '.join(known)}")
@@ -74,8 +79,9 @@ class Recipe:
         parts = value if isinstance(value, tuple) else (value,)
         if not all(part is None or isinstance(part, str) == word for part in parts):
             raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
-        if name == "policy" and value not in TRAINED_ON_INPUT:
-            raise ConfigError(f"policy={value!r} is unknown; choose {' or '.join(TRAINED_ON_INPUT)}")
+        choices = {"policy": agent_kinds(), "signals": list(SIGNALS), "fill": list(get_args(Fill))}
+        if name in choices and value not in choices[name]:
+            raise ConfigError(f"{name}={value!r} is unknown; choose {listed(choices[name])}")
         if name in here:
             return replace(self, **{name: value})
         if name == "alpha":  # which is not used where a multiplier steers to a keep ratio
@@ -108,8 +114,8 @@ class Ablation:
     """
 
     load: Load
-    setup: Bench
-    held_out: Bench
+    setup: Setup
+    held_out: Setup
     at: float
     folder: Path
     data_dir: Path | None = None
@@ -149,7 +155,8 @@ def variants(
 def _resolved(recipe: Recipe, usual_bucket: int | None) -> Recipe:
     """The recipe with what is usual written as None."""
     recipe = replace(recipe, bucket=None) if recipe.bucket == usual_bucket else recipe
-    usual = recipe.hidden_dim == TRAINED_ON_INPUT[recipe.policy].usual_hidden_dim
+    kind = POLICIES[recipe.policy]
+    usual = issubclass(kind, LearnedPolicy) and recipe.hidden_dim == kind.default_hidden_dim
     return replace(recipe, hidden_dim=None) if usual else recipe
 
 
@@ -180,18 +187,19 @@ def ablate(ablation: Ablation, wanted: Sequence[Variant], seeds: Sequence[int]) 
     return summarise(wanted, by_variant, seeds, ablation.at)
 
 
-def _baseline(ablation: Ablation, base: Recipe, steps: int, seed: int) -> StaticPolicy | None:
+def _baseline(ablation: Ablation, base: Recipe, steps: int, seed: int) -> Policy | None:
     """The static baseline of the base recipe, trained or from the ledger; none without steps."""
     if not steps:
         return None
     config = baseline_config(base.config, max_steps=steps, noise=(1.0, 0.0), ramp=0.7, seed=seed)
-    setup = ablation.setup
-    options: dict[str, Any] = {"look": setup.look, "bucket": base.bucket, "data_dir": ablation.data_dir}
-    options["on_log"] = ablation.on_log("static baseline", steps)
+    setup, on_log = ablation.setup, ablation.on_log("static baseline", steps)
 
     def train_baseline() -> list[list[float]]:
-        baseline = train_static_baseline(setup.model, setup.tokenizer, setup.task, config, **options)
-        return [x.tolist() for x in baseline.logits]
+        baseline = new_static_baseline(setup.model, Gate(bucket=base.bucket))
+        place = (setup.model, setup.tokenizer, setup.task)
+        train_in_memory(*place, baseline, config, data_dir=ablation.data_dir, on_log=on_log)
+        assert isinstance(baseline.policy, StaticPolicy)
+        return [x.tolist() for x in baseline.policy.logits]
 
     logits = ablation.ledger.get({"static_baseline": plain(asdict(config)), "bucket": base.bucket}, train_baseline)
     return StaticPolicy([torch.tensor(site) for site in logits])
@@ -204,29 +212,21 @@ def _run(ablation: Ablation, base: Recipe, recipe: Recipe, seed: int) -> dict[st
     if config.lora != "none":
         model, tokenizer = ablation.load()
         setup = replace(setup, model=model, tokenizer=tokenizer)
-    agents = agents_from(baseline, setup, seed, recipe.policy, hidden_dim=recipe.hidden_dim, features=recipe.features)
+    like = new_static_baseline(setup.model, Gate(bucket=recipe.bucket)) if baseline is None else Pruner(baseline)
+    like = replace(like, gate=Gate(bucket=recipe.bucket), fill=recipe.fill)
+    options: dict[str, Any] = {"hidden_dim": recipe.hidden_dim, "signals": SIGNALS[recipe.signals]}
+    agents = agents_from(like, setup, seed, recipe.policy, warm=baseline is not None, **options)
     folder = ablation.folder / hashlib.sha256(json.dumps([asdict(recipe), seed]).encode()).hexdigest()[:16]
-    result = train(
-        setup.model,
-        setup.tokenizer,
-        setup.task,
-        agents,
-        config,
-        output_dir=folder,
-        look=setup.look,
-        bucket=recipe.bucket,
-        data_dir=ablation.data_dir,
-        resume=(folder / TOLD).is_file(),
-        quiet=True,
-        on_log=ablation.on_log("training", config.max_steps),
-    )
-    setup = replace(setup, model=result.model, fill=config.fill, scope=config.scope)
-    held_out = replace(setup, examples=ablation.held_out.examples)
-    gate_at = budget(held_out, result.policy, Gate(bucket=recipe.bucket))
+    on_log = ablation.on_log("training", config.max_steps)
+    run = RunFolder(folder, resume=(folder / SETTINGS).is_file(), quiet=True, on_log=on_log)
+    result = train(setup.model, setup.tokenizer, setup.task, agents, config, run, data_dir=ablation.data_dir)
+    setup = replace(setup, model=result.model)
+    pruner = replace(setup, examples=ablation.held_out.examples).calibrated(result.pruner)
     targets = {"at": ablation.at} | ({"as_trained": None} if ablation.as_trained else {})
-    judged = {name: measure(setup, result.policy, gate_at(ratio), ablation.progress) for name, ratio in targets.items()}
+    judged = {name: measure(setup, pruner.at(ratio), ablation.progress) for name, ratio in targets.items()}
     shutil.rmtree(folder, ignore_errors=True)
-    return {**judged, "seconds": result.seconds, "agent_parameters": sum(p.numel() for p in result.policy.parameters())}
+    parameters = sum(p.numel() for p in result.pruner.policy.parameters())
+    return {**judged, "seconds": result.seconds, "agent_parameters": parameters}
 
 
 def summarise(

@@ -10,7 +10,7 @@ The promise holds for prompts drawn like the calibration prompts, which must not
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,12 @@ from scipy import stats
 
 from microglia.benchmark import typical_speed
 from microglia.errors import ConfigError, DataError, MicrogliaError
-from microglia.evaluation.bench import Bench, from_json
 from microglia.evaluation.run import Evaluation
+from microglia.evaluation.setup import Setup
 from microglia.experiments.drop import drop_limit, drop_p_value, prompts_needed
 from microglia.experiments.ledger import Ledger
-from microglia.experiments.measure import Budget, Progress, answers
-from microglia.gate import Gate
-from microglia.policy import Policy
+from microglia.experiments.measure import Progress, answers
+from microglia.pruner import Pruner
 from microglia.results import Promise, Tried
 from microglia.tasks.base import Example, Task
 
@@ -45,58 +44,72 @@ def fixed_sequence(counts: Iterable[tuple[int, int]], prompts: int, max_drop: fl
     return passed
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What is wanted: the fewest heads that can be promised to lose at most `max_drop`, with a confidence.
+
+    keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
+    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt.
+    """
+
+    max_drop: float = 0.02
+    confidence: float = 0.95
+    keep_ratio: float | None = None
+    latency_ratio: float | None = None
+    keep_ratios: Sequence[float] = KEEP_RATIOS
+
+    def __post_init__(self) -> None:
+        if self.keep_ratio is not None and self.latency_ratio is not None:
+            raise ConfigError(
+                f"keep_ratio={self.keep_ratio} and latency_ratio={self.latency_ratio} were given; choose one of them"
+            )
+        _ = prompts_needed(self.max_drop, self.confidence), _checked(self.keep_ratios)  # each checks itself
+
+
 def calibrate(
-    setup: Bench,
-    policy: Policy,
-    gate_at: Budget,
+    setup: Setup,
+    pruner: Pruner,
+    aim: Aim | None = None,
     *,
-    max_drop: float = 0.02,
-    confidence: float = 0.95,
-    keep_ratio: float | None = None,
-    latency_ratio: float | None = None,
-    keep_ratios: Sequence[float] = KEEP_RATIOS,
     ledger: Ledger | None = None,
     progress: Progress | None = None,
 ) -> Promise:
-    """The most aggressive of the settings that can be promised to lose at most `max_drop`.
+    """The most aggressive of the settings that can be promised to lose at most the aim's `max_drop`.
 
-    keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
-    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt of the setup.
-    `gate_at` turns a target keep ratio into a gate and must not depend on the setup's prompts. One dense run and one
-    run per setting, on the same prompts, until one fails. Raises ConfigError for what is out of range.
+    The pruner's budget must not depend on the setup's prompts. One dense run and one run per setting, on the same
+    prompts, until one fails. Raises ConfigError for what is out of range.
     """
-    if keep_ratio is not None and latency_ratio is not None:
-        raise ConfigError(f"keep_ratio={keep_ratio} and latency_ratio={latency_ratio} were given; choose one of them")
-    needed, prompts, ratios = prompts_needed(max_drop, confidence), len(setup.examples), _checked(keep_ratios)
-    remembered = ledger or Ledger()
+    aim, remembered = aim or Aim(), ledger or Ledger()
+    needed, prompts, ratios = prompts_needed(aim.max_drop, aim.confidence), len(setup.examples), _checked(aim.keep_ratios)
 
-    def answered(gate: Gate | None, target: float) -> Evaluation:
-        """Dense where there is no gate."""
-        label = "dense" if gate is None else f"keep ratio {target:g}"
-        work = partial(answers, setup, None if gate is None else policy, gate, label, progress)
-        return from_json(remembered.get({"gate": None if gate is None else asdict(gate)}, work))
+    def answered(at: Pruner | None, target: float) -> Evaluation:
+        """Dense where there is no pruner."""
+        label = "dense" if at is None else f"keep ratio {target:g}"
+        key = {"threshold": None if at is None else at.gate.threshold}
+        return Evaluation.from_json(remembered.get(key, partial(answers, setup, at, label, progress)))
 
-    if latency_ratio is not None:
-        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, policy, gate_at, look=setup.look)
-        keep_ratio = gentlest_reaching(latency_ratio, speed, ratios)
+    keep_ratio = aim.keep_ratio
+    if aim.latency_ratio is not None:
+        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner)
+        keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
     if keep_ratio is None and prompts < needed:
-        return _promise(None, None, [], max_drop, confidence=confidence, prompts=prompts, needed=needed)
+        return _promise(None, None, [], aim.max_drop, confidence=aim.confidence, prompts=prompts, needed=needed)
     dense, tried = answered(None, 1.0), list[Tried]()
 
     def counts(ratios: Iterable[float]) -> Iterator[tuple[int, int]]:
         for ratio in ratios:
-            gate = gate_at(ratio)
-            if tried and gate.threshold <= tried[-1].threshold:
+            at = pruner.at(ratio)
+            if tried and at.gate.threshold <= tried[-1].threshold:
                 continue  # the same decisions once more
-            tried.append(_tried(dense, answered(gate, ratio), ratio, gate, confidence))
+            tried.append(_tried(dense, answered(at, ratio), ratio, at.gate.threshold, aim.confidence))
             yield tried[-1].lost, tried[-1].won
 
     if keep_ratio is not None:
         passed, limit = len(list(counts([keep_ratio]))), None
     else:
-        passed, limit = fixed_sequence(counts(ratios), prompts, max_drop, confidence), max_drop
+        passed, limit = fixed_sequence(counts(ratios), prompts, aim.max_drop, aim.confidence), aim.max_drop
     chosen = tried[passed - 1] if passed else None
-    return _promise(chosen, dense, tried, limit, confidence=confidence, prompts=prompts)
+    return _promise(chosen, dense, tried, limit, confidence=aim.confidence, prompts=prompts)
 
 
 def _promise(
@@ -203,12 +216,12 @@ def more_prompts(tried: Tried, prompts: int, max_drop: float, confidence: float)
     return round(more)
 
 
-def _tried(dense: Evaluation, pruned: Evaluation, target: float, gate: Gate, confidence: float) -> Tried:
+def _tried(dense: Evaluation, pruned: Evaluation, target: float, threshold: float, confidence: float) -> Tried:
     pairs = [(a.correct, b.correct) for a, b in zip(dense.answers, pruned.answers, strict=True)]
     lost, won = pairs.count((True, False)), pairs.count((False, True))
     return Tried(
         target=target,
-        threshold=gate.threshold,
+        threshold=threshold,
         keep_ratio=1 - pruned.sparsity,
         accuracy=pruned.accuracy,
         lost=lost,

@@ -9,18 +9,17 @@ from typing import Any
 
 from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import check_writable
-from microglia.evaluation.bench import Bench
 from microglia.evaluation.run import Evaluation, follows_difficulty, paired
-from microglia.experiments.measure import budget
+from microglia.evaluation.setup import Setup
 from microglia.experiments.side_by_side import BASELINE, PairRecipe, save, train_pair
-from microglia.gate import Gate
 from microglia.models import REASONER, load_model
-from microglia.policy import Policy, StaticPolicy
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
 from microglia.results import Adaptivity, AtBudget, BenchmarkResult, DemoResult, RandomMasks
-from microglia.sites import find_sites
 from microglia.tasks import get_task
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import LEARNING_RATE
+from microglia.units import find_sites
 
 RANDOM_MASKS = 2  # each answers its share of the problems; they hardly ever stop by themselves, which takes long
 KEEP_RATIO = 0.75  # the lowest that `calibrate --max-drop 0.01` promised on 1,000 validation problems
@@ -59,27 +58,28 @@ def demo(
     check_writable(folder)
     model, tokenizer = load_model(REASONER)
     task, geometries = get_task("arithmetic"), [site.geometry for site in find_sites(model)]
-    held_out = Bench(model, tokenizer, task, task.load("validation", limit=HELD_OUT, seed=seed))
+    held_out = Setup(model, tokenizer, task, task.load("validation", limit=HELD_OUT, seed=seed))
     pair = train_pair(held_out, recipe, seed, tell=tell, quiet=quiet)
 
     policies = {"pruned": pair.agents, "static baseline": pair.static_baseline}
-    masks = {f"random {i + 1}": StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)}
-    budgets = {name: budget(held_out, policy, Gate()) for name, policy in {**policies, **masks}.items()}
-    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, Gate())}
-    variants |= {name: (policy, budgets[name](KEEP_RATIO)) for name, policy in {**policies, **masks}.items()}
-    variants |= {f"{name}, low budget": (policy, budgets[name](LOW_BUDGET)) for name, policy in policies.items()}
+    masks = {f"random {i + 1}": Pruner(StaticPolicy.random(geometries, seed=seed + i)) for i in range(RANDOM_MASKS)}
+    pruners = {name: held_out.calibrated(pruner) for name, pruner in {**policies, **masks}.items()}
+    variants: dict[str, Pruner | None] = {"dense": None}
+    variants |= {name: pruner.at(KEEP_RATIO) for name, pruner in pruners.items()}
+    variants |= {f"{name}, low budget": pruners[name].at(LOW_BUDGET) for name in policies}
 
     examples = task.load("test", limit=problems, seed=seed)
     setup = replace(held_out, examples=examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
     share = replace(setup, examples=examples[: len(examples) // RANDOM_MASKS])
     runs: dict[str, Evaluation] = {}
-    for name, (policy, gate) in variants.items():
-        update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        runs[name] = (share if name in masks else setup).answers(policy, gate, update)
+    for name, pruner in variants.items():
+        update = (lambda done, total, name=name: progress(name, done, total)) if progress else None  # type: ignore[misc]
+        runs[name] = (share if name in masks else setup).answers(pruner, update)
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")
-    latency = _latency(held_out, *variants["pruned"], seed)
-    parameters = sum(p.numel() for p in pair.agents.parameters())
+    chosen = {name: pruners[name].at(KEEP_RATIO) for name in policies}
+    latency = _latency(held_out, chosen["pruned"], seed)
+    parameters = sum(p.numel() for p in pair.agents.policy.parameters())
     result = DemoResult(
         **compared(runs),
         latency=latency.rows,
@@ -95,16 +95,14 @@ def demo(
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
     training = {"dataset": task.name, "config": asdict(recipe.of_seed(seed).second)}
     for name, place in {"pruned": "checkpoint", "static baseline": BASELINE}.items():
-        save(held_out, policies[name], folder / place, variants[name][1], base_model=REASONER, training=training)
+        save(held_out, chosen[name], folder / place, base_model=REASONER, training=training)
     return result
 
 
-def _latency(setup: Bench, policy: Policy | None, gate: Gate, seed: int) -> BenchmarkResult:
+def _latency(setup: Setup, pruner: Pruner, seed: int) -> BenchmarkResult:
     """Decode steps of one prompt."""
-    assert policy is not None
     plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
-    texts = [prompt + "\n" for prompt in setup.prompts]
-    subject = text_subject(policy, lambda _: gate, setup.tokenizer, texts, look=setup.look)
+    subject = text_subject(pruner, setup.tokenizer, [prompt + "\n" for prompt in setup.prompts])
     return benchmark(setup.model, subject, plan, {"model": REASONER, "seed": seed})
 
 

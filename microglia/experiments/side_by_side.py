@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from microglia.checkpoint import Checkpoint, MicrogliaConfig
+from microglia.checkpoint import Checkpoint
 from microglia.errors import CheckpointError
-from microglia.evaluation.bench import Bench
+from microglia.evaluation.setup import Setup
 from microglia.gate import Gate
-from microglia.policy import AgentPolicy, Policy, StaticPolicy, new_agents
-from microglia.sites import find_sites
+from microglia.policies import StaticPolicy, new_agents
+from microglia.pruner import Pruner
 from microglia.training import TrainingConfig
-from microglia.training.static_baseline import baseline_config, train_in_memory, train_static_baseline
+from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
+from microglia.units import find_sites
 
 UNSURE = 1.0  # agents start from the baseline's logits clipped to ± this: a gate that is sure lets no gradient pass
 AGENTS, BASELINE = "agents", "static-baseline"  # folders of a saved pair
@@ -46,50 +47,48 @@ class PairRecipe:
 class Pair:
     """`history` holds what training the agents logged; empty when they came from a folder."""
 
-    agents: Policy
-    static_baseline: Policy
+    agents: Pruner
+    static_baseline: Pruner
     history: list[dict[str, Any]]
 
 
 def train_pair(
-    setup: Bench, recipe: PairRecipe, seed: int, *, tell: Callable[[str], None] | None = None, **options: Any
+    setup: Setup,
+    recipe: PairRecipe,
+    seed: int,
+    *,
+    gate: Gate | None = None,
+    tell: Callable[[str], None] | None = None,
+    **options: Any,
 ) -> Pair:
     """Train agents and static baseline of a seed. `tell` hears of each stage; `options` go to `train_in_memory`."""
     recipe = recipe.of_seed(seed)
-    place = (setup.model, setup.tokenizer, setup.task)
-    options = {"look": setup.look, **options}
 
-    def announce(name: str, config: TrainingConfig) -> TrainingConfig:
+    def stage(name: str, pruner: Pruner, config: TrainingConfig) -> list[dict[str, Any]]:
         if tell:
             tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
-        return config
+        return train_in_memory(setup.model, setup.tokenizer, setup.task, pruner, config, **options)
 
-    baseline = train_static_baseline(*place, announce("static baseline", recipe.first), **options)
+    baseline = new_static_baseline(setup.model, gate)
+    stage("static baseline", baseline, recipe.first)
     agents = agents_from(baseline, setup, seed, recipe.policy, hidden_dim=recipe.hidden_dim)
-    history = train_in_memory(*place, agents, announce("agents", recipe.second), **options)
+    history = stage("agents", agents, recipe.second)
     further = baseline_config(recipe.second, learning_rate=recipe.first.learning_rate / 2)
-    train_static_baseline(*place, announce("static baseline, on", further), baseline=baseline, **options)
-    return Pair(agents.eval(), baseline.eval(), history)
+    stage("static baseline, on", baseline, further)
+    return Pair(agents, baseline, history)
 
 
-def agents_from(baseline: StaticPolicy | None, setup: Bench, seed: int, kind: str, **options: Any) -> AgentPolicy:
-    """New agents that start from a static baseline's logits, where there is one; `options` go to `new_agents`."""
+def agents_from(like: Pruner, setup: Setup, seed: int, kind: str, *, warm: bool = True, **options: Any) -> Pruner:
+    """New agents with another pruner's gate; they start from its static logits if `warm`. `options`: of `new_agents`."""
     torch.manual_seed(seed)
     agents = new_agents(kind, [site.geometry for site in find_sites(setup.model)], **options)
-    if baseline is not None:
-        agents.start_from(list(baseline.logits), limit=UNSURE)
-    return agents
+    if warm and isinstance(like.policy, StaticPolicy):
+        agents.start_from(list(like.policy.logits), limit=UNSURE)
+    return replace(like, policy=agents, budget=None)
 
 
 def saved_pair(
-    setup: Bench,
-    recipe: PairRecipe,
-    seed: int,
-    folder: Path,
-    *,
-    base_model: str | None = None,
-    bucket: int | None = None,
-    **options: Any,
+    setup: Setup, recipe: PairRecipe, seed: int, folder: Path, *, base_model: str | None = None, **options: Any
 ) -> Pair:
     """Agents and static baseline of a seed, kept as two checkpoints in `folder` and loaded when they are there.
 
@@ -101,39 +100,30 @@ def saved_pair(
     before = [load(folder / name, setup, training) for name in (AGENTS, BASELINE)]
     if before[0] is not None and before[1] is not None:
         return Pair(before[0], before[1], [])
-    pair = train_pair(setup, recipe, seed, bucket=bucket, **options)
-    for name, policy in {AGENTS: pair.agents, BASELINE: pair.static_baseline}.items():
-        save(setup, policy, folder / name, Gate(bucket=bucket), base_model=base_model, training=training)
+    pair = train_pair(setup, recipe, seed, **options)
+    for name, pruner in {AGENTS: pair.agents, BASELINE: pair.static_baseline}.items():
+        save(setup, pruner, folder / name, base_model=base_model, training=training)
     return pair
 
 
 def save(
-    setup: Bench, policy: Policy, folder: Path, gate: Gate, *, base_model: str | None, training: dict[str, Any]
+    setup: Setup, pruner: Pruner, folder: Path, *, base_model: str | None, training: dict[str, Any]
 ) -> None:
-    """Write a checkpoint of `policy` whose budget is that of the setup's examples."""
-    config = MicrogliaConfig.describing(
-        setup.model,
-        policy,
-        base_model=base_model,
-        gate=gate,
-        look=setup.look,
-        fill=setup.fill,
-        scope=setup.scope,
-        template=setup.task.template,
-        training=training,
-    )
-    Checkpoint(policy, config, setup.logits(policy)).save_pretrained(folder)
+    """Write a checkpoint of a pruner whose budget is that of the setup's examples."""
+    pruner, template = setup.calibrated(pruner), setup.task.template
+    saved = Checkpoint.of(setup.model, pruner, base_model=base_model, template=template, training=training)
+    saved.save_pretrained(folder)
 
 
-def load(folder: Path, setup: Bench, training: dict[str, Any]) -> Policy | None:
-    """The policy of a checkpoint on this kind of model, None when there is none.
+def load(folder: Path, setup: Setup, training: dict[str, Any]) -> Pruner | None:
+    """The pruner of a checkpoint on this kind of model, None when there is none.
 
     Raises CheckpointError when it was trained by another recipe than `training`.
     """
     if not folder.is_dir():
         return None
     saved = Checkpoint.from_pretrained(folder)
-    saved.check(setup.model)
     if saved.config.training != json.loads(json.dumps(training)):
         raise CheckpointError(f"{folder} was trained by another recipe; give another --output-dir")
-    return saved.policy.to(next(setup.model.parameters()).device).eval()
+    saved.load_onto(setup.model)
+    return saved.pruner

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.compact import compacted
+from microglia.anatomy import Anatomy, causal_lm
 from microglia.errors import UnsupportedModelError
+from microglia.execution import Compact, Decision
 from microglia.export.plan import KeepPlan
-from microglia.sites import causal_lm, find_sites
+from microglia.units import find_sites
 
 Written = tuple[float | None, list[str]]  # the largest difference of what was read back, if it was; what is lost
 
@@ -21,7 +22,7 @@ def frozen(model: nn.Module, plan: KeepPlan) -> Iterator[Any]:
     """While inside, the model reads and writes with the plan's heads alone. Leaving restores it bit for bit."""
     lm = causal_lm(model)
     device = next(lm.parameters()).device
-    with compacted(find_sites(lm), [k[None].to(device) for k in plan.keep]):
+    with Compact().apply(find_sites(lm), Decision([k[None].to(device) for k in plan.keep])):
         yield lm
 
 
@@ -48,7 +49,7 @@ def merged(model: nn.Module) -> Any:
 
 def probe(lm: Any, length: int = 16) -> Tensor:
     """Token ids (1, length) that exist in every vocabulary, for comparing two forms of one model."""
-    return (torch.arange(1, length + 1, device=lm.device) * 7919 % lm.config.vocab_size)[None]
+    return (torch.arange(1, length + 1, device=lm.device) * 7919 % Anatomy(lm).vocab_size)[None]
 
 
 @torch.inference_mode()

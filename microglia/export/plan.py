@@ -1,6 +1,5 @@
 """A keep plan: one decision for every prompt, made by the gate from what a policy says of many prompts or of one."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,15 +7,15 @@ import torch
 from torch import Tensor
 
 from microglia.errors import ConfigError
-from microglia.gate import Gate, keep_ratio, threshold_for
-from microglia.geometry import HeadGeometry
+from microglia.gate import Gate, keep_ratio
+from microglia.pruner import Budget
 
 PLANS = ("mean", "task", "prompt")
 
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """What is frozen: `keep` (H,) per site, hard and rectangular.
+    """What is frozen: `keep` (H,) per site, hard and regular in shape.
 
     kind: `mean` is the mean logits over the checkpoint's calibration prompts, `task` those over a task's prompts,
         `prompt` the decision for one prompt. `prompts`: how many. `threshold`: of the gate that decided.
@@ -30,28 +29,25 @@ class KeepPlan:
     adaptive_keep_ratio: float
 
     @classmethod
-    def of_prompts(
-        cls, kind: str, logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate
-    ) -> "KeepPlan":
+    def of_prompts(cls, kind: str, budget: Budget | None, gate: Gate) -> "KeepPlan":
         """The heads with the best mean logits, as many as the prompts keep on average when each decides for itself.
 
-        `logits` (N, H) per site of N prompts. Raises ConfigError without any prompt.
+        budget: the logits of N prompts. Raises ConfigError without any prompt.
         """
-        if not len(logits) or not len(logits[0]):
+        if budget is None or not budget.prompts:
             raise ConfigError(
                 f"the plan {kind!r} needs prompts, but there are none to decide on; train first, or freeze a task's "
                 "prompts (--plan task) or one prompt (--plan prompt)"
             )
-        adaptive = _mean_ratio(logits, geometries, gate)
-        mean = [x.float().mean(0, keepdim=True) for x in logits]
-        frozen_gate = replace(gate, threshold=threshold_for(mean, geometries, adaptive, gate.bucket))
-        return cls(kind, _keep(mean, geometries, frozen_gate), len(logits[0]), frozen_gate.threshold, adaptive)
+        adaptive = budget.keep_ratio(gate.threshold)
+        mean = replace(budget, logits=[x.float().mean(0, keepdim=True) for x in budget.logits])
+        frozen_gate = replace(gate, threshold=mean.threshold(adaptive))
+        return cls(kind, _keep(mean, frozen_gate), budget.prompts, frozen_gate.threshold, adaptive)
 
     @classmethod
-    def of_prompt(cls, logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> "KeepPlan":
-        """Exactly what `gate` decides for one prompt, `logits` (1, H) per site."""
-        keep = _keep(logits, geometries, gate)
-        return cls("prompt", keep, 1, gate.threshold, _mean_ratio(logits, geometries, gate))
+    def of_prompt(cls, budget: Budget, gate: Gate) -> "KeepPlan":
+        """Exactly what `gate` decides for one prompt, whose logits are the budget's."""
+        return cls("prompt", _keep(budget, gate), 1, gate.threshold, budget.keep_ratio(gate.threshold))
 
     @property
     def keep_ratio(self) -> float:
@@ -70,10 +66,6 @@ class KeepPlan:
         }
 
 
-def _keep(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> tuple[Tensor, ...]:
+def _keep(budget: Budget, gate: Gate) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return tuple(keep[0].cpu() for keep in gate.every([x.float() for x in logits], geometries))
-
-
-def _mean_ratio(logits: Sequence[Tensor], geometries: Sequence[HeadGeometry], gate: Gate) -> float:
-    return float(keep_ratio(gate.every(logits, geometries)).mean())
+        return tuple(keep[0].cpu() for keep in gate.every([x.float() for x in budget.logits], budget.geometries))

@@ -11,16 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from microglia.anatomy import FAMILIES, Anatomy, HeadGeometry
 from microglia.errors import MicrogliaError, UnsupportedModelError
 from microglia.export.frozen import Written
 from microglia.export.gguf_tokenizer import add_tokenizer
-from microglia.export.to_hf import class_name, weights_and_config
-from microglia.geometry import HeadGeometry
-from microglia.sites import find_sites
+from microglia.export.to_hf import family_of, weights_and_config
 
 NAME = "model.gguf"
 ARCHITECTURE = "deci"
-CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Phi3ForCausalLM")
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -36,12 +34,12 @@ def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
     except ImportError as error:
         raise MicrogliaError("format gguf needs gguf; pip install 'microglia[export]'") from error
     state, config = weights_and_config(lm)
-    tensors = dict(named_tensors(state, [site.geometry for site in find_sites(lm)]))
+    tensors = dict(named_tensors(state, [layer.heads for layer in Anatomy(lm).layers]))
     if (factors := _rope_factors(lm)) is not None:
         tensors["rope_freqs.weight"] = factors
     writer = gguf.GGUFWriter(folder / NAME, ARCHITECTURE)
     lost = _describe(writer, lm, config)
-    lost += add_tokenizer(writer, tokenizer, lm.config.vocab_size)
+    lost += add_tokenizer(writer, tokenizer, Anatomy(lm).vocab_size)
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[_type(tensor)]
         writer.add_tensor(name, _stored(tensor), raw_dtype=kind)
@@ -53,11 +51,12 @@ def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
 
 
 def _check(lm: Any) -> None:
-    if class_name(lm) not in CLASSES:
+    if not family_of(lm).gguf:
+        possible = [family.causal for family in FAMILIES.values() if family.gguf]
         raise UnsupportedModelError(
             f"{type(lm).__name__} cannot become GGUF: llama.cpp's architecture {ARCHITECTURE}, the only one with head "
             "counts per layer, has neither q/k-norms, soft caps, two kinds of rotary embedding nor learned positions; "
-            f"export it with --format hf, or one of {', '.join(CLASSES)}"
+            f"export it with --format hf, or one of {', '.join(possible)}"
         )
     if lm.config.hidden_act not in ("silu", "swish"):
         raise UnsupportedModelError(

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicLayer
 
+from microglia.anatomy import Anatomy
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.export.frozen import Written, probe
-from microglia.sites import find_sites
 
 GRAPH = "model.onnx"
 OPSET = 20
@@ -35,10 +35,10 @@ def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
     except ImportError as error:
         raise MicrogliaError(f"format onnx needs {error.name}; pip install 'microglia[export]'") from error
 
-    backend = lm.config._attn_implementation
+    backend = Anatomy(lm).attention_backend
     lm.set_attn_implementation("eager")
     try:
-        step = _Step(lm, [site.layer for site in find_sites(lm)])
+        step = _Step(lm)
         _save(step, folder / GRAPH)
         tokenizer.save_pretrained(folder)
         difference = _difference(lm, onnxruntime.InferenceSession(folder / GRAPH)) if check else None
@@ -50,16 +50,16 @@ def write_onnx(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
 class _Step(nn.Module):
     """One forward pass whose cache is a flat list of tensors, key and value (B, G, P, D) of each site in turn."""
 
-    def __init__(self, lm: Any, layers: list[int]) -> None:
+    def __init__(self, lm: Any) -> None:
         super().__init__()
-        self.lm, self.layers = lm, layers
+        self.lm, self.anatomy = lm, Anatomy(lm)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> Any:
         """Ids and positions (B, T), mask (B, P + T) → logits (B, T, V), then keys and values (B, G, P + T, D)."""
         layers: list[Any] = [_cache_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         output = self.lm(
             input_ids=input_ids,
-            attention_mask=_masks(self.lm, attention_mask, input_ids.shape[1]),
+            attention_mask=_masks(self.anatomy, attention_mask, input_ids.shape[1]),
             position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
@@ -74,13 +74,13 @@ def _cache_layer(key: Tensor, value: Tensor) -> DynamicLayer:
     return layer
 
 
-def _masks(lm: Any, attention_mask: Tensor, length: int) -> Tensor | dict[str, Tensor]:
+def _masks(anatomy: Anatomy, attention_mask: Tensor, length: int) -> Tensor | dict[str, Tensor]:
     """The mask of all layers, or one for each kind of layer where some have a sliding window and others none."""
-    window, kinds = getattr(lm.config, "sliding_window", None), set(getattr(lm.config, "layer_types", None) or ())
+    kinds = dict(zip(anatomy.layer_kinds, anatomy.windows, strict=False))
+    dtype = anatomy.lm.dtype
     if len(kinds) > 1:
-        windows = {"full_attention": None, "sliding_attention": window}
-        return {kind: _mask(attention_mask, length, lm.dtype, windows[kind]) for kind in sorted(kinds)}
-    return _mask(attention_mask, length, lm.dtype, None if kinds == {"full_attention"} else window)
+        return {kind: _mask(attention_mask, length, dtype, window) for kind, window in sorted(kinds.items())}
+    return _mask(attention_mask, length, dtype, anatomy.windows[0])
 
 
 def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype, window: int | None) -> Tensor:
@@ -97,7 +97,7 @@ def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype, window: int |
 
 def empty_past(lm: Any, rows: int = 1) -> list[Tensor]:
     """A cache without a token: (rows, G, 0, D) twice per site."""
-    sizes = [(rows, s.geometry.kv_heads, 0, s.geometry.head_dim) for s in find_sites(lm) for _ in range(2)]
+    sizes = [(rows, x.heads.kv_heads, 0, x.heads.head_dim) for x in Anatomy(lm).layers for _ in range(2)]
     return [torch.zeros(size, dtype=lm.dtype) for size in sizes]
 
 
@@ -113,7 +113,7 @@ def _save(step: _Step, path: Path) -> None:
         "position_ids": {0: batch, 1: length},
         "past": [{0: batch, 2: before} for _ in example],
     }
-    sites = range(len(step.layers))
+    sites = range(len(step.anatomy.layers))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns of its own deprecated calls
         program = torch.onnx.export(

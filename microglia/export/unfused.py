@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from transformers import MistralConfig
 
+from microglia.anatomy import Layer
 from microglia.errors import UnsupportedModelError
-from microglia.sites import Site
 
 SAME = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
@@ -16,7 +16,7 @@ SAME = (
 ).split()
 
 
-def unfused_config(config: Any) -> MistralConfig:
+def unfused_config(config: Any, head_dim: int) -> MistralConfig:
     """The Mistral configuration of a Phi-3. Raises UnsupportedModelError for rotary embeddings that Mistral lacks."""
     rope = config.rope_parameters
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -27,20 +27,19 @@ def unfused_config(config: Any) -> MistralConfig:
         )
     return MistralConfig(
         **{name: getattr(config, name) for name in SAME},
-        head_dim=config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim,
         rope_parameters={"rope_theta": rope["rope_theta"], "rope_type": "default"},
     )
 
 
-def unfused_weights(state: dict[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """`state` of a Phi-3, its sites compacted or not, under Mistral's names."""
+def unfused_weights(state: dict[str, Tensor], layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """`state` of a Phi-3, its layers cut or not, under Mistral's names."""
     state = dict(state)
-    for site in sites:
-        sizes = [site.geometry.width, site.geometry.kv_width, site.geometry.kv_width]
-        q, k, v = state.pop(f"{site.name}.qkv_proj.weight").split(sizes)
-        mlp = f"{site.name.removesuffix('self_attn')}mlp"
+    for layer in layers:
+        heads, attention, mlp = layer.heads, layer.attention_name, layer.mlp_name
+        q, k, v = state.pop(f"{attention}.qkv_proj.weight").split([heads.width, heads.kv_width, heads.kv_width])
         gate, up = state.pop(f"{mlp}.gate_up_proj.weight").chunk(2)
         # Cloned: a part of a larger storage cannot be written to safetensors.
-        state |= {f"{site.name}.{name}_proj.weight": x.clone() for name, x in (("q", q), ("k", k), ("v", v))}
+        state |= {f"{attention}.{name}_proj.weight": x.clone() for name, x in (("q", q), ("k", k), ("v", v))}
         state |= {f"{mlp}.{name}_proj.weight": x.clone() for name, x in (("gate", gate), ("up", up))}
     return state

@@ -23,6 +23,7 @@ __all__ = [
     "SignalPolicy",
     "SitewisePolicy",
     "StaticPolicy",
+    "agent_kinds",
     "new_agents",
 ]
 

@@ -1,19 +1,23 @@
-"""The static baseline of the agents: one free logit per head and no input, with the same loss, steps and data."""
+"""The static baseline of the agents: one free logit per unit and no input, with the same loss, steps and data."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia.policy import Policy, StaticPolicy
-from microglia.sites import find_sites
+from microglia.gate import Gate
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
-from microglia.training.loop import train
+from microglia.training.loop import RunFolder, train
+from microglia.units import find_sites
 
-LEARNING_RATE = 0.1  # of a free logit per head; that of an MLP would leave it where it began
+LEARNING_RATE = 0.1  # of a free logit per unit; that of an MLP would leave it where it began
 
 
 def baseline_config(config: TrainingConfig, **changes: Any) -> TrainingConfig:
@@ -31,33 +35,24 @@ def baseline_config(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     )
 
 
-def train_static_baseline(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    config: TrainingConfig,
-    *,
-    baseline: StaticPolicy | None = None,
-    **options: Any,
-) -> StaticPolicy:
-    """Train a static baseline, or train `baseline` further; `options` go to `train_in_memory`."""
-    if baseline is None:
-        baseline = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
-    train_in_memory(model, tokenizer, task, baseline, config, **options)
-    return baseline
+def new_static_baseline(model: nn.Module, gate: Gate | None = None) -> Pruner:
+    """A static baseline for a model, before training: every unit kept."""
+    return Pruner(StaticPolicy.all_kept([site.geometry for site in find_sites(model)]), gate or Gate())
 
 
 def train_in_memory(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
-    policy: Policy,
+    pruner: Pruner,
     config: TrainingConfig,
     *,
+    data_dir: Path | None = None,
     quiet: bool = True,
-    **options: Any,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train `policy` in place, leave no files, and return the history. `options` go to `train`."""
+    """Train the pruner's policy in place, leave no files, and return the history."""
     config = replace(config, save_steps=10_000_000)  # nobody would go on from a folder that goes
     with tempfile.TemporaryDirectory() as folder:
-        return train(model, tokenizer, task, policy, config, output_dir=folder, quiet=quiet, **options).history
+        run = RunFolder(folder, quiet=quiet, on_log=on_log)
+        return train(model, tokenizer, task, pruner, config, run, data_dir=data_dir).history

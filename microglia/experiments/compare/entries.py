@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from microglia.anatomy import input_device
 from microglia.checkpoint import Checkpoint
 from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
-from microglia.evaluation.bench import Bench
-from microglia.policy import Policy
+from microglia.evaluation.setup import Setup
+from microglia.policies import Policy
+from microglia.pruner import Pruner
 from microglia.tasks.base import Example
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config
@@ -50,16 +52,16 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
 
 def entries(
     words: Sequence[str],
-    setup: Bench,
+    setup: Setup,
     examples: Examples,
     policies: Mapping[str, Sequence[Policy]],
     *,
-    bucket: int | None,
+    like: Pruner,
     training: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
     """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
 
-    examples: what criteria are calibrated on. training: options of the agents' training, by which the static baseline
+    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share. training: options of the agents' training, by which the static baseline
     is trained too.
     """
     options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
@@ -68,7 +70,7 @@ def entries(
         if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
             found.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
         else:
-            found.append(criterion(name, setup, examples, bucket=bucket, **options.get(name, {})))
+            found.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
     return found
 
 
@@ -82,10 +84,10 @@ def policy_in(folder: str, name: str, model: Any) -> Policy:
     checkpoint.check(model)
     if checkpoint.config.lora:
         raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
-    return checkpoint.policy.to(next(model.parameters()).device).eval()
+    return checkpoint.pruner.policy.to(input_device(model)).eval()
 
 
-def criterion(word: str, setup: Bench, examples: Examples, *, bucket: int | None, **options: Any) -> Entry:
+def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **options: Any) -> Entry:
     """A criterion by its name, `:per-input` behind it if it shall decide for each prompt.
 
     Raises ConfigError for an unknown name.
@@ -100,8 +102,8 @@ def criterion(word: str, setup: Bench, examples: Examples, *, bucket: int | None
             setup.tokenizer,
             setup.task,
             examples(limit, seed),
-            look=setup.look,
-            bucket=bucket,
+            window=like.window,
+            bucket=like.gate.bucket,
             batch_size=16,
             seed=seed,
         )

@@ -5,46 +5,45 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from typing import Any
 
+from microglia.anatomy import input_device
 from microglia.benchmark import typical_rows, typical_subject
 from microglia.errors import ConfigError
-from microglia.evaluation.bench import Bench
+from microglia.evaluation.setup import Setup
 from microglia.experiments.compare.entries import Entry
 from microglia.experiments.compare.summary import DENSE, TIMED, Run
 from microglia.experiments.ledger import Ledger
-from microglia.experiments.measure import Budget, Measured, Progress, budget, measure
-from microglia.gate import Gate, keep_ratio
-from microglia.policy import Policy
+from microglia.experiments.measure import Measured, Progress, measure
+from microglia.pruner import Pruner
 from microglia.results import BenchmarkRow, Latency, part_from_json, plain
-from microglia.sites import find_sites
 
 
 @dataclass(frozen=True)
 class Comparison:
     """setup: the prompts that are answered; held_out: others, on which keep ratios become thresholds.
 
-    gate: the agents' own, whose bucket all share. num_runs: of the timing, 0 for none.
+    like: the agents' pruner: all entries share its gate, window and fill. num_runs: of the timing, 0 for none.
     """
 
-    setup: Bench
-    held_out: Bench
-    gate: Gate
+    setup: Setup
+    held_out: Setup
+    like: Pruner
     num_runs: int = 20
     ledger: Ledger = field(default_factory=Ledger)
     progress: Progress | None = None
 
-    def make(self, entry: Entry, seed: int) -> tuple[Policy, Budget]:
-        """The policy of a seed, or of a place where they are counted, and its budget."""
-        for done in (0, 1):
-            if self.progress:
-                self.progress(f"making {entry.name}", done, 1)
-            if not done:
-                policy = entry.make(seed).to(next(self.setup.model.parameters()).device).eval()
-        return policy, budget(self.held_out, policy, self.gate)
+    def make(self, entry: Entry, seed: int) -> Pruner:
+        """The pruner of a seed, or of a place where they are counted, with its budget."""
+        report = self.progress or (lambda name, done, total: None)
+        report(f"making {entry.name}", 0, 1)
+        policy = entry.make(seed).to(input_device(self.setup.model)).eval()
+        report(f"making {entry.name}", 1, 1)
+        return self.held_out.calibrated(replace(self.like, policy=policy))
 
-    def trained_keep_ratio(self, policy: Policy) -> float:
-        """What a policy keeps at the decision that it was trained to."""
-        geometries = [site.geometry for site in find_sites(self.setup.model)]
-        return float(keep_ratio(self.gate.every(self.held_out.logits(policy), geometries)).mean())
+    def trained_keep_ratio(self, pruner: Pruner) -> float:
+        """What a pruner keeps at the decision that it was trained to."""
+        budget = self.held_out.calibrated(pruner).budget
+        assert budget is not None
+        return budget.keep_ratio(self.like.gate.threshold)
 
 
 def compare(
@@ -55,7 +54,7 @@ def compare(
     An entry that has one policy for all seeds is measured once. Raises ConfigError for no or unfit ratios or seeds.
     """
     _check(entries, keep_ratios, seeds)
-    work = partial(measure, comparison.setup, None, None, comparison.progress)
+    work = partial(measure, comparison.setup, None, comparison.progress)
     runs = [Run(DENSE, 1.0, seeds[0], Measured.from_json(comparison.ledger.get({"run": DENSE}, work)))]
     for entry in entries:
         known: dict[Any, dict[str, Any]] = {}  # a score that no seed changes is measured once
@@ -87,21 +86,20 @@ def _check(entries: Sequence[Entry], keep_ratios: Sequence[float], seeds: Sequen
             )
 
 
-Make = Callable[[], tuple[Policy, Budget]]
+Make = Callable[[], Pruner]
 
 
 def _answers(comparison: Comparison, make: Make, ratio: float, known: dict[Any, dict[str, Any]]) -> dict[str, Any]:
-    policy, gate_at = make()
-    same = policy.fingerprint(), gate_at(ratio)
+    pruner = make().at(ratio)
+    same = pruner.fingerprint()
     if same not in known:
-        known[same] = measure(comparison.setup, policy, gate_at(ratio), comparison.progress)
+        known[same] = measure(comparison.setup, pruner, comparison.progress)
     return known[same]
 
 
 def _timing(comparison: Comparison, make: Make, ratio: float) -> dict[str, Any]:
-    policy, gate_at = make()
     setup = comparison.setup
-    subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, policy, gate_at, look=setup.look)
+    subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, make())
     rows = typical_rows(setup.model, subject, ratio, num_runs=comparison.num_runs)
     return {variant: plain(_latency(rows[variant])) for variant in TIMED}
 
@@ -110,9 +108,9 @@ def _latency(row: BenchmarkRow) -> Latency:
     return Latency(**{f.name: getattr(row, f.name) for f in fields(Latency)})
 
 
-def at_keep_ratio(comparison: Comparison, policy: Policy, keep_ratios: Sequence[float], wanted: float | None) -> float:
+def at_keep_ratio(comparison: Comparison, pruner: Pruner, keep_ratios: Sequence[float], wanted: float | None) -> float:
     """Where adaptivity is judged: what is wanted, else what the agents keep by themselves, if they prune at all."""
     if wanted is not None:
         return wanted
-    kept = round(comparison.trained_keep_ratio(policy), 2)
+    kept = round(comparison.trained_keep_ratio(pruner), 2)
     return kept if 0 < kept < 1 else min(keep_ratios, key=lambda ratio: abs(ratio - kept))

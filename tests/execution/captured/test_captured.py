@@ -1,4 +1,4 @@
-"""Captured decoding says what the masked execution says, token for token; switching heads captures and moves nothing."""
+"""Captured decoding says what masked says, token for token; switching heads captures and moves nothing."""
 
 import contextlib
 import functools
@@ -10,14 +10,14 @@ from peft import LoraConfig, get_peft_model
 
 from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.gate import Gate
+from microglia.execution import Captured, Request
+from microglia.execution.captured.variants import Variant
 from microglia.generation import generate
-from microglia.execution import Captured
-from microglia.execution.captured.step import Form
 from tests.tiny import (
     BACKENDS,
     Fixed,
     positions,
+    pruner_of,
     tiny_model,
     tiny_prompts,
     tiny_tokenizer,
@@ -29,22 +29,22 @@ PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
 PLAIN = {"max_new_tokens": 10, "eos_token_id": None}
 
 
-def said(model, policy, execution, captured=None, prompts=PROMPTS, **options):
-    options = {"gate": ONE, **PLAIN, **options}
-    return generate(model, tiny_tokenizer(), prompts, policy, execution=execution, captured=captured, **options).tokens
+def answer(model, pruner, execution, prompts=PROMPTS, **options):
+    options = {**PLAIN, **options}
+    return generate(model, tiny_tokenizer(), prompts, pruner, execution=execution, **options).tokens
 
 
 def kinds(captured):
-    (room,) = captured.rooms.values()
-    return {form.kind for form in room.forms}
+    (step,) = captured.steps.values()
+    return {variant.kind for variant in step.variants}
 
 
 @pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "own"])
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_captured_is_masked(family, backend, make):
     model = tiny_model(family, backend=backend)
-    policy, captured = make(model), Captured(model, block=1, lowest=0.1)
-    assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
+    pruner, captured = make(model), Captured(model, block=1, lowest=0.1)
+    assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
     assert kinds(captured) & ({"shared"} if make is uneven else {"rows", "masked"})
 
 
@@ -52,36 +52,37 @@ def test_captured_is_masked(family, backend, make):
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_what_pruned_heads_leave_behind(family, rows):
     model = tiny_model(family)
-    policy, captured = uneven(model, rows), Captured(model, block=2)
-    assert said(model, policy, "captured", captured, fill="mean").equal(said(model, policy, "masked", fill="mean"))
+    pruner, captured = uneven(model, rows, fill="mean"), Captured(model, block=2)
+    assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
 
 
 @pytest.mark.parametrize("block", [1, 2])
 @pytest.mark.parametrize("lowest", [0.1, 0.5, 1.0])
-def test_any_ladder_says_the_same(block, lowest):
-    """Sites that ask for less than their level are filled up with heads that add nothing."""
+def test_any_buckets_say_the_same(block, lowest):
+    """Sites that keep less than their bucket are filled up with heads that add nothing."""
     model = tiny_model("qwen2")
-    for policy in (uneven(model), uneven(model, 3)):
+    for pruner in (uneven(model), uneven(model, 3)):
         captured = Captured(model, block=block, lowest=lowest)
-        assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
+        assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
 
 
 def test_switching_heads_captures_nothing_and_moves_nothing():
     model = tiny_model("phi3")
     captured = Captured(model, block=1, lowest=0.1)
-    policies = [uneven(model), uneven(model, 3), None, wild(model)]
+    pruners = [uneven(model), uneven(model, 3), None, wild(model)]
 
     def places():
-        (room,) = captured.rooms.values()
-        tensors = [*room.keep, room.token, room.logits, room.answer, *room.edges]
-        tensors += [x for layer in room.cache.layers for x in (layer.keys, layer.values)]
-        tensors += [x for weights in captured.parts.weights for x in weights.flat.values()]
+        (step,) = captured.steps.values()
+        buffers = step.buffers
+        tensors = [*step.decision.keep, buffers.token, buffers.logits, buffers.answer, *step.edges]
+        tensors += [x for layer in step.cache.layers for x in (layer.keys, layer.values)]
+        tensors += [x for weights in captured.model.weights for x in weights.flat.values()]
         return [x.data_ptr() for x in tensors]
 
-    truths = [said(model, policy, "masked") for policy in policies]
-    first = [said(model, policy, "captured", captured) for policy in policies]
+    truths = [answer(model, pruner, "masked") for pruner in pruners]
+    first = [answer(model, pruner, captured) for pruner in pruners]
     captures, before = captured.captures, places()
-    again = [said(model, policy, "captured", captured) for policy in reversed(policies)][::-1]
+    again = [answer(model, pruner, captured) for pruner in reversed(pruners)][::-1]
     assert captured.captures == captures
     assert places() == before
     for a, b, truth in zip(first, again, truths, strict=True):
@@ -89,21 +90,21 @@ def test_switching_heads_captures_nothing_and_moves_nothing():
         assert b.equal(truth)
 
 
-def test_each_level_is_captured_once():
+def test_each_bucket_is_captured_once():
     model = tiny_model("llama")
-    captured = Captured(model, block=1)
-    seen = []
+    captured, counts = Captured(model, block=1), []
     for kept in (8, 7, 6, 5, 4, 7, 8, 3, 6):
         logits = [torch.where(torch.arange(8) < kept, 1.0, -1.0)[None] for _ in range(2)]
-        assert said(model, Fixed(logits), "captured", captured).equal(said(model, Fixed(logits), "masked"))
-        seen.append(captured.captures)
-    assert seen == [1, 2, 3, 4, 5, 5, 5, 5, 5]
+        pruner = pruner_of(Fixed(logits))
+        assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
+        counts.append(captured.captures)
+    assert counts == [1, 2, 3, 4, 5, 5, 5, 5, 5]
 
 
-def test_levels_are_views_of_one_buffer():
+def test_buckets_are_views_of_one_buffer():
     model = tiny_model("qwen2")
     captured = Captured(model, lowest=0.1)
-    for weights in captured.parts.weights:
+    for weights in captured.model.weights:
         for (projection, part), flat in weights.flat.items():
             for cuts in weights.cuts.values():
                 views = [weights.view(cut, part) for cut in cuts if cut.projection == projection]
@@ -122,12 +123,12 @@ class Silent:
 
 @pytest.mark.parametrize("attention", ["stock", "products"])
 def test_one_compiled_code_serves_all_layers(attention):
-    """A form costs one compilation, not one for each layer: what differs between layers is data.
+    """A variant costs one compilation, not one for each layer: what differs between layers is data.
 
-    Keys and values go in as the views that the level uses. Cut out of the whole cache within compiled code, they would
+    Keys and values go in as the views that the bucket uses. Cut out of the whole cache within compiled code, they would
     be written to a copy.
     """
-    found = []
+    compilations = []
     for layers in (2, 4):
         torch.compiler.reset()
         graphs = []
@@ -139,18 +140,18 @@ def test_one_compiled_code_serves_all_layers(attention):
         model = tiny_model("llama", num_hidden_layers=layers)
         compiler = functools.partial(torch.compile, backend=backend, dynamic=False)
         captured = Captured(model, block=1, compiled=compiler, attention=attention, capture=Silent())
-        room, counts = captured.room(3, 64), [len(graphs)]
-        level = captured.parts.levels[1]
+        step, counts = captured.step_for(3, 64), [len(graphs)]
+        bucket = captured.model.buckets[1]
         with torch.inference_mode():
             for kind in ("shared", "rows"):
-                room.prepare(Form(kind, level))
+                step.prepare(Variant(kind, bucket))
                 counts.append(len(graphs))
-        found.append(counts)
+        compilations.append(counts)
         for part in graphs:
-            assert all(shape[1] in (level.groups, 8) for shape in part if shape[2] == 64)
-        assert any((3, level.groups, 64, 6) in part for part in graphs)
-    assert found[0] == found[1]
-    pieces = [after - before for before, after in itertools.pairwise(found[0])]
+            assert all(shape[1] in (bucket.groups, 8) for shape in part if shape[2] == 64)
+        assert any((3, bucket.groups, 64, 6) in part for part in graphs)
+    assert compilations[0] == compilations[1]
+    pieces = [after - before for before, after in itertools.pairwise(compilations[0])]
     assert min(pieces) > 0
     assert pieces == [1, 1] or attention == "stock"  # with products, a layer is one piece of code
 
@@ -158,9 +159,9 @@ def test_one_compiled_code_serves_all_layers(attention):
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
 def test_attention_by_products_says_the_same(family, backend):
     model = tiny_model(family, backend=backend)
-    for policy in (uneven(model), uneven(model, 3)):
+    for pruner in (uneven(model), uneven(model, 3)):
         captured = Captured(model, block=1, lowest=0.1, attention="products")
-        assert said(model, policy, "captured", captured).equal(said(model, policy, "masked"))
+        assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
 
 
 @pytest.mark.parametrize("attention", ["stock", "products"])
@@ -168,24 +169,23 @@ def test_attention_by_products_says_the_same(family, backend):
 def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
     """At most twice its error against float32, over a few steps with given tokens."""
     ids, mask = tiny_prompts(9, 6, 4)
-    answer = torch.tensor([[5, 9, 30, 7], [11, 40, 8, 3], [60, 2, 5, 21]])
+    tokens = torch.tensor([[5, 9, 30, 7], [11, 40, 8, 3], [60, 2, 5, 21]])
 
     def logits(dtype, captured=None):
         model = tiny_model("qwen2", dtype=dtype)
-        captured = captured and Captured(model, block=1, lowest=0.1, attention=attention)
+        execution = Captured(model, block=1, lowest=0.1, attention=attention) if captured else "masked"
         with contextlib.ExitStack() as stack, torch.inference_mode():
-            cache = stack.enter_context(captured.serving(mask, 6)).cache if captured else None
-            execution = captured.execution if captured else gated
             stack.enter_context(attached(model, uneven(model, rows), execution))
+            cache = stack.enter_context(execution.prepared(Request(mask, 6))).cache if captured else None
             out = model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, use_cache=True)
-            found, seen = [], mask
-            for token in answer.split(1, 1):
-                seen = torch.cat([seen, torch.ones_like(token)], 1)
-                place = positions(seen)[:, -1:]
+            after, whole = [], mask
+            for token in tokens.split(1, 1):
+                whole = torch.cat([whole, torch.ones_like(token)], 1)
+                place = positions(whole)[:, -1:]
                 cache = out.past_key_values
-                out = model(token, attention_mask=seen, position_ids=place, past_key_values=cache)
-                found.append(out.logits[:, -1].float().clone())
-        return torch.stack(found)
+                out = model(token, attention_mask=whole, position_ids=place, past_key_values=cache)
+                after.append(out.logits[:, -1].float().clone())
+        return torch.stack(after)
 
     truth = logits(torch.float32)
     torch.testing.assert_close(logits(torch.float32, captured=True), truth, atol=2e-5, rtol=0)
@@ -196,8 +196,8 @@ def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
 
 def test_a_mask_is_made_once_for_all_layers_and_only_added():
     model = tiny_model("llama", num_hidden_layers=3)
-    room = Captured(model).room(2, 64)
-    masks = [kwargs["attention_mask"] for _, kwargs in room.inputs]
+    step = Captured(model).step_for(2, 64)
+    masks = [kwargs["attention_mask"] for _, kwargs in step.inputs]
     assert {mask.data_ptr() for mask in masks} == {masks[0].data_ptr()}
     assert masks[0].dtype == model.dtype
 
@@ -206,10 +206,10 @@ def test_a_merged_adapter_is_followed():
     model = peft_model()
     with pytest.raises(MicrogliaError, match=r"q_proj carries an adapter, .* merge it first"):
         Captured(model)
-    policy, merged = uneven(model), model.merge_and_unload()
-    with_adapter = said(merged, policy, "captured")
-    assert with_adapter.equal(said(merged, policy, "masked"))
-    assert not with_adapter.equal(said(tiny_model("llama"), policy, "masked"))
+    pruner, merged = uneven(model), model.merge_and_unload()
+    with_adapter = answer(merged, pruner, "captured")
+    assert with_adapter.equal(answer(merged, pruner, "masked"))
+    assert not with_adapter.equal(answer(tiny_model("llama"), pruner, "masked"))
 
 
 def peft_model():
@@ -220,49 +220,49 @@ def peft_model():
 
 def test_an_error_while_capturing_leaves_nothing_open(monkeypatch):
     model = tiny_model("llama")
-    captured, policy = Captured(model), uneven(model)
-    truth = said(model, policy, "masked")
+    captured, pruner = Captured(model), uneven(model)
+    truth = answer(model, pruner, "masked")
 
     def fails(*args, **kwargs):
         if captured.capture.opened:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("no memory")
         return plain(*args, **kwargs)
 
     plain = model.model.layers[1].mlp.forward
     monkeypatch.setattr(model.model.layers[1].mlp, "forward", fails)
     with pytest.raises(torch.OutOfMemoryError):
-        said(model, policy, "captured", captured)
+        answer(model, pruner, captured)
     monkeypatch.undo()
     assert captured.capture.opened == []
-    assert said(model, policy, "masked").equal(truth)
-    assert said(model, policy, "captured", captured).equal(truth)
+    assert answer(model, pruner, "masked").equal(truth)
+    assert answer(model, pruner, captured).equal(truth)
 
 
-def test_a_longer_room_serves_too_but_not_one_of_another_batch():
+def test_a_longer_step_serves_too_but_not_one_of_another_batch():
     captured = Captured(tiny_model("llama"))
-    long = captured.room(2, 100)
-    assert long.length == 128
-    assert captured.room(2, 64) is long
-    assert captured.room(1, 64) is not long
-    assert captured.room(3, 64).batch == 3
-    assert [key[0] for key in captured.rooms] == [1, 3]  # the one used longest ago has gone
+    long = captured.step_for(2, 100)
+    assert long.buffers.length == 128
+    assert captured.step_for(2, 64) is long
+    assert captured.step_for(1, 64) is not long
+    assert captured.step_for(3, 64).buffers.batch == 3
+    assert [key[0] for key in captured.steps] == [1, 3]  # the one used longest ago has gone
 
 
 def test_an_answer_ends_with_its_end_token():
     model = tiny_model("llama")
     pruner = uneven(model)
-    whole = said(model, policy, "masked", max_new_tokens=40)
+    whole = answer(model, pruner, "masked", max_new_tokens=40)
     for end in ([int(whole[0, 4])], [int(whole[0, 2]), int(whole[1, 6]), int(whole[2, 9])]):
         options = {"max_new_tokens": 40, "eos_token_id": end}
-        assert said(model, policy, "captured", **options).equal(said(model, policy, "masked", **options))
+        assert answer(model, pruner, "captured", **options).equal(answer(model, pruner, "masked", **options))
 
 
 def test_a_plain_greedy_answer_is_a_loop_of_replays(monkeypatch):
     """Not the model's own loop, which looks at tokens, masks and criteria between steps."""
     model = tiny_model("llama")
-    truth, captured = said(model, uneven(model), "masked"), Captured(model)
+    truth, captured = answer(model, uneven(model), "masked"), Captured(model)
     monkeypatch.setattr(type(model), "generate", None)
-    assert said(model, uneven(model), "captured", captured).equal(truth)
+    assert answer(model, uneven(model), captured).equal(truth)
 
 
 def test_sampling_and_streaming_are_the_models_own():
@@ -273,12 +273,12 @@ def test_sampling_and_streaming_are_the_models_own():
         put = staticmethod(lambda tokens: streamed.append(tokens))
         end = staticmethod(lambda: streamed.append("end"))
 
-    for execution in ("masked", "captured"):
+    for execution in ("masked", captured):
         torch.manual_seed(0)
         options = {"do_sample": True, "temperature": 0.7, "min_new_tokens": 3}
-        answers.append(said(model, wild(model), execution, captured, **options))
+        answers.append(answer(model, wild(model), execution, **options))
     assert answers[0].equal(answers[1])
-    alone = said(model, uneven(model), "captured", captured, prompts=PROMPTS[:1], streamer=Streamer())
+    alone = answer(model, uneven(model), captured, prompts=PROMPTS[:1], streamer=Streamer())
     assert [int(tokens) for tokens in streamed[1:-1]] == alone[0].tolist()
     assert streamed[-1] == "end"
 
@@ -286,7 +286,7 @@ def test_sampling_and_streaming_are_the_models_own():
 def test_the_model_comes_back(snapshot):
     model = tiny_model("phi3")
     before = snapshot(model)
-    said(model, wild(model), "captured", fill="mean")
+    answer(model, wild(model, fill="mean"), "captured")
     assert snapshot(model) == before
 
 
@@ -296,10 +296,10 @@ def test_the_model_comes_back(snapshot):
 def test_what_a_captured_step_cannot_follow_is_refused():
     model = tiny_model("llama")
     with pytest.raises(ConfigError, match="beams and several answers to a prompt move rows of the captured cache"):
-        said(model, uneven(model), "captured", num_beams=2)
+        answer(model, uneven(model), "captured", num_beams=2)
     captured = Captured(model)
-    with pytest.raises(MicrogliaError, match="the prompt was not read into this captured's cache"):
-        captured.execution([], [], cache=None).__enter__()
+    with pytest.raises(MicrogliaError, match="the prompt was not read into the cache of this captured execution"):
+        captured.apply([], Decision([]), cache=None).__enter__()
     with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
         Captured(model, attention="flash")
     with pytest.raises(
@@ -315,9 +315,9 @@ def test_too_long_an_answer_is_refused():
     model = tiny_model("llama")
     captured = Captured(model)
     ids = torch.ones(1, 60, dtype=torch.long)
-    with torch.inference_mode(), captured.serving(torch.ones_like(ids), 2) as room:
-        model(ids, past_key_values=room.cache)
+    with torch.inference_mode(), captured.serving(Request(torch.ones_like(ids), 2)) as step:
+        model(ids, past_key_values=step.cache)
         for _ in range(4):
-            model(ids[:, :1], past_key_values=room.cache)
+            model(ids[:, :1], past_key_values=step.cache)
         with pytest.raises(MicrogliaError, match=r"up to 64 in all, but tokens of shape .* came after 64"):
-            model(ids[:, :1], past_key_values=room.cache)
+            model(ids[:, :1], past_key_values=step.cache)

@@ -44,10 +44,10 @@ def test_what_python_knew_stays_what_it_was():
     assert out.tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("look", [lambda x: x.sum().item(), lambda x: bool((x > 0).all()), lambda x: x.nonzero()])
-def test_looking_at_values_is_refused(look):
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: bool((x > 0).all()), lambda x: x.nonzero()])
+def test_looking_at_values_is_refused(read):
     with pytest.raises(MicrogliaError, match=r"a captured step may not look at values, but .* does"):
-        recorded(lambda: look(torch.ones(3)))
+        recorded(lambda: read(torch.ones(3)))
 
 
 def test_an_error_ends_what_it_left_open():

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from microglia.errors import UnsupportedModelError
-from microglia.execution import Captured
-from tests.replay.test_decoder import PROMPTS, said
+from microglia.execution import Captured, Request
+from tests.execution.captured.test_captured import PROMPTS, answer
 from tests.tiny import tiny_model, uneven
 
 LIMIT = 30
@@ -26,11 +26,11 @@ LONGER = ["3+4*5-6/2=" * 4, "7*8-2" * 3]  # 40 and 15 tokens
 def test_longrope_keeps_the_factors_of_the_prompt(prompts):
     """One model after the other, in both orders: what the last request left behind must not matter."""
     model = tiny_model("phi3", rope_parameters=LONG, **OWN)
-    captured, policy = Captured(model), uneven(model, len(prompts))
+    captured, pruner = Captured(model), uneven(model, len(prompts))
     for others in (PROMPTS, LONGER):
-        assert said(model, None, "captured", captured, prompts=others).equal(said(model, None, "masked", prompts=others))
-        ours = said(model, policy, "captured", captured, prompts=prompts)
-        assert ours.equal(said(model, policy, "masked", prompts=prompts))
+        assert answer(model, None, captured, prompts=others).equal(answer(model, None, "masked", prompts=others))
+        ours = answer(model, pruner, captured, prompts=prompts)
+        assert ours.equal(answer(model, pruner, "masked", prompts=prompts))
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS, LONGER], ids=["short", "long"])
@@ -39,7 +39,7 @@ def test_sampling_with_longrope_is_the_models_own(prompts):
     for execution in ("masked", "captured"):
         torch.manual_seed(0)
         pruner = uneven(model, len(prompts))
-        answers.append(said(model, policy, execution, prompts=prompts, do_sample=True, temperature=0.7))
+        answers.append(answer(model, pruner, execution, prompts=prompts, do_sample=True, temperature=0.7))
     assert answers[0].equal(answers[1])
 
 
@@ -47,13 +47,13 @@ def test_short_and_long_factors_differ():
     """Else the test above would say nothing."""
     short = tiny_model("phi3", rope_parameters={**LONG, "long_factor": LONG["short_factor"]}, **OWN)
     long = tiny_model("phi3", rope_parameters=LONG, **OWN)
-    assert not said(short, None, "captured", prompts=LONGER).equal(said(long, None, "captured", prompts=LONGER))
+    assert not answer(short, None, "captured", prompts=LONGER).equal(answer(long, None, "captured", prompts=LONGER))
 
 
 def test_dynamic_is_followed_up_to_the_original_length():
     model = tiny_model("llama", rope_parameters=DYNAMIC)
     pruner = uneven(model)
-    assert said(model, policy, "captured").equal(said(model, policy, "masked"))
+    assert answer(model, pruner, "captured").equal(answer(model, pruner, "masked"))
 
 
 @pytest.mark.parametrize(("family", "parameters"), [("phi3", LONG), ("llama", DYNAMIC)])
@@ -61,14 +61,14 @@ def test_a_request_that_crosses_is_refused(family, parameters):
     own = OWN if parameters is LONG else {"max_position_embeddings": LIMIT}
     model = tiny_model(family, rope_parameters=parameters, **own)
     captured, mask = Captured(model), torch.ones(1, 20, dtype=torch.long)
-    with captured.serving(mask, LIMIT - 20 + 1):
+    with captured.serving(Request(mask, LIMIT - 20 + 1)):
         pass  # the last new token is never read
     with pytest.raises(UnsupportedModelError, match=rf"20 tokens .* and 12 new ones cross the length of {LIMIT}"):
-        captured.serving(mask, LIMIT - 20 + 2).__enter__()
+        captured.serving(Request(mask, LIMIT - 20 + 2)).__enter__()
     beyond = torch.ones(1, LIMIT + 1, dtype=torch.long)
     if parameters is DYNAMIC:
         with pytest.raises(UnsupportedModelError, match=r"changes its rotary embedding \(dynamic\)"):
-            captured.serving(beyond, 1).__enter__()
+            captured.serving(Request(beyond, 1)).__enter__()
     else:
-        with captured.serving(beyond, 100):
+        with captured.serving(Request(beyond, 100)):
             pass

@@ -1,0 +1,83 @@
+"""A pruner is one value; its budget turns a keep ratio into a threshold."""
+
+import pytest
+import torch
+
+from microglia.anatomy import HeadGeometry
+from microglia.errors import ConfigError
+from microglia.gate import Gate
+from microglia.policies import StaticPolicy
+from microglia.pruner import Budget, Pruner
+from microglia.signals import SIGNALS
+from tests.tiny import tiny_model, uneven, wild
+
+MHA, GQA = HeadGeometry(8, 8, 4), HeadGeometry(12, 3, 4)
+
+
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(("geometry", "coarseness"), [(MHA, 0.001), (GQA, 0.02)], ids=["mha", "gqa"])
+def test_the_threshold_hits_its_target_from_above(target, geometry, coarseness):
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(200, geometry.heads, generator=generator) for _ in range(4)]
+    threshold = Budget(logits, [geometry] * 4, 1).threshold(target)
+    keep = torch.cat([Gate(threshold=threshold, bucket=1)(x, geometry) for x in logits])
+    assert target - 1e-4 <= keep.mean() < target + coarseness
+    if target < 1:
+        assert len(keep.sum(-1).unique()) > 1  # prompts still differ
+
+
+@pytest.mark.parametrize("target", [0, -0.1, 1.01])
+def test_impossible_targets_are_refused(target):
+    with pytest.raises(ConfigError, match=f"keep_ratio={target} was given; it must be above 0 and at most 1"):
+        Budget([torch.randn(3, 8)], [MHA]).threshold(target)
+
+
+def test_a_pruner_at_a_keep_ratio_keeps_that_share_on_the_prompts_of_its_budget():
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(200, g.heads, generator=generator) for g in (MHA, MHA)]
+    pruner = Pruner(StaticPolicy.all_kept([MHA, MHA]), Gate(bucket=1)).with_budget(logits, [MHA, MHA])
+    assert pruner.budget.prompts == 200
+    assert pruner.budget.bucket == 1
+    assert pruner.at(None) is pruner
+    half = pruner.at(0.5)
+    assert float(torch.cat(half.keep(logits, [MHA, MHA])).mean()) == pytest.approx(0.5, abs=0.01)
+    assert half.budget is pruner.budget
+    assert half.gate.threshold == pruner.budget.threshold(0.5) != pruner.gate.threshold
+    assert pruner.budget.keep_ratio(half.gate.threshold) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize("budget", [None, Budget([torch.zeros(0, 8)], [MHA]), Budget([], [])])
+def test_a_keep_ratio_without_prompts_to_calibrate_it_on_is_refused(budget):
+    with pytest.raises(ConfigError, match=r"keep_ratio=0.5 was given, but there are no prompts to calibrate it on"):
+        Pruner(StaticPolicy.all_kept([MHA]), budget=budget).at(0.5)
+
+
+def test_a_fingerprint_is_equal_for_pruners_that_decide_alike_and_for_no_others():
+    model = tiny_model("llama")
+    pruner, same = uneven(model), uneven(model)
+    assert wild(model).fingerprint() == wild(model).fingerprint()
+    others = [wild(model, seed=1), wild(model, window=3), wild(model, fill="mean"), wild(model, gate=Gate(bucket=2))]
+    prints = {wild(model).fingerprint(), *(other.fingerprint() for other in others)}
+    assert len(prints) == 5
+    assert pruner.fingerprint() == same.fingerprint()
+    assert wild(model, gate=Gate(bucket=1, rows=range(3))).fingerprint() == wild(model).fingerprint()
+
+
+def test_what_is_measured_is_what_the_policy_and_the_fill_need():
+    model = tiny_model("llama")
+    assert wild(model, signals=("entropy",)).signals == [SIGNALS["entropy"]]
+    assert [signal.name for signal in wild(model, fill="mean").signals] == ["norm", "entropy", "mean_output"]
+    assert Pruner(StaticPolicy.all_kept([MHA])).signals == []
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"fill": "max"}, "fill='max' is unknown; choose zero or mean"),
+        ({"window": 0}, "window=0 was given; it must"),
+        ({"units": ("neuron",)}, "units='neuron' is unknown; choose head"),
+    ],
+)
+def test_impossible_pruners_are_refused(options, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        Pruner(StaticPolicy.all_kept([MHA]), **options)
