@@ -26,7 +26,7 @@ def system():
 
 def test_the_decision_shown_is_the_one_that_generation_makes(system):
     model, tokenizer, pruner = system
-    stricter = pruner.with_threshold(1.0)
+    stricter = pruner.with_threshold(4.0)
     shown = explain(model, tokenizer, PROMPT, stricter)
     done = generate(model, tokenizer, [PROMPT], stricter, max_new_tokens=2)
     assert [site.kept for site in shown.sites] == [[bool(k) for k in keep[0]] for keep in done.keep]

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.execution import Captured, Request
+from microglia.execution import Captured, Decision, Request
 from microglia.execution.captured.variants import Variant
 from microglia.generation import generate
 from tests.tiny import (
