@@ -10,18 +10,20 @@ is measured depends on shapes, and nothing has to be downloaded. `--tiny` runs a
 see that it works.
 
 Of ours, every way named by `--ours` is measured dense in every cell, and the fastest goes on with the pruned variants.
-A way is `compile:attention:stretch`, see `microglia.replay.GraphDecoder`; compile is none or a mode of torch.compile.
+A way is `compile:attention:block`, see `microglia.execution.Captured`; compile is none or a mode of torch.compile.
 """
 
 import argparse
 import gc
 import signal
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,19 +32,25 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout need not be installed
+
+from microglia.anatomy import Anatomy
 from microglia.attach import attached
 from microglia.benchmark.ceiling import break_even_tokens, ceiling, realised_share
+from microglia.benchmark.costs import weight_bytes
 from microglia.benchmark.latency import Clock, interleaved, paired_ratio, summary
-from microglia.benchmark.memory import kept_weight_bytes, peak_bytes, reset_peak, weight_bytes
-from microglia.benchmark.pattern import kept_counts, random_keep
+from microglia.benchmark.memory import peak_bytes, reset_peak
+from microglia.benchmark.pattern import random_keep
 from microglia.benchmark.shapes import random_model
-from microglia.policy import AgentPolicy
+from microglia.execution import Captured, Decision, Request
+from microglia.execution.captured import CapturedStep
+from microglia.gate import Gate
+from microglia.policies import AgentPolicy
+from microglia.pruner import Pruner
 from microglia.record import Record, append_records, circumstances, read_records
-from microglia.replay import GraphDecoder
-from microglia.replay.step import Room
 from microglia.signals import Queries
-from microglia.signals.entropy import by_logits, entropies, glance
-from microglia.sites import find_sites
+from microglia.signals.entropy import by_logits, entropies, partial_entropy
+from microglia.units import find_sites
 
 GIB = 2**30
 # What is asked for most comes first: the bars are at 1 × 512 and 16 × 4,096.
@@ -57,7 +65,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="only so many layers of each")
     parser.add_argument("--cells", default=CELLS, help="batch x context, in the order of measuring")
     parser.add_argument("--keep", default="0.75,0.5", help="keep ratios besides 1.0, which is the dense variant")
-    parser.add_argument("--ours", default=OURS, help="ways of ours to choose from, compile:attention:stretch")
+    parser.add_argument("--ours", default=OURS, help="ways of ours to choose from, compile:attention:block")
     parser.add_argument("--steps", type=int, default=32, help="decode steps in one measurement")
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each variant, taking turns")
     parser.add_argument(
@@ -76,7 +84,7 @@ def arguments() -> argparse.Namespace:
 
 @dataclass
 class Run:
-    """What all parts share: options, device, what was found, and how long there is."""
+    """What all parts share: options, device, what was measured, and how long there is."""
 
     options: argparse.Namespace
     device: torch.device
@@ -98,9 +106,9 @@ class Run:
     def write(self, name: str, value: float, unit: str, key: dict[str, Any], **extra: Any) -> None:
         """Append one record."""
         if self.options.output is not None:
-            found = {name: extra.pop(name, None) for name in ("p20", "p80")} | {"n": extra.pop("n", 1)}
+            spread = {name: extra.pop(name, None) for name in ("p20", "p80")} | {"n": extra.pop("n", 1)}
             circumstance = circumstances(self.device)
-            record = Record(name, value, unit, **found, seed=0, extra={**key, **extra, "key": key}, **circumstance)
+            record = Record(name, value, unit, **spread, seed=0, extra={**key, **extra, "key": key}, **circumstance)
             append_records(self.options.output, [record])
 
     def say(self, line: str) -> None:
@@ -124,7 +132,7 @@ class Run:
         self.tidy()
 
     def tidy(self) -> None:
-        """Give back memory that nobody uses: what an error held on to, and rooms of the cell before."""
+        """Give back memory that nobody uses: what an error held on to, and captured steps of the cell before."""
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,7 +146,7 @@ class Stamps(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
         if self.device.type == "cuda":
-            mark = torch.cuda.Event(enable_timing=True)
+            mark: Any = torch.cuda.Event(enable_timing=True)
             mark.record()
         else:
             mark = time.perf_counter()
@@ -165,6 +173,12 @@ def bandwidth(device: torch.device) -> float:
     return size / best / 1e6
 
 
+def tokens(lm: Any, batch: int, length: int) -> Tensor:
+    """Random prompts (batch, length) on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(Anatomy(lm).vocab_size, (batch, length), generator=generator).to(lm.device)
+
+
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
@@ -175,10 +189,10 @@ class Cell:
         self.run, self.lm, self.batch, self.context = run, lm, batch, context
         self.steps, self.clock = run.options.steps, Clock(run.device)
         with torch.inference_mode(False):  # the library's own generate runs without it
-            ids = torch.randint(lm.config.vocab_size, (batch, context), generator=torch.Generator().manual_seed(0))
-            self.ids = ids.to(run.device)
+            self.ids = tokens(lm, batch, context)
             self.mask = torch.ones_like(self.ids)
         self.sites = find_sites(lm)
+        self.geometries = [layer.heads for layer in Anatomy(lm).layers]
         self.peaks: dict[str, float] = {}
         self.costs: dict[str, float] = {}
         self.ways: dict[str, float] = {}
@@ -214,7 +228,7 @@ class Cell:
         )  # fmt: skip
         return stamps.step_ms()
 
-    def variants(self) -> tuple[dict[str, Callable[[], Any]], GraphDecoder]:
+    def variants(self) -> tuple[dict[str, Callable[[], Any]], Captured]:
         """Every variant, warm: compiled, captured, its memory noted. One of the library's that fails is left out."""
         static = {"cache_implementation": "static", "disable_compile": self.run.options.hf_eager}
         library = {"hf": self.hf, "hf static compiled": lambda: self.hf(**static)}
@@ -227,30 +241,28 @@ class Cell:
                 work[name] = variant
         way = self.fastest()
         with self.peak("ours"):
-            decoder, room = self.captured(way)
-            work |= self.ours(room)
+            execution, step = self.captured(way)
+            work |= self.ours(step)
             for name, variant in work.items():
                 if name not in library:
                     with self.cost(f"capture {name}"):
                         variant()
-        return work, decoder
+        return work, execution
 
-    def captured(self, way: str) -> tuple[GraphDecoder, Room]:
-        """A decoder of a way with the dense step captured and the prompt in its cache."""
-        compiled, attention, stretch = way.split(":")
-        decoder = GraphDecoder(
-            self.lm, compiled=compiled != "none" and compiled, attention=attention, stretch=int(stretch)
-        )
+    def captured(self, way: str) -> tuple[Captured, CapturedStep]:
+        """An execution of a way with the dense step captured and the prompt in its cache."""
+        compiled, attention, block = way.split(":")
+        execution = Captured(self.lm, compiled=compiled != "none" and compiled, attention=attention, block=int(block))
         with self.cost(f"capture {way}"):
-            room = decoder.room(self.batch, self.context + self.steps + 2)
-        with decoder.serving(self.mask, self.steps + 2):
-            self.lm(self.ids, past_key_values=room.cache, logits_to_keep=1)
-        return decoder, room
+            execution.step_for(self.batch, self.context + self.steps + 2)
+        with execution.serving(Request(self.mask, self.steps + 2)) as step:
+            self.lm(self.ids, past_key_values=step.cache, logits_to_keep=1)
+        return execution, step
 
     def dense_ms(self, way: str) -> float:
         """Milliseconds of a dense step, made this way; what it captured goes again."""
-        _, room = self.captured(way)
-        return min(self.burst(room, None)[0] for _ in range(3))
+        _, step = self.captured(way)
+        return min(self.burst(step, None)[0] for _ in range(3))
 
     def fastest(self) -> str:
         """The way with the fastest dense step."""
@@ -264,34 +276,34 @@ class Cell:
             print("  ".join(f"{way} {ms:.3f} ms" for way, ms in self.ways.items()), flush=True)
         return min(self.ways, key=self.ways.__getitem__, default=ways[0])
 
-    def ours(self, room: Room) -> dict[str, Callable[[], Any]]:
+    def ours(self, step: CapturedStep) -> dict[str, Callable[[], Any]]:
         """Captured steps: dense, and masked and compact at every keep ratio."""
-        geometries = [site.geometry for site in self.sites]
-        work: dict[str, Callable[[], Any]] = {"dense": lambda: self.burst(room, None)}
+        work: dict[str, Callable[[], Any]] = {"dense": partial(self.burst, step, None)}
         for ratio in self.ratios():
-            shared = [k.to(self.run.device) for k in random_keep(geometries, ratio)]
-            rows = [k.to(self.run.device) for k in random_keep(geometries, ratio, rows=self.batch)]
-            work[f"masked {ratio}"] = lambda keep=shared: self.burst(room, keep, masked=True)
-            work[f"compact {ratio}"] = lambda keep=shared: self.burst(room, keep)
+            shared = [k.to(self.run.device) for k in random_keep(self.geometries, ratio)]
+            rows = [k.to(self.run.device) for k in random_keep(self.geometries, ratio, rows=self.batch)]
+            work[f"masked {ratio}"] = partial(self.burst, step, shared, masked=True)
+            work[f"compact {ratio}"] = partial(self.burst, step, shared)
             if self.batch > 1:
-                work[f"rows {ratio}"] = lambda keep=rows: self.burst(room, keep)
+                work[f"rows {ratio}"] = partial(self.burst, step, rows)
         return work
 
-    def burst(self, room: Room, keep: Sequence[Tensor] | None, *, masked: bool = False) -> tuple[float, float]:
+    def burst(self, step: CapturedStep, keep: Sequence[Tensor] | None, *, masked: bool = False) -> tuple[float, float]:
         """Milliseconds of a step, and of the switch before it.
 
         The same prompt is switched again and again, so its keys end up in wrong places: the times do not know.
         """
-        every = [torch.ones(1, site.geometry.heads, device=self.run.device) for site in self.sites]
-        room.clear((), 0)
-        room.read(self.mask)
-        switch = self.clock(lambda: room.decide(every if keep is None else keep, None, masked=masked))
+        every = [torch.ones(1, geometry.count, device=self.run.device) for geometry in self.geometries]
+        step.clear()
+        step.prompt_read(self.mask)
+        decision = Decision(every if keep is None else keep)
+        switch = self.clock(lambda: step.decide(decision, masked=masked))
 
         def steps() -> None:
             for _ in range(self.steps):
-                room.step()
+                step.step()
 
-        room.step()
+        step.step()
         return self.clock(steps) / self.steps, switch
 
     def ratios(self) -> list[float]:
@@ -299,24 +311,18 @@ class Cell:
 
     def bytes(self, keep: Sequence[Tensor] | None, *, shared: bool = True) -> int:
         """What a step reads: weights, and keys and values of the tokens that are there."""
-        geometries = [site.geometry for site in self.sites]
         token = 2 * self.batch * self.context * self.lm.dtype.itemsize
-        whole = [token * g.kv_width for g in geometries]
-        if keep is None:
-            return int(weight_bytes(self.lm, rows=self.batch) + sum(whole))
-        weights = kept_weight_bytes(self.lm, self.sites, keep, rows=self.batch)
-        kept = [
-            kv * kept_counts(site, k)[1] // site.geometry.kv_heads
-            for kv, site, k in zip(whole, self.sites, keep, strict=True)
-        ]
-        return int((weights if shared else weight_bytes(self.lm, rows=self.batch)) + sum(kept))
+        shares = [1.0 if keep is None else site.kv_share(keep[site.index]) for site in self.sites]
+        kv = sum(round(token * g.kv_width * share) for g, share in zip(self.geometries, shares, strict=True))
+        cut = () if keep is None or not shared else (self.sites, keep)
+        return weight_bytes(self.lm, *cut, rows=self.batch) + kv
 
 
 def decode(run: Run, shape: str, lm: Any, gbs: float) -> None:
     """All cells of a model for which there is time; the longest so far says how long the next may take."""
     for cell in run.options.cells.split(","):
         batch, context = (int(x) for x in cell.split("x"))
-        key = {"shape": shape, "layers": lm.config.num_hidden_layers, "batch": batch, "context": context}
+        key = {"shape": shape, "layers": len(find_sites(lm)), "batch": batch, "context": context}
         if run.known("gpu_decode", **key):
             continue
         what = f"{shape} batch {batch} context {context}"
@@ -332,34 +338,33 @@ def decode(run: Run, shape: str, lm: Any, gbs: float) -> None:
 
 def measure(run: Run, cell: Cell, key: dict[str, Any], gbs: float) -> None:
     """One cell: every variant in turn, one record each, one row of the table."""
-    work, decoder = cell.variants()
-    captures = decoder.captures
+    work, execution = cell.variants()
+    captures = execution.captures
     samples = interleaved(work, run.options.rounds)
-    if decoder.captures != captures:
-        raise RuntimeError(f"switching heads captured again: {captures} captures became {decoder.captures}")
+    if execution.captures != captures:
+        raise RuntimeError(f"switching heads captured again: {captures} captures became {execution.captures}")
     times = {name: [s[0] if isinstance(s, tuple) else s for s in values] for name, values in samples.items()}
     dense = cell.bytes(None)
     row: dict[str, Any] = {**key, "variants": {}, "costs_s": cell.costs, "peaks_gib": cell.peaks, "ways_ms": cell.ways}
-    geometries = [site.geometry for site in cell.sites]
     for name, values in times.items():
         kind, _, ratio = name.partition(" ")
         kept = kind in ("masked", "compact", "rows")
-        keep = random_keep(geometries, float(ratio)) if kept else None
-        own = cell.bytes(keep if kind in ("compact", "rows") else None, shared=kind != "rows")
+        keep = random_keep(cell.geometries, float(ratio)) if kept else None
+        step_bytes = cell.bytes(keep if kind in ("compact", "rows") else None, shared=kind != "rows")
         best = ceiling(dense, cell.bytes(keep, shared=kind != "rows")) if kept else 1.0
-        speed, found = paired_ratio(times["dense"], values), summary(values)
+        speed, time_ms = paired_ratio(times["dense"], values), summary(values)
         switch = summary([s[1] for s in samples[name]]).median if kept else None
         extra = {
-            "variant": name, "p20": found.p20, "p80": found.p80, "n": found.n, "ratio_to_dense": speed.median,
+            "variant": name, "p20": time_ms.p20, "p80": time_ms.p80, "n": time_ms.n, "ratio_to_dense": speed.median,
             "ratio_ci95": speed.ci95, "ceiling": best, "realised_share": realised_share(speed.median, best),
-            "bytes": own, "roof_ms": own / gbs / 1e6, "bandwidth_gbs": gbs, "switch_ms": switch,
-            "break_even_tokens": break_even_tokens(switch, summary(times["dense"]).median, found.median)
+            "bytes": step_bytes, "roof_ms": step_bytes / gbs / 1e6, "bandwidth_gbs": gbs, "switch_ms": switch,
+            "break_even_tokens": break_even_tokens(switch, summary(times["dense"]).median, time_ms.median)
             if switch is not None else None,
             "captures": captures, "costs_s": cell.costs, "peaks_gib": cell.peaks, "ways_ms": cell.ways,
             "way": min(cell.ways, key=cell.ways.__getitem__, default=run.options.ours),
         }  # fmt: skip
-        row["variants"][name] = {"ms": found.median, **extra}
-        run.write("gpu_decode", found.median, "ms", key, **extra)
+        row["variants"][name] = {"ms": time_ms.median, **extra}
+        run.write("gpu_decode", time_ms.median, "ms", key, **extra)
     run.rows.append(row)
     print(table([row]), flush=True)
     for name in [name for name in work if name == "dense" or name.startswith("compact")][:2]:
@@ -373,10 +378,10 @@ def kernels(run: Run, key: dict[str, Any], burst: Callable[[], Any]) -> None:
     with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
         burst()
     spent = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
-    found = [(e.key, e.count, getattr(e, spent) / 1e3) for e in profile.key_averages()]
-    found = sorted((f for f in found if f[2] > 0), key=lambda f: -f[2])
-    steps, total = run.options.steps + 1, sum(ms for _, _, ms in found)
-    top = [(name[:60], count / steps, ms / steps) for name, count, ms in found[:10]]
+    spent_in = [(e.key, e.count, getattr(e, spent) / 1e3) for e in profile.key_averages()]
+    spent_in = sorted((f for f in spent_in if f[2] > 0), key=lambda f: -f[2])
+    steps, total = run.options.steps + 1, sum(ms for _, _, ms in spent_in)
+    top = [(name[:60], count / steps, ms / steps) for name, count, ms in spent_in[:10]]
     run.write("gpu_kernels", total / steps, "ms", key, top=top)
     print(f"  {key['of']}: {total / steps:.3f} ms in kernels, of which", flush=True)
     print("\n".join(f"  {ms:>8.3f} ms in {count:>6.1f} of {name}" for name, count, ms in top), flush=True)
@@ -398,50 +403,51 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(line)
         for what, unit, digits in (("ways_ms", "ms", 3), ("costs_s", "s", 1), ("peaks_gib", "GiB", 2)):
             if row[what]:
-                found = ", ".join(f"{name} {value:.{digits}f}" for name, value in row[what].items())
-                lines.append(f"  {what.partition('_')[0]}, {unit}: {found}")
+                figures = ", ".join(f"{name} {value:.{digits}f}" for name, value in row[what].items())
+                lines.append(f"  {what.partition('_')[0]}, {unit}: {figures}")
     return "\n".join(lines)
 
 
 def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What was promised of these rows, and whether it was kept."""
-    asked = {("phi3-mini", 1, 512): 1.07, ("phi3-mini", 16, 4096): 1.2}
-    found: list[tuple[str, float, float]] = []
+    promised = {("phi3-mini", 1, 512): 1.07, ("phi3-mini", 16, 4096): 1.2}
+    held: list[tuple[str, float, float]] = []
     for row in rows:
         where, variants = f"{row['shape']} {row['batch']} × {row['context']}", row["variants"]
         if compiled := variants.get("hf static compiled"):
-            found.append((f"{where}: hf static compiled ÷ ours dense", compiled["ms"] / variants["dense"]["ms"], 1.0))
+            held.append((f"{where}: hf static compiled ÷ ours dense", compiled["ms"] / variants["dense"]["ms"], 1.0))
         for name, v in variants.items():
             if name.startswith("compact") and row["batch"] in (1, 8) and v["realised_share"] is not None:
-                found.append((f"{where}: {name}, share of the ceiling", v["realised_share"], 0.9))
+                held.append((f"{where}: {name}, share of the ceiling", v["realised_share"], 0.9))
             if name.startswith(("compact", "rows")):
-                found.append((f"{where}: {name}, steps ÷ switch", v["ms"] / v["switch_ms"], 1.0))
-        if bar := asked.get((row["shape"], row["batch"], row["context"])):
+                held.append((f"{where}: {name}, steps ÷ switch", v["ms"] / v["switch_ms"], 1.0))
+        if bar := promised.get((row["shape"], row["batch"], row["context"])):
             ways = [v["ratio_to_dense"] for name, v in variants.items() if name in ("compact 0.75", "rows 0.75")]
-            found += [(f"{where}: a quarter of the heads pruned, speed-up", max(ways), bar)] if ways else []
-    return [f"{'kept  ' if value >= bar else 'MISSED'} {value:>6.2f} (bar {bar}) {what}" for what, value, bar in found]
+            held += [(f"{where}: a quarter of the heads pruned, speed-up", max(ways), bar)] if ways else []
+    return [f"{'kept  ' if value >= bar else 'MISSED'} {value:>6.2f} (bar {bar}) {what}" for what, value, bar in held]
 
 
-# --- looking at the prompt, and training ------------------------------------------------------------------------------
+# --- measuring the prompt, and training --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def prefill(run: Run, shape: str, lm: Any) -> None:
-    """What looking at a prompt adds to reading it: norms with the decision, and entropies on top."""
+    """What measuring a prompt adds to reading it: norms with the decision, and entropies on top."""
     length = 48 if run.options.tiny else 2048
-    key = {"shape": shape, "layers": lm.config.num_hidden_layers, "tokens": length}
+    key = {"shape": shape, "layers": len(find_sites(lm)), "tokens": length}
     if run.known("gpu_looking", **key) or run.left() < 5:
         return
     geometries, clock = [site.geometry for site in find_sites(lm)], Clock(run.device)
-    ids = torch.randint(lm.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(run.device)
+    ids = tokens(lm, 1, length)
 
-    def read(features: str | None = None) -> float:
+    def read(*signals: str) -> float:
         with ExitStack() as stack:
-            if features is not None:
-                stack.enter_context(attached(lm, AgentPolicy(geometries, features=features).to(run.device)))
+            if signals:
+                policy = AgentPolicy(geometries, signals=signals).to(run.device)
+                stack.enter_context(attached(lm, Pruner(policy)))
             return clock(lambda: lm(ids, use_cache=True, logits_to_keep=1))
 
-    variants = {"dense": read, "norm": lambda: read("norm"), "both": lambda: read("both")}
+    variants = {"dense": read, "norm": lambda: read("norm"), "both": lambda: read("norm", "entropy")}
     samples = interleaved(variants, max(1, 4 * run.options.rounds))
     entropy = [(both - norm + dense) for dense, norm, both in zip(*samples.values(), strict=True)]
     added, whole = (paired_ratio(x, samples["dense"]) for x in (entropy, samples["both"]))
@@ -454,7 +460,7 @@ def prefill(run: Run, shape: str, lm: Any) -> None:
     low, high = (x - 1 for x in added.ci95)
     run.say(
         f"{shape}: a prompt of {length} tokens takes {dense:.2f} ms; entropies add {added.median - 1:+.1%} "
-        f"({low:+.1%} to {high:+.1%}; the bar is 2 %), all looking and deciding {whole.median - 1:+.1%}; entropies "
+        f"({low:+.1%} to {high:+.1%}; the bar is 2 %), all measuring and deciding {whole.median - 1:+.1%}; entropies "
         f"differ from those by logits by at most {apart:.4f}"
     )
 
@@ -468,7 +474,7 @@ def entropy_difference(device: torch.device) -> float:
         ((block, visible, weight),) = queries.blocks(None)
         slow = by_logits(query[:, :, block], key.float().transpose(-1, -2), visible, 0.2)
         slow = (slow * weight[:, None]).sum(-1) / queries.count
-        quick = entropies([glance(query, key, queries, scale=0.2)])[0]
+        quick = entropies([partial_entropy(query, key, queries, scale=0.2)])[0]
         worst = max(worst, float((quick - slow).abs().max()))
     return worst
 
@@ -476,27 +482,24 @@ def entropy_difference(device: torch.device) -> float:
 def training(run: Run, shape: str, lm: Any) -> None:
     """One training step: agents in float32 on a frozen model, gradient checkpointing, 8 × 512 tokens."""
     # Imported here: training needs more packages than decoding, and a machine may lack them.
-    from microglia.gate import Gate
-    from microglia.look import Look
-    from microglia.training.data import Batch
+    from microglia.passes import Batch, answer_logits
     from microglia.training.loss import gate_entropy, mean_keep, task_loss
-    from microglia.training.passes import answer_logits
 
     rows, length = (2, 24) if run.options.tiny else (8, 512)
-    key = {"shape": shape, "layers": lm.config.num_hidden_layers, "batch": rows, "tokens": length}
+    key = {"shape": shape, "layers": len(find_sites(lm)), "batch": rows, "tokens": length}
     if run.known("gpu_training_step", **key) or run.left() < 20:
         return
     geometries, device = [site.geometry for site in find_sites(lm)], run.device
     policy = AgentPolicy(geometries).to(device)
     optimizer = torch.optim.AdamW(policy.parameters())
-    ids = torch.randint(lm.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = tokens(lm, rows, length)
     prompt, answer = ids[:, : length // 2], ids[:, length // 2 :]
     batch = Batch(prompt, torch.ones_like(prompt), answer, torch.ones_like(answer))
-    gate = Gate("straight-through", temperature=1.0, noise=1.0)
+    pruner = Pruner(policy, Gate("straight-through", temperature=1.0, noise=1.0))
 
     def step() -> None:
         with ExitStack() as whole:
-            logits, trace = answer_logits(lm, batch, policy, gate=gate, look=Look(), whole=whole)
+            logits, trace = answer_logits(lm, batch, pruner, whole=whole)
             loss = (
                 task_loss(logits, batch.labels) + 0.1 * mean_keep(trace.keep) + 0.01 * gate_entropy(trace.logits, 1.0)
             )
@@ -513,15 +516,17 @@ def training(run: Run, shape: str, lm: Any) -> None:
     try:
         step()
         reset_peak(device)
-        found = summary([Clock(device)(step) for _ in range(run.options.rounds)])
+        time_ms = summary([Clock(device)(step) for _ in range(run.options.rounds)])
     finally:
         getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)()
         lm.eval()
     peak = peak_bytes(device)
     gib = None if peak is None else peak / GIB
-    run.write("gpu_training_step", found.median, "ms", key, peak_gib=gib, p20=found.p20, p80=found.p80, n=found.n)
+    run.write(
+        "gpu_training_step", time_ms.median, "ms", key, peak_gib=gib, p20=time_ms.p20, p80=time_ms.p80, n=time_ms.n
+    )
     run.say(
-        f"{shape}: a training step of {rows} × {length} tokens takes {found.median:.0f} ms, peak {gib or 0:.1f} GiB"
+        f"{shape}: a training step of {rows} × {length} tokens takes {time_ms.median:.0f} ms, peak {gib or 0:.1f} GiB"
     )
 
 
@@ -534,7 +539,7 @@ def parts(run: Run, gbs: float) -> None:
             dtype = torch.float32 if run.options.tiny else torch.bfloat16
             lm = random_model(shape, layers=run.options.layers, dtype=dtype, device=run.device)
             if "prefill" in only:
-                with run.attempt(f"{shape}, looking at a prompt"):
+                with run.attempt(f"{shape}, measuring a prompt"):
                     prefill(run, shape, lm)
             if "training" in only and number == 1:
                 with run.attempt(f"{shape}, a training step"):

@@ -61,7 +61,7 @@ class Gate:
         hard = geometry.rectangle(logits - self.threshold, self.bucket).to(logits.dtype)
         if self.mode == "hard":
             return hard
-        keep: Tensor = _StraightThrough.apply(soft, hard)  # type: ignore[no-untyped-call]
+        keep: Tensor = _StraightThrough.apply(soft, hard)
         return keep
 
     def every(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:

@@ -104,6 +104,7 @@ class MicrogliaLM(HFLM):
         request = Request(mask, max_length - context.shape[1], fill=self.pruner.fill == "mean")
         with answering(self.model, self.pruner, self.execution, request) as (trace, prepared):
             tokens = super()._model_generate(context, max_length, stop, **options, **prepared.cache_option)
+        assert trace is not None
         self.keep_ratios += trace.keep_ratio.tolist()
         return tokens
 

@@ -213,7 +213,7 @@ class MicrogliaPruningSystem:
             scoring=scoring,
             accuracy=pruned.accuracy,
             sparsity=pruned.sparsity,
-            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+            **{name: run.summary() for name, run in runs.items()},
             paired=paired(runs["dense"], pruned) if dense else None,
             answers={name: run.rows() for name, run in runs.items()},
         )

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from microglia.execution import Captured
 from microglia.record import read_records
-from microglia.replay import GraphDecoder
 
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu.py"
 
@@ -53,17 +53,17 @@ def test_nothing_begins_when_time_is_over(bench):
 
 def test_what_fails_costs_its_own_part_only(bench, tmp_path, monkeypatch):
     """Out of memory in one cell, no training packages, a compiler that breaks: the rest is measured."""
-    room = GraphDecoder.room
+    step_for = Captured.step_for
 
     def small(self, batch, length, **options):
         if batch == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if self.parts.products:
+        if self.model.products:
             raise RuntimeError("no such kernel\nand more")
-        return room(self, batch, length, **options)
+        return step_for(self, batch, length, **options)
 
-    monkeypatch.setattr(GraphDecoder, "room", small)
-    monkeypatch.setitem(sys.modules, "microglia.training.data", None)
+    monkeypatch.setattr(Captured, "step_for", small)
+    monkeypatch.setitem(sys.modules, "microglia.training.loss", None)
     out = bench("--tiny", "--output", str(tmp_path / "gpu.jsonl"))
     assert "reasoner batch 1 context 24: not measured, out of memory" in out
     assert "reasoner, a training step: not measured, ModuleNotFoundError" in out
@@ -76,7 +76,7 @@ def test_time_that_is_over_ends_everything(bench, monkeypatch):
     def over(self, batch, length, **options):
         raise TimeoutError
 
-    monkeypatch.setattr(GraphDecoder, "room", over)
+    monkeypatch.setattr(Captured, "step_for", over)
     out = bench("--tiny", "--only", "decode")
     assert "stopped: the time was over" in out
     assert "batch 2" not in out

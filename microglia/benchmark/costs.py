@@ -93,7 +93,7 @@ def step_flops(
     """Operations of the first decode step after prompts of `context` tokens; `sites` cut to `keep` (B, U), if given."""
     keys = [min(context + 1, window or context + 1) for window in anatomy.windows]
     total = linear_flops(anatomy.lm) - _agreed(sites, keep, "saved_flops")
-    total += sum(4 * layer.heads.width * seen for layer, seen in zip(anatomy.layers, keys, strict=True))
+    total += sum(4 * layer.heads.width * count for layer, count in zip(anatomy.layers, keys, strict=True))
     for site, k in zip(sites, keep, strict=True):
         total -= 4 * (site.attended_width() - site.attended_width(k)) * keys[site.layer.index]
     return batch * total

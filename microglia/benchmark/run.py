@@ -77,8 +77,8 @@ def benchmark(
             progress("decode steps", done, len(cases))
         measured = _measure(Case(lm, subject(batch, context, ratio), plan.new_tokens), executions, plan.num_runs)
         rows += [row for execution in executions for row in measured.rows(execution)]
-    found = Circumstances(**circumstances(lm.device))
-    return BenchmarkResult(rows=tuple(rows), subject=description, circumstances=found)
+    measured_on = Circumstances(**circumstances(lm.device))
+    return BenchmarkResult(rows=tuple(rows), subject=description, circumstances=measured_on)
 
 
 def _measure(case: Case, executions: Sequence[Execution], num_runs: int) -> "_Measured":

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from microglia.anatomy.projection import oriented, plain
 from microglia.criteria.base import Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import head_weights
-from microglia.anatomy.projection import oriented, plain
 
 
 @dataclass(frozen=True, kw_only=True)

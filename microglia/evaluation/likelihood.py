@@ -82,7 +82,10 @@ def likelihoods(
         nonlocal done
         batch = collate.batch([{"prompt": pairs[i][0], "answer": pairs[i][1]} for i in rows], input_device(lm))
         if pruner is None:
-            logits, ratios = write_answer(lm, batch, read_prompt(lm, batch.prompt, batch.prompt_mask)), [1.0] * len(rows)
+            logits, ratios = (
+                write_answer(lm, batch, read_prompt(lm, batch.prompt, batch.prompt_mask)),
+                [1.0] * len(rows),
+            )
         else:
             logits, trace = answer_logits(lm, batch, pruner, execution)
             ratios = trace.keep_ratio.tolist()

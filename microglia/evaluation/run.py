@@ -101,7 +101,6 @@ class Evaluation:
         rows = [asdict(answer) for answer in self.answers]
         return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
 
-
     def to_json(self) -> dict[str, Any]:
         """For a ledger."""
         return {"answers": self.rows(), "seconds": self.seconds}

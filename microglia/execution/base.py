@@ -51,7 +51,7 @@ class Prepared:
     greedy: Callable[[Tensor], Tensor] | None = None
 
     @property
-    def cache_option(self) -> dict[str, Cache]:
+    def cache_option(self) -> dict[str, Any]:
         """The cache as a keyword for the model, or nothing where the model makes its own."""
         return {} if self.cache is None else {"past_key_values": self.cache}
 

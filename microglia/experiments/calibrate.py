@@ -80,7 +80,11 @@ def calibrate(
     prompts, until one fails. Raises ConfigError for what is out of range.
     """
     aim, remembered = aim or Aim(), ledger or Ledger()
-    needed, prompts, ratios = prompts_needed(aim.max_drop, aim.confidence), len(setup.examples), _checked(aim.keep_ratios)
+    needed, prompts, ratios = (
+        prompts_needed(aim.max_drop, aim.confidence),
+        len(setup.examples),
+        _checked(aim.keep_ratios),
+    )
 
     def answered(at: Pruner | None, target: float) -> Evaluation:
         """Dense where there is no pruner."""

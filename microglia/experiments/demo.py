@@ -73,7 +73,7 @@ def demo(
     share = replace(setup, examples=examples[: len(examples) // RANDOM_MASKS])
     runs: dict[str, Evaluation] = {}
     for name, pruner in variants.items():
-        update = (lambda done, total, name=name: progress(name, done, total)) if progress else None  # type: ignore[misc]
+        update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
         runs[name] = (share if name in masks else setup).answers(pruner, update)
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")

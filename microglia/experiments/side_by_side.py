@@ -106,9 +106,7 @@ def saved_pair(
     return pair
 
 
-def save(
-    setup: Setup, pruner: Pruner, folder: Path, *, base_model: str | None, training: dict[str, Any]
-) -> None:
+def save(setup: Setup, pruner: Pruner, folder: Path, *, base_model: str | None, training: dict[str, Any]) -> None:
     """Write a checkpoint of a pruner whose budget is that of the setup's examples."""
     pruner, template = setup.calibrated(pruner), setup.task.template
     saved = Checkpoint.of(setup.model, pruner, base_model=base_model, template=template, training=training)

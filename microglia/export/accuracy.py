@@ -30,7 +30,7 @@ def accuracy_kept(
     runs["frozen"] = replace(answered, answers=answers)
     return FrozenAccuracy(
         dataset=setup.task.name,
-        **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+        **{name: run.summary() for name, run in runs.items()},
         paired=paired(runs["dense"], runs["frozen"]),
         paired_adaptive=paired(runs["adaptive"], runs["frozen"]),
     )

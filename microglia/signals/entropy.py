@@ -1,6 +1,6 @@
 """Attention entropy: how widely each head looks, from queries and keys, in blocks, never as a T×T matrix."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -90,7 +90,9 @@ class PartialEntropy:
         return self.query.shape, self.mean.shape, self.scale, id(self.weight)
 
 
-def partial_entropy(query: Tensor, key: Tensor, queries: Queries, *, scale: float, sliding_window: int | None = None) -> PartialEntropy:
+def partial_entropy(
+    query: Tensor, key: Tensor, queries: Queries, *, scale: float, sliding_window: int | None = None
+) -> PartialEntropy:
     """The large part of an entropy: one attention of queries (B, H, T, D) on keys (B, G, T, D), `queries` at most BLOCK.
 
     With one prompt the kernel would occupy a block of threads for every head and no more, so the keys go in parts.
@@ -150,11 +152,7 @@ class Entropy(Signal):
                 if queries.few and by_kernel(query, softcap):
                     put(partial_entropy(query, filled, queries, scale=scale, sliding_window=sliding))
                 else:
-                    put(
-                        attention_entropy(
-                            query, filled, queries, scale=scale, sliding_window=sliding, softcap=softcap
-                        )
-                    )
+                    put(attention_entropy(query, filled, queries, scale=scale, sliding_window=sliding, softcap=softcap))
             return stock(module, query, key, value, mask, **kwargs)
 
         return replaced_attention(site.attention, attention)

@@ -176,8 +176,8 @@ class _Data:
             )
         limits = {"train": config.limit, "validation": config.eval_limit}
         examples = (task.load(s, limit=n, seed=config.seed, data_dir=data_dir) for s, n in limits.items())
-        encoded = [encode(tokenizer, part, task.template, context_length(lm)) for part in examples]
-        return cls(*encoded, Collator(tokenizer.pad_token_id))
+        train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
+        return cls(train, evaluation, Collator(tokenizer.pad_token_id))
 
     def sample_features(self, lm: nn.Module, pruner: Pruner) -> list[Tensor]:
         """Features of the first training prompts, (N, F) per site."""

@@ -190,5 +190,5 @@ def test_a_policy_that_does_not_decide_cannot_be_made():
     class Undecided(Policy):
         name = "undecided"
 
-    with pytest.raises(TypeError, match="abstract methods? .*create.*forward"):
+    with pytest.raises(TypeError, match=r"abstract methods? .*create.*forward"):
         Undecided()

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, DynamicLayer, StaticCache
 
-from microglia.units.kv import RowHeads, keep_kv_heads, kv_bytes, take_rows
 from microglia.errors import MicrogliaError
+from microglia.units.kv import RowHeads, keep_kv_heads, kv_bytes, take_rows
 from tests.tiny import tiny_model
 
 KEYS = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(0))

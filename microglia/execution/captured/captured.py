@@ -156,13 +156,13 @@ class Captured(Execution):
 
 
 def _forward(step: CapturedStep, mask: Tensor, own: Callable[..., Any]) -> Callable[..., Any]:
-    buffers = step.buffers
+    buffers, cache = step.buffers, step.buffers.cache
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not step.cache:
+        if kwargs.get("past_key_values") is not cache:
             return own(*args, **kwargs)
-        length = step.cache.place.length
+        length = cache.place.length
         if length == 0:
             output = own(*args, **kwargs)
             step.prompt_read(mask)
@@ -175,7 +175,7 @@ def _forward(step: CapturedStep, mask: Tensor, own: Callable[..., Any]) -> Calla
             )
         buffers.token.copy_(ids)
         step.step()
-        return CausalLMOutputWithPast(logits=buffers.logits[:, None], past_key_values=step.cache)
+        return CausalLMOutputWithPast(logits=buffers.logits[:, None], past_key_values=cache)
 
     return forward
 

@@ -102,7 +102,9 @@ class StaticKV(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Refused: rows of a captured cache have their places."""
-        raise MicrogliaError("beams move the rows of the cache, which is captured; use execution='compact' for beam search")
+        raise MicrogliaError(
+            "beams move the rows of the cache, which is captured; use execution='compact' for beam search"
+        )
 
 
 def widest(x: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class CapturedStep:
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[tuple[int, Variant], Graph] = {}
         self.switches: dict[tuple[int, Variant], Graph] = {}
+        self.head, self.tail = capture.graph(), capture.graph()
         self.captures = 0
         self.dense = Variant("dense", model.buckets[0])
         self.variants = [self.dense] * len(model.blocks)
@@ -122,10 +123,10 @@ class CapturedStep:
 
     def step(self) -> None:
         """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
-        self._head.replay()
+        self.head.replay()
         for block, variant in enumerate(self.variants):
             self.pieces[block, variant].replay()
-        self._tail.replay()
+        self.tail.replay()
         self.cache.place.length += 1
 
     @torch.inference_mode()
@@ -180,12 +181,11 @@ class CapturedStep:
             for _ in range(WARM_UP):
                 buffers.logits.copy_(self._cut_forward(self.dense, None, first=True))
                 buffers.choose()
-            self._head = self.capture.graph()
-            self._head.begin()
+            self.head.begin()
             buffers.logits.copy_(self._cut_forward(self.dense, self.capture, first=True))
             buffers.choose()
             buffers.advance()
-            self._tail.end()
+            self.tail.end()
         self.captures += 1
 
     def _forward(self) -> Tensor:
@@ -294,7 +294,7 @@ class _Cutter:
         step = self.step
         if self.first and index == 0:
             if self.capture is not None:
-                step._head.end()
+                step.head.end()
             step.edges.append(hidden)
         if self.capture is not None:
             self.graph = self.capture.graph()
@@ -311,8 +311,7 @@ class _Cutter:
             self.graph.end()
             step.pieces[block, self.variant] = self.graph
             if self.first and block == len(step.model.blocks) - 1:
-                step._tail = self.capture.graph()
-                step._tail.begin()
+                step.tail.begin()
         return step.edges[block + 1]
 
 
