@@ -199,7 +199,7 @@ class MicrogliaPruningSystem:
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
         runs = {}
         for name, pruner in {"pruned": self.pruner.at(keep_ratio), **({"dense": None} if dense else {})}.items():
-            update = (lambda done, total, name=name: progress(name, done, total)) if progress else None  # type: ignore[misc]
+            update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
             if scoring == "generation":
                 runs[name] = setup.answers(pruner, update)
             else:
@@ -213,7 +213,7 @@ class MicrogliaPruningSystem:
             scoring=scoring,
             accuracy=pruned.accuracy,
             sparsity=pruned.sparsity,
-            **{name: run.summary() for name, run in runs.items()},
+            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
             paired=paired(runs["dense"], pruned) if dense else None,
             answers={name: run.rows() for name, run in runs.items()},
         )

@@ -53,11 +53,13 @@ class HeadGeometry:
 
     def split(self, x: Tensor) -> Tensor:
         """`(..., H·D)` → `(..., H, D)`."""
-        return x.unflatten(-1, (self.heads, self.head_dim))
+        split: Tensor = x.unflatten(-1, (self.heads, self.head_dim))
+        return split
 
     def by_group(self, x: Tensor) -> Tensor:
         """`(..., H)` → `(..., G, Q)`."""
-        return x.unflatten(-1, (self.kv_heads, self.queries_per_group))
+        grouped: Tensor = x.unflatten(-1, (self.kv_heads, self.queries_per_group))
+        return grouped
 
     def group_of(self, heads: Tensor) -> Tensor:
         """Group index of each head index, same shape."""

@@ -7,7 +7,7 @@ quantises.
 import copy
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
@@ -46,7 +46,7 @@ def features(projection: nn.Module, *, of_inputs: bool) -> int:
 
 def oriented(projection: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The stored weight, or another tensor of its shape, as (out, in): a view."""
-    stored: Any = plain(projection).weight if weight is None else weight
+    stored = cast(Tensor, plain(projection).weight) if weight is None else weight
     return stored.T if weight_dim(projection, of_inputs=True) == 0 else stored
 
 
@@ -92,7 +92,7 @@ def sliced(projection: nn.Module, cut: Cut, name: str = "the projection", block:
 
 def resized(inner: nn.Module, weight: Tensor, bias: Tensor | None, size: int, *, of_inputs: bool) -> nn.Module:
     """A projection like `inner` with these parameters and `size` inputs or outputs; hooks stay behind."""
-    smaller: Any = copy.copy(inner)
+    smaller = copy.copy(inner)
     for hooked in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, which would fetch the whole weights again
         smaller.__dict__.pop(hooked, None)
     smaller._forward_hooks, smaller._forward_pre_hooks = OrderedDict(), OrderedDict()
@@ -110,7 +110,8 @@ def _take(x: Tensor, dim: int, index: Tensor, block: int) -> Tensor:
 
     Columns of a bfloat16 matrix in a sixth of the time, rows in half.
     """
-    return x.unflatten(dim, (-1, block)).index_select(dim, index[::block] // block).flatten(dim, dim + 1)
+    taken: Tensor = x.unflatten(dim, (-1, block)).index_select(dim, index[::block] // block)
+    return taken.flatten(dim, dim + 1)
 
 
 def _is_torchao(weight: Any) -> bool:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.moments import moments
 from microglia.criteria.weights import head_weights
@@ -15,6 +15,7 @@ from microglia.errors import ConfigError
 PROTECTED = 1e-3  # rate of the first and the last site: they lose heads only when the others have none to lose
 
 
+@CRITERIA.register("activation_variance")
 @dataclass(frozen=True, kw_only=True)
 class ActivationVariance(Criterion):
     """Σ variance × ‖o column‖ orders the heads of a site; a logistic function of depth says how fast sites lose them.

@@ -30,7 +30,7 @@ class Criterion(ABC):
     def scores(self, calibration: Calibration) -> list[Tensor]:
         """One score per head, (H,) per site; higher = keep, comparable between sites. Call it through `policy`."""
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         """The policy that looks at each prompt. Only criteria with `per_input` have one."""
         raise NotImplementedError(f"{self.name} says that it looks at prompts, but not how; define look_at")
 
@@ -43,7 +43,7 @@ class Criterion(ABC):
         if per_input and not self.per_input:
             raise ConfigError(f"{self.name} scores heads the same for every prompt; leave per_input out")
         with untouched(calibration):
-            policy = self.look_at(calibration) if per_input else self.static(calibration)
+            policy = self.adaptive(calibration) if per_input else self.static(calibration)
         return policy.to(calibration.device).requires_grad_(False).eval()
 
     def static(self, calibration: Calibration) -> Policy:

@@ -6,12 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, relative
+from microglia.criteria.base import CRITERIA, Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
 from microglia.units import HeadSite
 
 
+@CRITERIA.register("cascade")
 @dataclass(frozen=True, kw_only=True)
 class Cascade(Criterion):
     """Mean magnitude of the head's output, averaged over this site and all earlier ones.

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.policies import Policy, SignalPolicy
 
 
+@CRITERIA.register("entropy")
 @dataclass(frozen=True, kw_only=True)
 class Entropy(Criterion):
     """One minus the mean normalised entropy of the head's attention over the prompt's last tokens."""
@@ -20,7 +21,7 @@ class Entropy(Criterion):
     departs: ClassVar[str] = "entropy, divided by the log of the visible keys, in place of the largest weight"
     per_input: ClassVar[bool] = True
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         return SignalPolicy("entropy")
 
     def scores(self, calibration: Calibration) -> list[Tensor]:

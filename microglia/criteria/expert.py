@@ -6,13 +6,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, Agents
 from microglia.gate import Gate
 from microglia.training import TrainingConfig
 
 
+@CRITERIA.register("expert")
 @dataclass(frozen=True, kw_only=True)
 class Expert(Criterion):
     """Share of the prompts for which trained agents keep the head; equal shares are told apart by the mean gate."""
@@ -26,7 +27,7 @@ class Expert(Criterion):
     departs: ClassVar[str] = "the router is the agents, per prompt and not per token; the model is frozen"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        router = Agents(config=self.config, hidden_dim=self.hidden_dim).look_at(calibration)
+        router = Agents(config=self.config, hidden_dim=self.hidden_dim).adaptive(calibration)
         gate = Gate(bucket=calibration.bucket)
         logits = calibration.logits(router)
         keep = gate.every(logits, calibration.geometries)

@@ -5,12 +5,13 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, standardised
+from microglia.criteria.base import CRITERIA, Criterion, standardised
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.moments import moments
 from microglia.criteria.weights import head_weights
 
 
+@CRITERIA.register("fluctuation")
 @dataclass(frozen=True, kw_only=True)
 class Fluctuation(Criterion):
     """Variance of each value that the head writes × squared norm of its column of o, summed over the head."""

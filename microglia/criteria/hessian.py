@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from microglia.anatomy.projection import oriented, plain
-from microglia.criteria.base import Criterion, check_positive
+from microglia.criteria.base import CRITERIA, Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import head_weights
 
 
+@CRITERIA.register("hessian")
 @dataclass(frozen=True, kw_only=True)
 class Hessian(Criterion):
     """Tr(H)/2p · ‖w‖² of the head's o slice (p weights), the loss's rise when they are set to zero.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, check_positive
+from microglia.criteria.base import CRITERIA, Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.descent import turns
 from microglia.criteria.weights import by_head, matrices
@@ -16,6 +16,7 @@ from microglia.errors import ConfigError
 from microglia.units import HeadSite
 
 
+@CRITERIA.register("lora_gradient")
 @dataclass(frozen=True, kw_only=True)
 class LoraGradient(Criterion):
     """Σ over the head's slices of (G ⊙ (W + BA))², where G stands in for ∂loss/∂W; a moving average over steps."""

@@ -6,12 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, check_positive
+from microglia.criteria.base import CRITERIA, Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.descent import turns
 from microglia.errors import ConfigError
 
 
+@CRITERIA.register("movement")
 @dataclass(frozen=True, kw_only=True)
 class Movement(Criterion):
     """A score per head, moved by −∂loss/∂W·W of its o slice while only the best heads are kept.

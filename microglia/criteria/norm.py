@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, relative
+from microglia.criteria.base import CRITERIA, Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import head_weights
 from microglia.errors import ConfigError
@@ -14,6 +14,7 @@ from microglia.policies import Policy, SignalPolicy
 from microglia.units import HeadSite
 
 
+@CRITERIA.register("norm")
 @dataclass(frozen=True, kw_only=True)
 class Norm(Criterion):
     """Mean ‖o_h‖ over prompt tokens, relative to the site's mean, then over prompts.
@@ -30,7 +31,7 @@ class Norm(Criterion):
     departs: ClassVar[str] = "relative to the site's mean, so that one threshold serves all sites"
     per_input: ClassVar[bool] = True
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         if self.projected:
             raise ConfigError("the projected norm of a prompt is not among its signals; use projected=False")
         return SignalPolicy("norm")

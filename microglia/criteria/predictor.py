@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from microglia.criteria.base import Criterion, check_positive, unit_length
+from microglia.criteria.base import CRITERIA, Criterion, check_positive, unit_length
 from microglia.criteria.calibration import Calibration
 from microglia.policies import Policy, PredictorPolicy
 
 
+@CRITERIA.register("predictor")
 @dataclass(frozen=True, kw_only=True)
 class Predictor(Criterion):
     """An MLP on the first site's features, fitted by squared error to |∂loss/∂keep| of each prompt's answer."""
@@ -32,7 +33,7 @@ class Predictor(Criterion):
     def __post_init__(self) -> None:
         check_positive(hidden_dim=self.hidden_dim, steps=self.steps, learning_rate=self.learning_rate)
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         policy = PredictorPolicy(calibration.geometries, hidden_dim=self.hidden_dim, signals=self.signals)
         nn.init.zeros_(policy.agent.last.bias)
         features = calibration.readings(policy).features
@@ -46,7 +47,7 @@ class Predictor(Criterion):
         return policy
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        return [x.mean(0) for x in calibration.logits(self.look_at(calibration))]
+        return [x.mean(0) for x in calibration.logits(self.adaptive(calibration))]
 
 
 def targets(calibration: Calibration) -> Tensor:

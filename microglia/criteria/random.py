@@ -6,10 +6,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 
 
+@CRITERIA.register("random")
 @dataclass(frozen=True, kw_only=True)
 class Random(Criterion):
     """Independent uniform scores, drawn with the calibration's seed."""

@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, check_positive
+from microglia.criteria.base import CRITERIA, Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
 
 
+@CRITERIA.register("shapley")
 @dataclass(frozen=True, kw_only=True)
 class Shapley(Criterion):
     """Mean fall of the negative answer loss when the head goes, over random orders, each on one batch of examples.

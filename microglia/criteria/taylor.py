@@ -5,10 +5,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, unit_length
+from microglia.criteria.base import CRITERIA, Criterion, unit_length
 from microglia.criteria.calibration import Calibration
 
 
+@CRITERIA.register("taylor")
 @dataclass(frozen=True, kw_only=True)
 class Taylor(Criterion):
     """Mean over examples of |∂loss/∂keep_h| at keep 1, divided by its L2 norm over the site's heads."""

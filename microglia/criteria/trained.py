@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
 from microglia.policies import Policy, StaticPolicy, new_agents
@@ -47,6 +47,7 @@ def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -
     return policy.cpu()
 
 
+@CRITERIA.register("static_baseline")
 @dataclass(frozen=True, kw_only=True)
 class StaticBaseline(Criterion):
     """One free logit per head, trained with the loss of the agents; 0 is where training would cut."""
@@ -67,6 +68,7 @@ class StaticBaseline(Criterion):
         return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]
 
 
+@CRITERIA.register("agents")
 @dataclass(frozen=True, kw_only=True)
 class Agents(Criterion):
     """Agents, which decide for each prompt; where every prompt is treated alike, their mean logits over the prompts.
@@ -84,9 +86,9 @@ class Agents(Criterion):
     departs: ClassVar[str] = "trained on the calibration prompts, by the recipe of the static baseline"
     per_input: ClassVar[bool] = True
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
         return train_on(calibration, agents, self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        return [x.mean(0) for x in calibration.logits(self.look_at(calibration))]
+        return [x.mean(0) for x in calibration.logits(self.adaptive(calibration))]

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.policies import SignalPolicy
 
 
+@CRITERIA.register("upper_layers")
 @dataclass(frozen=True, kw_only=True)
 class UpperLayers(Criterion):
     """The uppermost site loses its heads first, the least written first; then the site below it."""

@@ -7,12 +7,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, check_positive
+from microglia.criteria.base import CRITERIA, Criterion, check_positive
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.descent import descend
 from microglia.passes import Batch
 
 
+@CRITERIA.register("variational")
 @dataclass(frozen=True, kw_only=True)
 class Variational(Criterion):
     """Gates z = μ + σε per head, trained on answer loss + weight · mean KL; the score is μ²/σ²."""

@@ -5,11 +5,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion, relative
+from microglia.criteria.base import CRITERIA, Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.weights import by_head, matrices
 
 
+@CRITERIA.register("weight")
 @dataclass(frozen=True, kw_only=True)
 class Weight(Criterion):
     """L2 norm of the head's slices, relative to the site's mean. Heads share their group's k and v equally."""

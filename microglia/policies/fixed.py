@@ -42,7 +42,8 @@ class StaticPolicy(SitewisePolicy):
         return cls([torch.rand(g.count, generator=generator) for g in geometries])
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
-        return self.logits[index].expand(len(features), -1)
+        logits: Tensor = self.logits[index].expand(len(features), -1)
+        return logits
 
 
 @POLICIES.register("signal")

@@ -128,7 +128,8 @@ def entropies(partials: Sequence[PartialEntropy]) -> Tensor:
     whole = lse.logsumexp(1)  # (L, B, G, N)
     products = ((lse - whole[:, None]).exp() * (query * mean).sum(-1)).sum(1)
     entropy = (whole - first.scale * products).unflatten(-1, (-1, first.weight.shape[1])).flatten(2, 3)  # (L, B, H, b)
-    return (entropy.clamp(min=0) * first.weight[:, None]).sum(-1) / first.count
+    mean_entropy: Tensor = (entropy.clamp(min=0) * first.weight[:, None]).sum(-1) / first.count
+    return mean_entropy
 
 
 class Entropy(Signal):

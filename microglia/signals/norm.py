@@ -19,7 +19,7 @@ def mean_norm(outputs: Tensor, tokens: Tensor, count: Tensor | None = None) -> T
     """
     # Half precision is summed in float32 without a copy of the outputs; float64 stays and is rounded at the end.
     exact = torch.promote_types(outputs.dtype, torch.float32)
-    norms = torch.linalg.vector_norm(outputs, dim=-1, dtype=exact).float()  # (B, T, H)
+    norms: Tensor = torch.linalg.vector_norm(outputs, dim=-1, dtype=exact).float()  # (B, T, H)
     weight = tokens.to(norms.dtype)
     return (norms * weight[..., None]).sum(1) / (token_count(weight) if count is None else count)
 

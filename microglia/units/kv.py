@@ -49,7 +49,8 @@ class RowHeads:
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values (B, G, T, D) of all heads → kept ones of all tokens (B, k, T', D)."""
         keys, values = take_rows(key_states, self.index), take_rows(value_states, self.index)
-        return super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+        whole: tuple[Tensor, Tensor] = super().update(keys, values, *args, **kwargs)  # type: ignore[misc]
+        return whole
 
 
 @cache

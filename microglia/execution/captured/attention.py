@@ -79,7 +79,7 @@ def by_products(
     softcap: float | None = None,
 ) -> Tensor:
     """q (B, H, 1, D), k and v (B, G, T, D), mask (B, 1, 1, T) to be added → (B, 1, H, D); the softmax in float32."""
-    grouped = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, G, H/G, D)
+    grouped: Tensor = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, G, H/G, D)
     scores = (grouped @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
