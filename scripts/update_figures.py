@@ -73,8 +73,8 @@ def summary() -> str:
             "",
             f"The embedded reasoner (4.7 M parameters, float32), {record['limit']} held-out problems, {seeds} "
             f"trainings, batch 1, {record['device']}; 95 % intervals. The *static baseline* is trained like the "
-            "agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the dense step ÷ bytes of "
-            "the pruned one.",
+            "agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the dense step ÷ bytes "
+            "of the pruned one.",
             "",
             f"- **Helps when few heads may stay:** at half of the heads the agents' accuracy is {gains[0.5]} above "
             "the static baseline's.",
