@@ -23,6 +23,7 @@ RENAMED = {
     "static-twin": "static_baseline",
     "gate": "static_baseline",
     "scarce": "low_budget",
+    "sparsity_follows_difficulty": "follows_difficulty",
     "path": "execution",
 }
 
@@ -113,7 +114,7 @@ def demo() -> str:
         *(_demo_row(LABELS[name], record[name]) for name in LABELS),
         *(_demo_row(LABELS[name], record["low_budget"][name]) for name in ("pruned", "static_baseline")),
     ]
-    follows = record["sparsity_follows_difficulty"]
+    follows = record["follows_difficulty"]
     by_steps = ", ".join(f"{steps}: {value:.0%}" for steps, value in record["pruned"]["sparsity_by_difficulty"].items())
     made = record["circumstances"]
     return "\n".join(
