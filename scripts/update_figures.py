@@ -29,9 +29,17 @@ RENAMED = {
 
 
 def renamed(value: Any) -> Any:
-    """A record, or a part of one, under today's names."""
+    """A record, or a part of one, under today's names and in today's shape."""
     if isinstance(value, dict):
-        return {RENAMED.get(key, key): renamed(x) for key, x in value.items()}
+        value = {RENAMED.get(key, key): renamed(x) for key, x in value.items()}
+        if "diff_ci95" in value:
+            value["to_dense"] = {"diff": value["diff"], "ci95": value["diff_ci95"]}
+        if "timed_keep_ratio" in value:
+            value["latency"] = {**value, "keep_ratio": value["timed_keep_ratio"]}
+        if "by_keep_ratio" in value.get("adaptivity", {}):
+            value["by_keep_ratio"] = value["adaptivity"]["by_keep_ratio"]
+            value["circumstances"] = {"device": value["device"]}
+        return value
     if isinstance(value, list):
         return [renamed(x) for x in value]
     return RENAMED.get(value, value) if isinstance(value, str) else value
@@ -61,8 +69,8 @@ def summary() -> str:
     rows = {(row["policy"], row["target"]): row for row in record["rows"]}
     shown = [("dense", 1.0), *((name, ratio) for ratio in (0.75, 0.5) for name in ("agents", "static_baseline"))]
     seeds = len(rows["agents", 0.5]["seeds"])
-    gains = {x["target"]: points(x["gain"], x["ci95"]) for x in record["adaptivity"]["by_keep_ratio"]}
-    speed = {key: f"{row['ratio_to_dense']:.2f}×" for key, row in rows.items()}
+    gains = {x["target"]: points(x["gain"], x["ci95"]) for x in record["by_keep_ratio"]}
+    speed = {key: f"{rows[key]['latency']['ratio_to_dense']:.2f}×" for key in shown[1:]}
     large = [r["extra"] for r in read("cpu-phi3-mini.jsonl") if r["extra"]["variant"] == "compact"]
     full = next(r for r in large if r["keep_ratio"] == 0.5 and r["batch_size"] == 8)
     small = next(r for r in large if r["keep_ratio"] == 0.5 and r["batch_size"] == 1)
@@ -72,10 +80,10 @@ def summary() -> str:
             "|---|---|---|---|---|---|",
             *(_summary_row(rows[key]) for key in shown),
             "",
-            f"The embedded reasoner (4.7 M parameters, float32), {record['limit']} held-out problems, {seeds} "
-            f"trainings, batch 1, {record['device']}; 95 % intervals. The *static baseline* is trained like the "
-            "agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the dense step ÷ bytes "
-            "of the pruned one.",
+            f"The embedded reasoner (4.7 M parameters, float32), {rows['dense', 1.0]['prompts']} held-out problems, "
+            f"{seeds} trainings, batch 1, {record['circumstances']['device']}; 95 % intervals. The *static baseline* is "
+            "trained like the agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the "
+            "dense step ÷ bytes of the pruned one.",
             "",
             f"- **Helps when few heads may stay:** at half of the heads the agents' accuracy is {gains[0.5]} above "
             "the static baseline's.",
@@ -95,13 +103,14 @@ def summary() -> str:
 
 def _summary_row(row: dict[str, Any]) -> str:
     low, high = row["ci95"]
-    label = LABELS.get(row["policy"], row["policy"])
-    pruned = "none" if label == "dense" else f"{1 - row['keep_ratio']:.0%}"
-    speed = "1×" if label == "dense" else times(row["ratio_to_dense"], row["ratio_ci95"])
+    accuracy = f"{row['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+    if row["policy"] == "dense":
+        return f"| none | dense | {accuracy} | 1× | | 100% |"
+    time = row["latency"]
     # Bytes of the timed prompts differ by their lengths too. Without grouped queries the share of heads is the cache's.
     return (
-        f"| {pruned} | {label} | {row['accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}] | {speed} "
-        f"| {row['ceiling']:.2f}× | {row['timed_keep_ratio']:.0%} |"
+        f"| {1 - row['keep_ratio']:.0%} | {LABELS.get(row['policy'], row['policy'])} | {accuracy} "
+        f"| {times(time['ratio_to_dense'], time['ratio_ci95'])} | {time['ceiling']:.2f}× | {time['keep_ratio']:.0%} |"
     )
 
 
@@ -144,7 +153,7 @@ def _adds(record: dict[str, Any]) -> str:
 
 
 def _demo_row(label: str, row: dict[str, Any]) -> str:
-    difference = points(row["diff"], row["diff_ci95"]) if "diff" in row else ""
+    difference = points(row["to_dense"]["diff"], row["to_dense"]["ci95"]) if row.get("to_dense") else ""
     tokens = f"{row['mean_tokens']:.0f}" if "mean_tokens" in row else ""
     return f"| {label} | {row['accuracy']:.1%} | {row['sparsity']:.1%} | {difference} | {tokens} |"
 
