@@ -81,8 +81,8 @@ def summary() -> str:
             *(_summary_row(rows[key]) for key in shown),
             "",
             f"The embedded reasoner (4.7 M parameters, float32), {rows['dense', 1.0]['prompts']} held-out problems, "
-            f"{seeds} trainings, batch 1, {record['circumstances']['device']}; 95 % intervals. The *static baseline* is "
-            "trained like the agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the "
+            f"{seeds} trainings, batch 1, {record['circumstances']['device']}; 95 % intervals. The *static baseline* "
+            "is trained like the agents but sees no prompt. The *ceiling* is what the saved bytes allow: bytes of the "
             "dense step ÷ bytes of the pruned one.",
             "",
             f"- **Helps when few heads may stay:** at half of the heads the agents' accuracy is {gains[0.5]} above "
