@@ -28,7 +28,7 @@ def test_the_first_screen_is_installation_six_lines_one_table_and_two_commands()
     screen = README.partition("\n## ")[0]
     assert all(words in screen for words in ("pip install microglia", "\nmake demo ", "\nmake test "))
     assert len([line for line in BLOCKS[0].splitlines() if line]) == 6
-    assert screen.count("|---|") == 1
+    assert screen.count("\n|---") == 1
 
 
 def test_every_shrunken_call_is_still_in_the_readme():
