@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from microglia.units import find_sites
 
 import microglia
-from microglia import find_sites
 from microglia.cli.main import VERBS
 from microglia.criteria import Calibration
 from microglia.models import load_model
@@ -17,7 +17,7 @@ from microglia.tasks import get_task
 from tests.commands import check_command, command_lines, shell_blocks
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {str(p.relative_to(ROOT)): p.read_text("utf-8") for p in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]}
+PAGES = {str(p.relative_to(ROOT)): p.read_text("utf-8") for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]}
 COMMANDS = [(page, words) for page, text in PAGES.items() for b in shell_blocks(text) for words in command_lines(b)]
 
 
@@ -54,6 +54,23 @@ def test_code_on_a_page_imports_what_exists(page):
                 assert missing == [], f"{page}: {node.module}"
 
 
+LINKS = [(page, link) for page, text in PAGES.items() for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text)]
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in links: small letters, words joined by hyphens, other signs left out."""
+    headings = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_a_link_leads_to_a_file_and_a_heading_that_exist(page, link):
+    name, _, anchor = link.partition("#")
+    target = (ROOT / page).parent / name if name else ROOT / page
+    assert target.exists()
+    assert not anchor or anchor in anchors(target.read_text("utf-8"))
+
+
 def test_the_page_of_the_command_line_lists_the_verbs():
     shown = re.findall(r"^\| `(\w+)` \|", PAGES["docs/api/cli.md"], flags=re.MULTILINE)
     assert shown == [verb.__name__ for verb in VERBS]
@@ -66,8 +83,7 @@ def test_the_criterion_of_the_guide_scores_heads():
     model, tokenizer = load_model("reasoner")
     task = get_task("arithmetic")
     policy = names["FirstHeads"]().policy(Calibration(model, tokenizer, task, task.load("train", limit=2)))
-    for site in find_sites(model):
-        logits = policy.site_logits(site.index, torch.zeros(1, 2 * site.geometry.heads))
+    for logits in policy([torch.zeros(1, 2 * site.geometry.heads) for site in find_sites(model)]):
         assert (logits.flatten().diff() < 0).all()
     exec(compile(whole, "add-a-criterion.md", "exec"), {})
 

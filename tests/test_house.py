@@ -1,4 +1,4 @@
-"""The order of the house: floors, names, sizes, the map in the README, and an import that does nothing."""
+"""The order of the house: floors, names, sizes, the map in CONTRIBUTING.md, and an import that does nothing."""
 
 import ast
 import re
@@ -192,13 +192,38 @@ def test_there_is_no_drawer_for_odds_and_ends() -> None:
     assert names == []
 
 
-# --- the map in the README -------------------------------------------------------------------------------------------
+# --- the table of floors and the map in CONTRIBUTING.md ---------------------------------------------------------------
 
 
-def map_lines(readme: str) -> list[str]:
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+
+
+def section_of(page: str, heading: str) -> str:
+    """What stands between the heading `## heading` and the next one."""
+    section = re.search(rf"^## {heading}[ \t]*$(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    return section[1] if section else ""
+
+
+def floors_shown(page: str) -> dict[str, int]:
+    """Module → floor, from the rows `| floor | `module`, … |` of the table under `## Floors`."""
+    rows = re.findall(r"^\| *(\d+) *\|(.*)\|[ \t]*$", section_of(page, "Floors"), re.MULTILINE)
+    return {f"{ROOF}.{name}": int(floor) for floor, names in rows for name in re.findall(r"`([\w.]+)`", names)}
+
+
+def test_a_table_of_floors_is_read() -> None:
+    page = (
+        "## Floors\n\n| floor | modules |\n|---|---|\n| 0 | `errors` |\n| 1 | `gate`, `cli` |\n\n## Map\n| 2 | `x` |\n"
+    )
+    assert floors_shown(page) == {"microglia.errors": 0, "microglia.gate": 1, "microglia.cli": 1}
+
+
+def test_the_table_of_floors_in_contributing_is_the_one_that_is_enforced() -> None:
+    assert floors_shown(CONTRIBUTING.read_text(encoding="utf-8")) == FLOORS
+
+
+def map_lines(page: str) -> list[str]:
     """The lines of the first fenced block under the heading `## Map`."""
-    section = re.search(r"^## Map[ \t]*$(.*?)(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL)
-    block = section and re.search(r"^```[^\n]*\n(.*?)^```", section[1], re.MULTILINE | re.DOTALL)
+    block = re.search(r"^```[^\n]*\n(.*?)^```", section_of(page, "Map"), re.MULTILINE | re.DOTALL)
     return block[1].splitlines() if block else []
 
 
@@ -224,15 +249,14 @@ def mapped(lines: list[str]) -> dict[str, str]:
     return paths
 
 
-def readme_map() -> dict[str, str]:
-    readme = ROOT / "README.md"
-    paths = mapped(map_lines(readme.read_text(encoding="utf-8"))) if readme.exists() else {}
-    assert paths, "README.md must hold a fenced block under the heading '## Map' with lines 'path  role'"
+def contributing_map() -> dict[str, str]:
+    paths = mapped(map_lines(CONTRIBUTING.read_text(encoding="utf-8")))
+    assert paths, "CONTRIBUTING.md must hold a fenced block under the heading '## Map' with lines 'path  role'"
     return paths
 
 
 def test_a_map_is_read_nested_or_flat() -> None:
-    readme = """
+    page = """
 ## Map
 
 ```text
@@ -251,7 +275,7 @@ scripts/train.py     trains
 other.py  no part of the map
 ```
 """
-    assert mapped(map_lines(readme)) == {
+    assert mapped(map_lines(page)) == {
         "microglia/": "the package",
         "microglia/gate.py": "logits → keep",
         "microglia/sites/": "where heads live",
@@ -262,7 +286,7 @@ other.py  no part of the map
 
 
 def test_every_path_of_the_map_exists_and_has_a_role() -> None:
-    paths = readme_map()
+    paths = contributing_map()
     assert [
         path for path in paths if not ((ROOT / path).is_dir() if path.endswith("/") else (ROOT / path).is_file())
     ] == []
@@ -274,7 +298,7 @@ def test_the_map_shows_every_module_and_folder_of_the_package() -> None:
     folders = {
         f"microglia/{Path(path).relative_to(PACKAGE).parts[0]}/" for path in MODULES.values() if path.parent != PACKAGE
     }
-    assert sorted((modules | folders) - {*readme_map()}) == []
+    assert sorted((modules | folders) - {*contributing_map()}) == []
 
 
 # --- the roof --------------------------------------------------------------------------------------------------------

@@ -1,24 +1,34 @@
-"""The README's code runs, and its figures are those of the records."""
+"""The README's code runs from its top to its end, and figures on pages are those of the records."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-SMALLER = {"limit=8000": "limit=24", "limit=500": "limit=6, max_new_tokens=24"}  # the same calls, in seconds
+SMALLER = {
+    "max_steps=100, limit=1600": "max_steps=2, limit=32",
+    "limit=500": "limit=6, max_new_tokens=24",
+}  # in seconds
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_code_runs(block, tmp_path, monkeypatch):
+def test_code_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for large, small in SMALLER.items():
-        block = block.replace(large, small)
-    exec(compile(block, "README.md", "exec"), {})
+    names: dict = {}
+    for block in BLOCKS:
+        for large, small in SMALLER.items():
+            block = block.replace(large, small)
+        exec(compile(block, "README.md", "exec"), names)
+    assert "of the heads were pruned" in capsys.readouterr().out
+
+
+def test_the_first_screen_is_installation_six_lines_one_table_and_two_commands():
+    screen = README.partition("\n## ")[0]
+    assert all(words in screen for words in ("pip install microglia", "\nmake demo ", "\nmake test "))
+    assert len([line for line in BLOCKS[0].splitlines() if line]) == 6
+    assert screen.count("\n|---") == 1
 
 
 def test_every_shrunken_call_is_still_in_the_readme():
