@@ -427,7 +427,7 @@ def bars(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [f"{'kept  ' if value >= bar else 'MISSED'} {value:>6.2f} (bar {bar}) {what}" for what, value, bar in held]
 
 
-# --- measuring the prompt, and training --------------------------------------------------------------------------------
+# --- measuring the prompt, and training -------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -516,17 +516,15 @@ def training(run: Run, shape: str, lm: Any) -> None:
     try:
         step()
         reset_peak(device)
-        time_ms = summary([Clock(device)(step) for _ in range(run.options.rounds)])
+        spent = summary([Clock(device)(step) for _ in range(run.options.rounds)])
     finally:
         getattr(lm, "activation_checkpointing_disable", lm.gradient_checkpointing_disable)()
         lm.eval()
     peak = peak_bytes(device)
     gib = None if peak is None else peak / GIB
-    run.write(
-        "gpu_training_step", time_ms.median, "ms", key, peak_gib=gib, p20=time_ms.p20, p80=time_ms.p80, n=time_ms.n
-    )
+    run.write("gpu_training_step", spent.median, "ms", key, peak_gib=gib, p20=spent.p20, p80=spent.p80, n=spent.n)
     run.say(
-        f"{shape}: a training step of {rows} × {length} tokens takes {time_ms.median:.0f} ms, peak {gib or 0:.1f} GiB"
+        f"{shape}: a training step of {rows} × {length} tokens takes {spent.median:.0f} ms, peak {gib or 0:.1f} GiB"
     )
 
 
