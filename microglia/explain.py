@@ -26,8 +26,8 @@ OUTCOMES = {
 class SiteExplanation:
     """One site; every list has a number per unit. logit: above `threshold` the unit is requested.
 
-    signals: by name, as measured. deviations: by name, in standard deviations from the prompts of the training; empty for
-    policies that keep no statistics. probability: sigmoid of the distance to the threshold over the temperature.
+    signals: by name, as measured. deviations: by name, in standard deviations from the prompts of the training; empty
+    for policies that keep no statistics. probability: sigmoid of the distance to the threshold over the temperature.
     """
 
     name: str

@@ -23,7 +23,7 @@ class Gate:
         original recipe.
     temperature: of the sigmoid, `keep = sigmoid(logits / temperature)`; hard decisions do not depend on it.
     threshold: a unit is requested when its logit exceeds it. 0 is keep > 0.5; a Budget moves it.
-    bucket: counts per site are rounded up to multiples of it; None means the geometry's default, an eighth of the heads.
+    bucket: counts per site are rounded up to multiples of it; None means the geometry's own, an eighth of the heads.
     noise: scale of logistic noise on the logits while training.
     rows: which rows of a larger batch of `rows.stop` these are. Noise is then drawn for all of it, so that a row's
         noise does not depend on how many processes share the batch.

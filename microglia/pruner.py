@@ -1,4 +1,4 @@
-"""The one value that is trained, saved, loaded, served, compared and attached: who decides, and how it is carried on."""
+"""The one value that is trained, saved, loaded, served, compared and attached: who decides, and by which rules."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

@@ -32,7 +32,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One decoder layer. `index` is its place in the key/value cache; names are dotted paths from the language model."""
+    """One decoder layer. `index` is its place in the key/value cache; names are paths from the language model."""
 
     index: int
     name: str
@@ -152,7 +152,8 @@ def _layers(lm: Any) -> tuple[Layer, ...]:
         )
         raise UnsupportedModelError(
             f"{type(lm).__name__} has {what}, of which it is not known where q, k, v and o live; "
-            f"supported are {', '.join(sorted(FAMILIES))}; to add a family, describe it in microglia/anatomy/families.py"
+            f"supported are {', '.join(sorted(FAMILIES))}; to add a family, describe it in "
+            "microglia/anatomy/families.py"
         )
     return tuple(layers)
 

@@ -1,7 +1,7 @@
 """One projection with some of its rows or columns: plain, offloaded, LoRA-adapted or quantised weights.
 
-The one place that knows how weights are stored: nn.Linear keeps (out, in), GPT-2's Conv1D (in, out), peft wraps, torchao
-quantises.
+The one place that knows how weights are stored: nn.Linear keeps (out, in), GPT-2's Conv1D (in, out), peft wraps,
+torchao quantises.
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""How a decision is carried out, behind one protocol that every entry point takes: library, server, harness, benchmark."""
+"""How a decision is carried out, behind one protocol for every entry point: library, server, harness, benchmark."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ class Execution(ABC):
         """The execution, made for a model; what it keeps between requests belongs to that model."""
         return cls()
 
-    def check_generation(self, options: dict[str, Any]) -> None:
+    def check_generation(self, options: dict[str, Any]) -> None:  # noqa: B027  # most can follow all of them
         """Raise ConfigError for options of the model's `generate` that this execution cannot follow."""
 
     @contextmanager

@@ -13,7 +13,7 @@ from microglia.units import Site
 
 @EXECUTIONS.register("masked")
 class Masked(Execution):
-    """keep may be soft. where: (B, T) limits the gates to these positions, for passes that hold more than the answer."""
+    """keep may be soft. where: (B, T) limits the gates to these positions, for passes over more than the answer."""
 
     name: ClassVar[str] = "masked"
     saves: ClassVar[bool] = False

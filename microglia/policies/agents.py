@@ -1,4 +1,4 @@
-"""Agents: small networks, one per site, that read a prompt's features. An MLP each, or a mixture of a few masks each."""
+"""Agents: small networks, one per site, that read a prompt's features: an MLP each, or a mixture of a few masks."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

@@ -45,7 +45,7 @@ class Signal(ABC):
 
     @abstractmethod
     def measure(self, site: Site, prompt: Prompt, put: Callable[[Any], None]) -> AbstractContextManager[object]:
-        """While inside, the forward pass that reads the prompt calls `put` with the value (B, U), or what becomes it."""
+        """While inside, the forward pass that reads the prompt calls `put` with (B, U), or what becomes it."""
 
     def finish(self, values: Sequence[Any]) -> list[Tensor]:
         """What `put` got at every site of the signal → (B, U) of every site."""

@@ -42,7 +42,7 @@ def split_features(features: Tensor, signals: Sequence[str]) -> dict[str, Tensor
 
 @dataclass
 class Measured:
-    """Values (B, U) by signal and site index. complete: whether the pass came to its end, so that all of them are there."""
+    """Values (B, U) by signal and site index. complete: whether the pass came to its end, so that all are there."""
 
     prompt: Prompt
     values: dict[str, dict[int, Any]] = field(default_factory=dict)

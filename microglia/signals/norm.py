@@ -1,4 +1,4 @@
-"""Activation norm: how much each head writes, on average over the prompt. And its mean output, which can stand in for it."""
+"""Activation norm: how much each head writes, on average over the prompt. And its mean output, which may replace it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

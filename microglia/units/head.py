@@ -1,7 +1,7 @@
 """Attention heads: query heads of a layer, in groups that share a key/value head.
 
-One decision for all rows gathers rows of q, k, v and columns of o, rewrites the geometry with them (as gpt-fast does for
-tensor parallelism) and lets stock attention run on the smaller shapes. Rows that decide for themselves keep dense
+One decision for all rows gathers rows of q, k, v and columns of o, rewrites the geometry with them (as gpt-fast does
+for tensor parallelism) and lets stock attention run on the smaller shapes. Rows that decide for themselves keep dense
 projections, read once for all rows, and attention over a `(B, k, T, D)` cache of each row's own heads.
 """
 
@@ -107,7 +107,7 @@ class HeadSite(Site):
         stack.callback(self.attention.register_forward_hook(add).remove)
 
     def fill_bias(self, keep: Tensor, fill: Tensor) -> Tensor:
-        """What the pruned heads' `fill` (B, H, D) adds after the dense output projection: a bias per row, (B, 1, hidden).
+        """What the pruned heads' `fill` (B, H, D) adds after the dense output projection, (B, 1, hidden).
 
         `keep` (B, H) or (1, H).
         """

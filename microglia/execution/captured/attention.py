@@ -47,7 +47,7 @@ class StepLayer:
 def step_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """The attention of a step, with what its variant adds: q (B, H, 1, D) → (B, 1, H, D). One function for all layers."""
+    """The attention of a step, with what its variant adds: q (B, H, 1, D) → (B, 1, H, D), in every layer."""
     layer: StepLayer = module.config.step_layer
     if layer.kv.rows is not None:
         return attend_rows(layer.attend, module, layer.kv.rows, query, key, value, mask, **kwargs), None
