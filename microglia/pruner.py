@@ -8,10 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from microglia.errors import ConfigError
+from microglia.errors import ConfigError, check_choice
 from microglia.gate import Gate, keep_ratio
 from microglia.policies import Policy
-from microglia.registry import listed
 from microglia.signals import SIGNALS, MeanOutput, Signal
 from microglia.units import UNITS, Geometry
 
@@ -65,14 +64,10 @@ class Budget:
         return torch.cat([x.flatten() for x in self.logits]).double()
 
 
-def check_parts(fill: str, window: int | None, units: Sequence[str]) -> None:
-    """Raise ConfigError for parts of a pruner that cannot be."""
-    if fill not in get_args(Fill):
-        raise ConfigError(f"fill={fill!r} is unknown; choose {listed(get_args(Fill))}")
+def check_window(window: int | None) -> None:
+    """Raise ConfigError for a number of prompt tokens that cannot be."""
     if window is not None and window < 1:
         raise ConfigError(f"window={window} was given; it must be at least 1, or None for all prompt tokens")
-    for unit in units:
-        _ = UNITS[unit]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +87,10 @@ class Pruner:
     budget: Budget | None = None
 
     def __post_init__(self) -> None:
-        check_parts(self.fill, self.window, self.units)
+        check_choice("fill", self.fill, get_args(Fill))
+        check_window(self.window)
+        for unit in self.units:
+            _ = UNITS[unit]
 
     @property
     def signals(self) -> list[Signal]:

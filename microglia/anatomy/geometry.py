@@ -131,6 +131,11 @@ class RowShape:
     heads: Tensor
     kept: Tensor
 
+    @property
+    def queries_per_group(self) -> int:
+        """q, the query heads in each of a row's groups."""
+        return self.heads.shape[-1] // self.groups.shape[-1]
+
 
 def true_first(x: Tensor) -> Tensor:
     """Indices along the last dimension, those of true values first, otherwise in order."""

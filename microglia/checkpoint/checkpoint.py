@@ -17,7 +17,7 @@ from microglia.checkpoint.card import model_card
 from microglia.checkpoint.config import MicrogliaConfig, is_lora
 from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
 from microglia.checkpoint.format_1 import renamed
-from microglia.errors import CheckpointError, first_line
+from microglia.errors import CheckpointError, ConfigError, first_line
 from microglia.policies import Policy
 from microglia.pruner import Pruner
 
@@ -146,7 +146,10 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
     calibration = [tensors.pop(f"{CALIBRATION}{i}") for i in range(len(config.sites)) if f"{CALIBRATION}{i}" in tensors]
-    policy = config.new_policy()
+    try:
+        policy = config.new_policy()
+    except ConfigError as error:
+        raise CheckpointError(f"{CONFIG} beside {where}: {error}") from error
     if not tensors.keys() <= policy.state_dict().keys():
         tensors = renamed(tensors, config.policy)
     wanted = policy.state_dict()

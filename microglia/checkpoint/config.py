@@ -4,18 +4,18 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
 from microglia.checkpoint.format_1 import upgraded
-from microglia.errors import CheckpointError, ConfigError
+from microglia.errors import CheckpointError, ConfigError, first_line
 from microglia.gate import Gate
 from microglia.models import REASONER, reasoner_path
 from microglia.policies import POLICIES, Policy
-from microglia.pruner import Pruner, check_parts
+from microglia.pruner import Fill, Pruner, check_window
 from microglia.signals import check_signals
 from microglia.units import UNITS, Geometry, find_sites
 
@@ -31,10 +31,18 @@ class SavedSite:
     layer: int
     geometry: dict
 
+    @property
+    def flat(self) -> dict[str, Any]:
+        """Everything side by side, the geometry's numbers too."""
+        return {"unit": self.unit, "name": self.name, "layer": self.layer, **self.geometry}
+
     def geometry_value(self) -> Geometry:
         """The geometry as its unit knows it. Raises ConfigError for one that cannot be."""
+        kind = UNITS[self.unit].geometry_type
+        if wrong := [f"{name}={value!r}" for name, value in self.geometry.items() if type(value) is not int]:
+            raise ConfigError(f"the geometry of {self.name} has {', '.join(wrong)}; it must be whole numbers")
         try:
-            geometry: Geometry = UNITS[self.unit].geometry_type(**self.geometry)
+            geometry: Geometry = kind(**self.geometry)
         except TypeError as error:
             raise ConfigError(f"the geometry {self.geometry} is not one of units={self.unit!r} ({error})") from error
         return geometry
@@ -72,8 +80,10 @@ class MicrogliaConfig:
     def __post_init__(self) -> None:
         if not self.sites:
             raise ConfigError("0 sites make no policy; there must be 1 or more")
-        check_parts(self.fill, self.window, self.units)
-        _ = POLICIES[self.policy], check_signals(self.signals), self.geometries, self.gate  # each checks itself
+        check_choice("fill", self.fill, get_args(Fill))
+        check_window(self.window)
+        # Each of them checks itself.
+        _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals), self.geometries, self.gate
 
     @classmethod
     def describing(
@@ -128,7 +138,7 @@ class MicrogliaConfig:
             return POLICIES[self.policy].create(self.geometries, self.signals, **self.policy_options)
         except (TypeError, RuntimeError) as error:
             raise ConfigError(
-                f"policy_options={self.policy_options} make no policy {self.policy!r} ({error})"
+                f"policy_options={self.policy_options} make no policy {self.policy!r} ({first_line(error)})"
             ) from error
 
     def pruner(self, policy: Policy) -> Pruner:
@@ -146,9 +156,10 @@ class MicrogliaConfig:
             differences.append(f"it has {len(here)} sites, not {len(self.sites)}")
         grouped: dict[tuple[str, Any, Any], list[int]] = {}
         for index, (site, saved) in enumerate(zip(here, self.sites, strict=False)):
-            for f in fields(SavedSite):
-                if (a := getattr(site, f.name)) != (b := getattr(saved, f.name)):
-                    grouped.setdefault((f.name, a, b), []).append(index)
+            now, before = site.flat, saved.flat
+            for name in {**before, **now}:  # of another unit, a geometry has other numbers
+                if (a := now.get(name)) != (b := before.get(name)):
+                    grouped.setdefault((name, a, b), []).append(index)
         for (name, a, b), sites in grouped.items():
             differences.append(f"{name} is {a}, not {b} ({_listed(sites)})")
         return differences

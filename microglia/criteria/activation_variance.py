@@ -35,14 +35,14 @@ class ActivationVariance(Criterion):
             raise ConfigError(f"steepness={self.steepness} was given; it must be 0 or more")
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        found = []
+        scores = []
         rates = depth_rates(len(calibration.sites), self.steepness)
-        for site, seen, rate in zip(calibration.sites, moments(calibration), rates, strict=True):
-            strength = (seen.variance * head_weights(site).o.norm(dim=-1).cpu()).sum(-1)  # (H,)
+        for site, outputs, rate in zip(calibration.sites, moments(calibration), rates, strict=True):
+            strength = (outputs.variance * head_weights(site).o.norm(dim=-1).cpu()).sum(-1)  # (H,)
             share = (strength.argsort().argsort() + 1) / len(strength)
             # A threshold t takes the share t · rate of the site's heads.
-            found.append(share / rate)
-        return found
+            scores.append(share / rate)
+        return scores
 
 
 def depth_rates(sites: int, steepness: float) -> list[float]:

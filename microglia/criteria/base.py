@@ -10,13 +10,14 @@ from torch import Tensor
 from microglia.criteria.calibration import Calibration, untouched
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.policies import Policy, StaticPolicy
+from microglia.registry import Registry
 
 
 class Criterion(ABC):
-    """One way to tell which heads matter. To add one: a file with a frozen dataclass, and its line in `CRITERIA`.
+    """One way to tell which heads matter. To add one: a frozen dataclass, registered in CRITERIA.
 
-    name: of the file and in the registry. score: what it measures. paper: whom it follows. departs: where it does not.
-    per_input: whether it can look at each prompt. fill: what its paper lets pruned heads leave behind.
+    name: in the registry. score: what it measures. paper: whom it follows. departs: where it does not.
+    per_input: whether it can score each prompt. fill: what its paper lets pruned heads leave behind.
     """
 
     name: ClassVar[str]
@@ -31,14 +32,14 @@ class Criterion(ABC):
         """One score per head, (H,) per site; higher = keep, comparable between sites. Call it through `policy`."""
 
     def adaptive(self, calibration: Calibration) -> Policy:
-        """The policy that looks at each prompt. Only criteria with `per_input` have one."""
-        raise NotImplementedError(f"{self.name} says that it looks at prompts, but not how; define look_at")
+        """The policy that scores each prompt. Only criteria with `per_input` have one."""
+        raise NotImplementedError(f"{self.name} says that it scores each prompt, but not how; define adaptive")
 
     def policy(self, calibration: Calibration, *, per_input: bool = False) -> Policy:
         """Logits for the gate: the same for every prompt, or of each prompt's own. The model is left as it was.
 
         Static logits are ranks of the scores in (-1, 1), 0 between the better and the worse half. Raises ConfigError
-        when `per_input` is asked of a criterion that cannot look at prompts.
+        for `per_input` with a criterion that cannot score each prompt.
         """
         if per_input and not self.per_input:
             raise ConfigError(f"{self.name} scores heads the same for every prompt; leave per_input out")
@@ -54,6 +55,9 @@ class Criterion(ABC):
                 f"{self.name} gave scores that are not finite; load the model in float32 or calibrate on other examples"
             )
         return StaticPolicy(ranked(scores))
+
+
+CRITERIA: Registry[type[Criterion]] = Registry("criterion")
 
 
 def ranked(scores: Sequence[Tensor]) -> list[Tensor]:

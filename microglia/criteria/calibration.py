@@ -1,4 +1,4 @@
-"""What a criterion may look at: a model, and prompts with their worked answers."""
+"""What a criterion learns from: a model, and prompts with their worked answers."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence

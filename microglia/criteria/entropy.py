@@ -1,4 +1,4 @@
-"""Attention entropy: heads that look at few tokens stay."""
+"""Attention entropy: heads that attend to few tokens stay."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -16,7 +16,7 @@ from microglia.training import TrainingConfig
 @CRITERIA.register("expert")
 @dataclass(frozen=True, kw_only=True)
 class Expert(Criterion):
-    """Share of the prompts for which trained agents keep the head; equal shares are told apart by the mean gate."""
+    """Share of the prompts for which trained agents keep the head; among equal shares decides the mean gate."""
 
     config: TrainingConfig = RECIPE
     hidden_dim: int = 128

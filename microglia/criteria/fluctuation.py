@@ -23,8 +23,8 @@ class Fluctuation(Criterion):
     fill: ClassVar[str] = "mean"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        found = []
-        for site, seen in zip(calibration.sites, moments(calibration), strict=True):
+        scores = []
+        for site, outputs in zip(calibration.sites, moments(calibration), strict=True):
             columns = head_weights(site).o.square().sum(-1).cpu()  # (H, D)
-            found.append(standardised((seen.variance * columns).sum(-1)))
-        return found
+            scores.append(standardised((outputs.variance * columns).sum(-1)))
+        return scores

@@ -41,7 +41,7 @@ class Hessian(Criterion):
         squares = [head_weights(site).o.square().mean((1, 2)).cpu() for site in calibration.sites]  # ‖w‖² / p
         layers: list[Any] = [plain(site.output) for site in calibration.sites]
         weights = [layer.weight.requires_grad_() for layer in layers]
-        found = [torch.zeros(g.heads) for g in calibration.geometries]
+        traces = [torch.zeros(g.heads) for g in calibration.geometries]
         # Fused attention kernels cannot be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
             for batch in calibration.batches:
@@ -51,5 +51,5 @@ class Hessian(Criterion):
                     curved = torch.autograd.grad(gradients, weights, probe, retain_graph=True)
                     for site, layer, v, hv in zip(calibration.sites, layers, probe, curved, strict=True):
                         columns = oriented(layer, v * hv).float().sum(0)  # (H·D,)
-                        found[site.index] += site.geometry.split(columns).sum(-1).cpu() / len(probes)
-        return [trace / 2 * w for trace, w in zip(found, squares, strict=True)]
+                        traces[site.index] += site.geometry.split(columns).sum(-1).cpu() / len(probes)
+        return [trace / 2 * w for trace, w in zip(traces, squares, strict=True)]

@@ -38,16 +38,16 @@ class LoraGradient(Criterion):
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         weights = [matrices(site) for site in calibration.sites]
-        adapters = [{name: adapter(w, self.rank) for name, w in own.items()} for own in weights]
-        flat = [x for own in adapters for pair in own.values() for x in pair]
+        adapters = [{name: adapter(w, self.rank) for name, w in site.items()} for site in weights]
+        flat = [x for site in adapters for pair in site.values() for x in pair]
         averages = [torch.zeros(g.heads) for g in calibration.geometries]
         optimiser = torch.optim.Adam(flat, self.learning_rate)
         with adapted(calibration.sites, adapters):
             for _, batch in turns(calibration, self.steps):
                 optimiser.zero_grad()
                 calibration.losses(batch).mean().backward()
-                for site, own, w in zip(calibration.sites, adapters, weights, strict=True):
-                    squares = by_head(site, {name: importance(w[name], *pair) for name, pair in own.items()})
+                for site, pairs, w in zip(calibration.sites, adapters, weights, strict=True):
+                    squares = by_head(site, {name: importance(w[name], *pair) for name, pair in pairs.items()})
                     averages[site.index].lerp_(squares.sums().cpu(), 1 - self.decay)
                 optimiser.step()
         return averages
@@ -79,8 +79,8 @@ def adapted(sites: Sequence[HeadSite], adapters: Sequence[dict[str, tuple[Tensor
 
     handles = [
         getattr(site.attention, name).register_forward_hook(hook(*pair))
-        for site, own in zip(sites, adapters, strict=True)
-        for name, pair in own.items()
+        for site, pairs in zip(sites, adapters, strict=True)
+        for name, pair in pairs.items()
     ]
     try:
         yield

@@ -29,12 +29,12 @@ class Moments:
 
 def moments(calibration: Calibration) -> list[Moments]:
     """Moments of every site's head outputs, on the CPU."""
-    found = [
+    totals = [
         Moments(0, torch.zeros(g.heads, g.head_dim), torch.zeros(g.heads, g.head_dim)) for g in calibration.geometries
     ]
 
     def add(site: HeadSite, outputs: Tensor) -> None:
-        found[site.index] = found[site.index].joined(outputs.cpu())
+        totals[site.index] = totals[site.index].joined(outputs.cpu())
 
     calibration.visit_outputs(add)
-    return found
+    return totals

@@ -19,8 +19,8 @@ from microglia.units import HeadSite
 class Norm(Criterion):
     """Mean ‖o_h‖ over prompt tokens, relative to the site's mean, then over prompts.
 
-    With `projected` it is mean ‖W_O^h o_h‖ at answer tokens, what the head adds to the residual stream; the look at a
-    prompt does not see that, so `per_input` needs projected=False.
+    With `projected` it is mean ‖W_O^h o_h‖ at answer tokens, what the head adds to the residual stream; the
+    signals of a prompt do not measure that, so `per_input` needs projected=False.
     """
 
     projected: bool = False

@@ -39,7 +39,10 @@ class CalibrationTask(Task):
 
 
 def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -> Policy:
-    """Train a policy in place on the calibration's examples, with its seed; back on the CPU. Raises ConfigError for LoRA."""
+    """Train a policy in place on the calibration's examples, with its seed; it comes back on the CPU.
+
+    Raises ConfigError for LoRA.
+    """
     if config.lora != "none":
         raise ConfigError(f"lora={config.lora!r} was given, but a criterion leaves the model as it is; use lora='none'")
     task, config = CalibrationTask(calibration), replace(config, seed=calibration.seed)

@@ -101,7 +101,7 @@ def partial_entropy(
     ((block, _, weight),) = queries.blocks(sliding_window)
     last = queries.take(query, block).contiguous().view(batch, groups, -1, size)  # a key is read once per group
     parts = 1 if batch > 1 else max(1, min(PARTS, length // PART))
-    bias = queries.bias(sliding_window, heads // groups, parts, query.dtype).expand(-1, groups, -1, -1)
+    bias = queries.bias(sliding_window, last.shape[2] // len(block), parts, query.dtype).expand(-1, groups, -1, -1)
     keys, repeated = key, last
     if parts > 1:
         step = length // parts

@@ -193,7 +193,7 @@ def attend_rows(
     attend: the attention function for the smaller shapes. Returns (B, T, H, D), zero where pruned.
     """
     heads = shape.heads
-    kept: Any = View(module, num_key_value_groups=heads.shape[1] // shape.groups.shape[1])
+    kept: Any = View(module, num_key_value_groups=shape.queries_per_group)
     output = attend(kept, take_rows(query, heads), key, value, mask, **kwargs)[0]  # (B, T, k, D)
     output = output * shape.kept[:, None, :, None].to(output.dtype)
     batch, length, _, size = output.shape
