@@ -109,7 +109,7 @@ class MicrogliaLM(HFLM):
         return tokens
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes beside its results: also the execution and the share of heads pruned, mean over requests."""
+        """What lm_eval writes beside its results: also the execution and the mean share of heads pruned."""
         ratios = self.keep_ratios or [1.0]
         return {
             **super().get_model_info(),

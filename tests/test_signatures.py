@@ -1,4 +1,4 @@
-"""Concepts have one place each, as floors have: what is passed, how long functions are, who reads sizes and thresholds."""
+"""Concepts have one place each, as floors have: what is passed, how long functions are, who reads sizes."""
 
 import ast
 import re

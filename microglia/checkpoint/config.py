@@ -11,7 +11,7 @@ from torch import nn
 from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
 from microglia.checkpoint.format_1 import upgraded
-from microglia.errors import CheckpointError, ConfigError, first_line
+from microglia.errors import CheckpointError, ConfigError, check_choice, first_line
 from microglia.gate import Gate
 from microglia.models import REASONER, reasoner_path
 from microglia.policies import POLICIES, Policy
@@ -54,8 +54,8 @@ class MicrogliaConfig:
 
     base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA. policy, policy_options and
     signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
-    pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that was trained
-    on; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
+    pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that training
+    used; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
     measured for this threshold, empty when nothing is promised; lora: an adapter belongs to it.
     """
 
@@ -83,7 +83,8 @@ class MicrogliaConfig:
         check_choice("fill", self.fill, get_args(Fill))
         check_window(self.window)
         # Each of them checks itself.
-        _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals), self.geometries, self.gate
+        _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
+        _ = self.geometries, self.gate
 
     @classmethod
     def describing(

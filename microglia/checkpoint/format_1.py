@@ -1,4 +1,4 @@
-"""Checkpoints of format 1, which microglia 0.1 wrote: heads only, and two modes of the original project that are gone."""
+"""Checkpoints of format 1, which microglia 0.1 wrote: heads only, with two modes that are gone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,8 +17,8 @@ def upgraded(row: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, kept in (("scope", "answer"), ("norm", "head")):
         if (given := row.pop(name, kept)) != kept:
             raise CheckpointError(
-                f"{where} was trained with {name}={given!r}, a mode of the original project that microglia 0.2 no longer "
-                "has; use it with microglia 0.1.0, or train again"
+                f"{where} was trained with {name}={given!r}, a mode of the original project that microglia no "
+                "longer has; use it with microglia 0.1.0, or train again"
             )
     signals, hidden_dim = SIGNALS.get(row.pop("features", ""), []), row.pop("hidden_dim", None)
     sites = [_site(site) for site in row.get("sites", ())]

@@ -50,7 +50,6 @@ def demo(
     seed: int = 0,
     tell: Callable[[str], None] = print,
     progress: Callable[[str, int, int], None] | None = None,
-    quiet: bool = False,
 ) -> DemoResult:
     """Train; answer the same held-out problems dense, pruned, with the static baseline and with random masks of the
     same sparsity; write `summary.json`, the answers and both checkpoints to `output_dir`."""
@@ -59,7 +58,7 @@ def demo(
     model, tokenizer = load_model(REASONER)
     task, geometries = get_task("arithmetic"), [site.geometry for site in find_sites(model)]
     held_out = Setup(model, tokenizer, task, task.load("validation", limit=HELD_OUT, seed=seed))
-    pair = train_pair(held_out, recipe, seed, tell=tell, quiet=quiet)
+    pair = train_pair(held_out, recipe, seed, tell=tell, quiet=progress is None)
 
     policies = {"pruned": pair.agents, "static baseline": pair.static_baseline}
     masks = {f"random {i + 1}": Pruner(StaticPolicy.random(geometries, seed=seed + i)) for i in range(RANDOM_MASKS)}

@@ -16,8 +16,8 @@ def accuracy_kept(
 ) -> FrozenAccuracy:
     """Summaries of `dense`, `adaptive` and `frozen` on the same examples; frozen paired with each of the others.
 
-    The frozen model reads the prompt with its kept heads too, as the exported one does. `progress(name, done, total)` is
-    called after every batch.
+    The frozen model reads the prompt with its kept heads too, as the exported one does. `progress(name, done,
+    total)` is called after every batch.
     """
 
     def run(name: str, pruner: Pruner | None) -> Evaluation:

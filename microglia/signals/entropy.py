@@ -93,11 +93,11 @@ class PartialEntropy:
 def partial_entropy(
     query: Tensor, key: Tensor, queries: Queries, *, scale: float, sliding_window: int | None = None
 ) -> PartialEntropy:
-    """The large part of an entropy: one attention of queries (B, H, T, D) on keys (B, G, T, D).
+    """The large part of an entropy: one attention of queries (B, H, T, D) on keys (B, G, T, D), `queries` at most BLOCK.
 
-    `queries` are at most BLOCK. With one prompt the kernel would occupy a block of threads for every head and no more, so the keys go in parts.
+    With one prompt the kernel would occupy a block of threads for every head and no more, so the keys go in parts.
     """
-    (batch, heads, _, size), (groups, length) = query.shape, key.shape[1:3]
+    (batch, _, _, size), (groups, length) = query.shape, key.shape[1:3]
     ((block, _, weight),) = queries.blocks(sliding_window)
     last = queries.take(query, block).contiguous().view(batch, groups, -1, size)  # a key is read once per group
     parts = 1 if batch > 1 else max(1, min(PARTS, length // PART))

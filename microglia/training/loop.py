@@ -72,7 +72,7 @@ def train(
     *,
     data_dir: Path | str | None = None,
 ) -> TrainingResult:
-    """Train the pruner's policy (in place) on `task`; the base model stays frozen, with LoRA its adapters may train too.
+    """Train the pruner's policy (in place) on `task`; the base model stays frozen; with LoRA its adapters train too.
 
     Checkpoints go to the run's folder; a run that is resumed goes on from the last one and ends with the same weights
     as an uninterrupted run. In several processes (torchrun) every batch is divided among them, and the run is the one
@@ -137,7 +137,7 @@ def _prepared(model: nn.Module, config: TrainingConfig) -> nn.Module:
 
 @contextmanager
 def _training(model: nn.Module, *, adapters: bool = True, checkpointing: bool = False) -> Iterator[None]:
-    """While inside, adapters have gradients and layers may be computed again; afterwards nothing of the model trains."""
+    """While inside, adapters have gradients and layers may be computed again; then nothing of the model trains."""
     lm = causal_lm(model)
     set_trainable(model, adapters)
     if checkpointing:

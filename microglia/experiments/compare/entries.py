@@ -61,8 +61,8 @@ def entries(
 ) -> list[Entry]:
     """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
 
-    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share. training: options of the agents' training, by which the static baseline
-    is trained too.
+    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share. training:
+    options of the agents' training, by which the static baseline is trained too.
     """
     options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
     found = []
