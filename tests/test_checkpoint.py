@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,12 +12,11 @@ from microglia.checkpoint import CONFIG, Checkpoint, MicrogliaConfig, check_writ
 from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
 from microglia.generation import generate
-from microglia.look import Look
 from microglia.models import load_model
-from microglia.policy import MixturePolicy, Policy, StaticPolicy
-from microglia.sites import find_sites
+from microglia.policies import MixturePolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
+from microglia.pruner import Budget, Pruner
 from microglia.training.lora import with_lora
-from tests.tiny import tiny_model
+from tests.tiny import Fixed, geometries_of, tiny_model
 from tests.tiny_folder import character_tokenizer, checkpoint_for
 
 PROMPTS = ["Tom has 3 apples.", "Ann buys 12 pens and gives 5 of them away. How many are left?", "1 + 1 ="]
@@ -41,24 +39,25 @@ def same_state(a: Policy, b: Policy) -> bool:
 
 
 def answers(model, saved):
-    config = saved.config
-    options = {"gate": config.gate, "look": config.look, "fill": config.fill, "max_new_tokens": 12}
-    return generate(model, character_tokenizer(), PROMPTS, saved.policy, **options)
+    return generate(model, character_tokenizer(), PROMPTS, saved.pruner, max_new_tokens=12)
 
 
 # --- round trip ------------------------------------------------------------------------------------------------------
 
 
 def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
-    options = {"gate": Gate(threshold=0.25, temperature=0.7, bucket=2), "look": Look(window=5), "fill": "mean"}
-    saved = checkpoint_for(model, template="Q: {question}", training={"dataset": "arithmetic"}, **options)
-    saved = replace(saved, calibration=[torch.randn(5, 8), torch.randn(5, 8)])
+    parts = {"gate": Gate(threshold=0.25, temperature=0.7, bucket=2), "window": 5, "fill": "mean"}
+    budget = Budget([torch.randn(5, 8), torch.randn(5, 8)], geometries_of(model), bucket=2)
+    described = {"template": "Q: {question}", "training": {"dataset": "arithmetic"}}
+    saved = checkpoint_for(model, budget=budget, **described, **parts)
     loaded = Checkpoint.from_pretrained(saved.save_pretrained(tmp_path))
 
     assert loaded.config == saved.config
-    assert (loaded.config.gate, loaded.config.look) == (options["gate"], options["look"])
-    assert same_state(loaded.policy, saved.policy)
-    assert all(torch.equal(a, b) for a, b in zip(loaded.calibration, saved.calibration, strict=True))
+    assert {name: getattr(loaded.pruner, name) for name in parts} == parts
+    assert same_state(loaded.pruner.policy, saved.pruner.policy)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.pruner.budget.logits, budget.logits, strict=True))
+    assert (loaded.pruner.budget.geometries, loaded.pruner.budget.bucket) == (budget.geometries, 2)
+    assert loaded.pruner.fingerprint() == saved.pruner.fingerprint()
     before, after = answers(model, saved), answers(model, loaded)
     assert 0 < sum(float(k.mean()) for k in before.keep) < len(before.keep)
     assert all(torch.equal(a, b) for a, b in zip(before.keep, after.keep, strict=True))
@@ -78,18 +77,28 @@ def test_every_family_comes_back_from_the_disk_the_same(family, tmp_path):
     assert torch.equal(before.tokens, after.tokens)
 
 
-@pytest.mark.parametrize("make", [partial(StaticPolicy.random, seed=3), MixturePolicy], ids=["static", "mixture"])
-def test_a_policy_comes_back_as_what_it_was(model, tmp_path, make):
-    policy = make([s.geometry for s in find_sites(model)])
-    Checkpoint(policy, MicrogliaConfig.describing(model, policy)).save_pretrained(tmp_path)
-    loaded = Checkpoint.from_pretrained(tmp_path)
-    assert type(loaded.policy) is type(policy)
-    assert same_state(loaded.policy, policy)
+MAKERS = {
+    "static": partial(StaticPolicy.random, seed=3),
+    "mixture": partial(MixturePolicy, hidden_dim=3),
+    "predictor": partial(PredictorPolicy, hidden_dim=5, signals=("entropy",)),
+    "signal": lambda geometries: SignalPolicy("entropy"),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_policy_comes_back_as_what_it_was(model, tmp_path, kind):
+    policy = MAKERS[kind](geometries_of(model))
+    Checkpoint.of(model, Pruner(policy)).save_pretrained(tmp_path)
+    loaded = Checkpoint.from_pretrained(tmp_path).pruner.policy
+    assert type(loaded) is type(policy)
+    assert (loaded.signals, loaded.options()) == (policy.signals, policy.options())
+    assert same_state(loaded, policy)
 
 
 def test_a_policy_of_another_kind_cannot_be_saved(model):
-    with pytest.raises(ConfigError, match=r"a Policy cannot be saved; only an AgentPolicy"):
-        MicrogliaConfig.describing(model, Policy())
+    other = Fixed.create(geometries_of(model), ())
+    with pytest.raises(ConfigError, match=r"a Fixed cannot be saved; only registered policies can, agents, mixture"):
+        MicrogliaConfig.describing(model, Pruner(other))
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
@@ -169,8 +178,8 @@ def test_a_save_that_dies_leaves_the_old_or_the_new_one_whole(model, tmp_path, m
     expected = old if step <= 2 else new
     loaded = Checkpoint.from_pretrained(tmp_path)
     assert loaded.config == expected.config
-    assert same_state(loaded.policy, expected.policy)
-    assert same_state(Checkpoint.from_pretrained(old.save_pretrained(tmp_path)).policy, old.policy)
+    assert same_state(loaded.pruner.policy, expected.pruner.policy)
+    assert same_state(Checkpoint.from_pretrained(old.save_pretrained(tmp_path)).pruner.policy, old.pruner.policy)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
 
 
@@ -183,8 +192,8 @@ def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
 
 def test_a_policy_of_nan_is_not_saved_over_a_good_one(model, folder):
     bad = checkpoint_for(model, seed=4)
-    bad.policy.state_dict()["mean_0"][0] = torch.nan
-    with pytest.raises(CheckpointError, match=r"mean_0 holds NaN .* train at a lower learning rate"):
+    bad.pruner.policy.state_dict()["statistics.0.mean"][0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"statistics\.0\.mean holds NaN .* train at a lower learning rate"):
         bad.save_pretrained(folder)
     with pytest.raises(CheckpointError, match=r"cannot be written as JSON"):
         checkpoint_for(model, training={"loss": float("nan")}).save_pretrained(folder)
@@ -217,7 +226,7 @@ def test_the_hub_gets_the_folder_and_gives_it_back(model, tmp_path, monkeypatch)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo_id, **_: str(tmp_path / repo_id))
     saved = checkpoint_for(model)
     assert saved.push_to_hub("me/agents") == "https://hub/me/agents"
-    assert same_state(Checkpoint.from_pretrained("me/agents").policy, saved.policy)
+    assert same_state(Checkpoint.from_pretrained("me/agents").pruner.policy, saved.pruner.policy)
 
     def refused(*_, **__):
         raise OSError("no network\nand a long explanation")

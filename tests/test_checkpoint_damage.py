@@ -54,7 +54,11 @@ def not_safetensors(folder):
 
 
 def with_nan(tensors):
-    tensors["mean_0"][0] = torch.nan
+    tensors["statistics.0.mean"][0] = torch.nan
+
+
+def site_of(**geometry):
+    return {"unit": "head", "name": "a", "layer": 0, "geometry": geometry}
 
 
 DAMAGES = {
@@ -63,13 +67,13 @@ DAMAGES = {
     "no agents": (lambda f: (f / AGENTS).unlink(), r"lacks agents\.safetensors; copy the whole folder again"),
     "agents a folder": (lambda f: ((f / AGENTS).unlink(), (f / AGENTS).mkdir()), r"cannot be read \(Is a directory\)"),
     "no safetensors": (not_safetensors, r"agents\.safetensors is not safetensors"),
-    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("mean_1")), r"does not fit .*: mean_1 is missing"),
+    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("statistics.1.mean")), r"not fit .*: statistics\.1\.mean is miss"),
     "key unknown": (lambda f: swap_agents(f, lambda t: t.update(x=torch.ones(1))), r"x is unknown"),
     "wrong shape": (
-        lambda f: swap_agents(f, lambda t: t.update(std_0=torch.ones(3))),
-        r"std_0 has shape \(3,\), not \(16",
+        lambda f: swap_agents(f, lambda t: t.update({"statistics.0.std": torch.ones(3)})),
+        r"statistics\.0\.std has shape \(3,\), not \(16",
     ),
-    "not a number": (lambda f: swap_agents(f, with_nan), r"mean_0 holds NaN"),
+    "not a number": (lambda f: swap_agents(f, with_nan), r"statistics\.0\.mean holds NaN"),
     "half calibrated": (
         lambda f: swap_agents(f, lambda t: t.update({"calibration.0": torch.ones(2, 8)})),
         r"no calibra",
@@ -79,7 +83,7 @@ DAMAGES = {
     "config binary": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), r"damaged or cut short"),
     "config a list": (lambda f: (f / CONFIG).write_text("[]"), r"has no format_version"),
     "config NaN": (lambda f: edit(f, threshold=float("nan")), r"NaN is not JSON"),
-    "newer": (lambda f: edit(f, format_version=FORMAT_VERSION + 1), r"format version 2, .* up to 1; upgrade microglia"),
+    "newer": (lambda f: edit(f, format_version=FORMAT_VERSION + 1), r"format version 3, .* up to 2; upgrade microglia"),
     "no version": (lambda f: edit(f, format_version="gone"), r"has no format_version"),
     "no checksum": (lambda f: edit(f, sha256="gone"), r"has no SHA-256"),
     "checksum elsewhere": (lambda f: edit(f, sha256={"../x": "0"}), r"must have that of agents\.safetensors"),
@@ -87,16 +91,28 @@ DAMAGES = {
         lambda f: edit(f, window="gone", bucket="x", fill=True, more=1),
         r"lacks window and has the unknown more and has the wrong bucket='x', fill=True",
     ),
-    "site wrong": (lambda f: edit(f, sites=[{}]), r"site 0 lacks head_dim, heads, kv_heads, layer, name"),
+    "site wrong": (lambda f: edit(f, sites=[{}]), r"site 0 lacks geometry, layer, name, unit"),
     "geometry wrong": (
-        lambda f: edit(f, sites=[{"name": "a", "layer": 0, "heads": 3, "kv_heads": 2, "head_dim": 1}]),
+        lambda f: edit(f, sites=[site_of(heads=3, kv_heads=2, head_dim=1)]),
         r"3 heads in 2 groups of head size 1 make no geometry",
     ),
+    "geometry half": (lambda f: edit(f, sites=[site_of(heads=3)]), r"\{'heads': 3\} is not one of units='head'"),
+    "geometry of text": (
+        lambda f: edit(f, sites=[site_of(heads="8", kv_heads=8.0, head_dim=6)]),
+        r"the geometry of a has heads='8', kv_heads=8\.0; it must be whole numbers",
+    ),
+    "unit unknown": (lambda f: edit(f, sites=[{**site_of(), "unit": "claw"}]), r"units='claw' is unknown; choose head"),
     "value wrong": (
         lambda f: edit(f, policy="oracle"),
-        r"policy='oracle' is unknown; choose agents or mixture or static",
+        r"policy='oracle' is unknown; choose agents, mixture, static, signal or predictor",
     ),
-    "look wrong": (lambda f: edit(f, norm="x"), r"norm='x' is unknown; choose head or hidden"),
+    "signal unknown": (lambda f: edit(f, signals=["x"]), r"signals='x' is unknown; choose norm or entropy"),
+    "signals for two": (lambda f: edit(f, policy="signal"), r"signals='norm,entropy' is not one signal"),
+    "signals no texts": (lambda f: edit(f, signals=[1]), r"has the wrong signals=\[1\]"),
+    "fill unknown": (lambda f: edit(f, fill="noise"), r"fill='noise' is unknown; choose zero or mean"),
+    "window wrong": (lambda f: edit(f, window=0), r"window=0 was given; it must be at least 1"),
+    "option unknown": (lambda f: edit(f, policy_options={"depth": 3}), r"policy_options=.*depth.* make no policy"),
+    "option wrong": (lambda f: edit(f, policy_options={"hidden_dim": -3}), r"hidden_dim.*-3.* make no policy"),
 }
 
 
@@ -139,14 +155,14 @@ def test_a_full_disk_leaves_the_previous_one(folder, size):
         larger.save_pretrained(folder)
     again = Checkpoint.from_pretrained(folder)
     assert again.config == before.config
-    assert all(x.equal(again.policy.state_dict()[name]) for name, x in before.policy.state_dict().items())
+    assert all(x.equal(again.pruner.policy.state_dict()[name]) for name, x in before.pruner.policy.state_dict().items())
     assert Checkpoint.from_pretrained(larger.save_pretrained(folder)).config == larger.config
 
 
 def test_many_may_save_and_load_at_once(tmp_path):
     """Every load is one of the checkpoints that were saved, whole; no writer disturbs another."""
     kinds = [checkpoint_for(tiny_model("llama"), seed=seed, fill=fill) for seed, fill in enumerate(("zero", "mean"))]
-    truth = {saved.config.fill: saved.policy.state_dict() for saved in kinds}
+    truth = {saved.config.fill: saved.pruner.policy.state_dict() for saved in kinds}
     kinds[0].save_pretrained(tmp_path)
 
     def save_or_load(turn):
@@ -159,7 +175,7 @@ def test_many_may_save_and_load_at_once(tmp_path):
         found = [loaded for loaded in pool.map(save_or_load, range(96)) if loaded is not None]
     assert {loaded.config.fill for loaded in found} == {"zero", "mean"}
     for loaded in [*found, Checkpoint.from_pretrained(tmp_path)]:
-        assert all(loaded.policy.state_dict()[name].equal(x) for name, x in truth[loaded.config.fill].items())
+        assert all(loaded.pruner.policy.state_dict()[name].equal(x) for name, x in truth[loaded.config.fill].items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
 
 
@@ -174,7 +190,7 @@ def test_a_reader_that_is_overtaken_reads_the_newer(folder, monkeypatch):
     monkeypatch.setattr("microglia.checkpoint.checkpoint.read_all", overtaken)
     found = Checkpoint.from_pretrained(folder)
     assert found.config.fill == "mean"
-    assert all(found.policy.state_dict()[name].equal(x) for name, x in newer.policy.state_dict().items())
+    assert all(found.pruner.policy.state_dict()[name].equal(x) for name, x in newer.pruner.policy.state_dict().items())
 
 
 class Bomb:

@@ -8,10 +8,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from microglia.checkpoint import Checkpoint, MicrogliaConfig
-from microglia.policy import AgentPolicy
-from microglia.sites import find_sites
-from tests.tiny import tiny_model
+from microglia.checkpoint import Checkpoint
+from microglia.policies import AgentPolicy
+from microglia.pruner import Pruner
+from tests.tiny import geometries_of, tiny_model
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 LETTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
@@ -46,7 +46,14 @@ def opinionated(policy: AgentPolicy, *, seed: int = 0) -> AgentPolicy:
     return policy
 
 
-def checkpoint_for(model: nn.Module, *, seed: int = 0, **options) -> Checkpoint:
-    """An unsaved checkpoint of opinionated agents; `options` describe it."""
-    policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16), seed=seed)
-    return Checkpoint(policy, MicrogliaConfig.describing(model, policy, base_model="tiny", **options))
+def opinionated_pruner(model: nn.Module, *, seed: int = 0, **parts) -> Pruner:
+    """A pruner of opinionated agents; `parts` are those of Pruner."""
+    return Pruner(opinionated(AgentPolicy(geometries_of(model), hidden_dim=16), seed=seed), **parts)
+
+
+def checkpoint_for(
+    model: nn.Module, *, seed: int = 0, template: str = "{question}", training: dict | None = None, **parts
+) -> Checkpoint:
+    """An unsaved checkpoint of opinionated agents; `parts` are those of Pruner."""
+    pruner = opinionated_pruner(model, seed=seed, **parts)
+    return Checkpoint.of(model, pruner, base_model="tiny", template=template, training=training)

@@ -93,7 +93,7 @@ class PartialEntropy:
 def partial_entropy(
     query: Tensor, key: Tensor, queries: Queries, *, scale: float, sliding_window: int | None = None
 ) -> PartialEntropy:
-    """The large part of an entropy: one attention of queries (B, H, T, D) on keys (B, G, T, D), `queries` at most BLOCK.
+    """The large part of an entropy: one attention of queries (B, H, T, D) on keys (B, G, T, D), at most BLOCK.
 
     With one prompt the kernel would occupy a block of threads for every head and no more, so the keys go in parts.
     """

@@ -10,10 +10,13 @@ from microglia.criteria import CRITERIA, Calibration, Criterion, get_criterion
 from microglia.criteria.base import ranked
 from microglia.criteria.random import Random
 from microglia.errors import ConfigError, DataError, MicrogliaError
-from microglia.gate import Gate, keep_ratio, threshold_for
+from microglia.gate import Gate, keep_ratio
+from microglia.pruner import Pruner
 from microglia.tasks.base import Example
 from tests.criteria.calibrated import EXAMPLES, LAYOUTS, Sums, calibration, one_pass_losses, raw_outputs
 from tests.tiny_folder import character_tokenizer
+
+FILES = {"static_baseline": "trained", "agents": "trained"}  # the others stand in files of their names
 
 
 @pytest.mark.parametrize("family", [*LAYOUTS, "mistral"])
@@ -54,13 +57,13 @@ def test_ranks_keep_the_order_and_the_ties():
 def test_a_criterion_is_known_by_its_file_and_says_whom_it_follows(name):
     criterion = CRITERIA[name]
     assert criterion.name == name
-    assert criterion.__module__ == f"microglia.criteria.{name}"
+    assert criterion.__module__ == f"microglia.criteria.{FILES.get(name, name)}"
     assert all(getattr(criterion, text) for text in ("score", "paper", "departs"))
     assert criterion.fill in ("zero", "mean")
 
 
 def test_wrong_requests_get_a_sentence():
-    with pytest.raises(ConfigError, match=r"no criterion 'magic'; choose one of random, weight"):
+    with pytest.raises(ConfigError, match=r"criterion='magic' is unknown; choose random, weight, .* or expert"):
         get_criterion("magic")
     with pytest.raises(ConfigError, match=r"criterion norm has no option 'size'; its options are projected"):
         get_criterion("norm", size=3)
@@ -104,14 +107,12 @@ def test_the_model_comes_back_as_it_was(snapshot):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_policy_goes_through_the_dial_and_the_gate(family):
+def test_a_policy_goes_through_the_budget_and_the_gate(family):
     cal = calibration(family)
     policy = get_criterion("weight").policy(cal)
     logits = cal.logits(policy)
-    threshold = threshold_for(logits, cal.geometries, 0.5, bucket=1)
-    gate = Gate("hard", threshold=threshold, bucket=1)
-    keep = [gate(x, g) for x, g in zip(logits, cal.geometries, strict=True)]
-    assert 0.5 <= keep_ratio(keep).mean() < 0.8
+    pruner = Pruner(policy, Gate(bucket=1)).with_budget(logits, cal.geometries).at(0.5)
+    assert 0.5 <= keep_ratio(pruner.keep(logits, cal.geometries)).mean() < 0.8
     assert isinstance(get_criterion("weight"), Criterion)
 
 
@@ -135,5 +136,5 @@ def test_the_page_of_criteria_is_the_registry():
 
 def test_folder_and_registry_agree():
     folder = Path(microglia.criteria.__file__).parent
-    shared = {"__init__", "base", "calibration", "descent", "moments", "trained", "weights"}
-    assert {path.stem for path in folder.glob("*.py")} - shared == set(CRITERIA)
+    shared = {"__init__", "base", "calibration", "descent", "moments", "weights"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == {FILES.get(name, name) for name in CRITERIA}

@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
+from microglia.anatomy import HeadGeometry
 from microglia.criteria.cascade import Cascade
 from microglia.criteria.norm import Norm
 from microglia.criteria.upper_layers import UpperLayers
 from microglia.errors import ConfigError
-from microglia.geometry import HeadGeometry
 from tests.criteria.calibrated import calibration, raw_outputs
 
 

@@ -5,11 +5,11 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from microglia.checkpoint import Checkpoint, MicrogliaConfig
+from microglia.checkpoint import Checkpoint
 from microglia.criteria import CRITERIA, get_criterion
 from microglia.errors import ConfigError
 from tests.criteria.calibrated import calibration
-from tests.criteria.test_gate import SHORT
+from tests.criteria.test_static_baseline import SHORT
 
 QUICK = {"steps": 3, "permutations": 1, "probes": 1, "config": replace(SHORT, max_steps=2)}
 PER_INPUT = [name for name in CRITERIA if CRITERIA[name].per_input]
@@ -41,22 +41,25 @@ def test_the_model_stays_as_it_was_and_the_seed_decides(name, family, snapshot):
 
 
 @pytest.mark.parametrize("name", PER_INPUT)
-def test_a_policy_that_looks_comes_back_from_disk(name, tmp_path):
+def test_a_policy_that_scores_each_prompt_comes_back_from_disk(name, tmp_path):
     cal = calibration("qwen2")
     policy = quick(name).policy(cal, per_input=True)
     before = cal.logits(policy)
     assert not all(x.equal(x[:1].expand_as(x)) for x in before)
-    config = MicrogliaConfig.describing(cal.model, policy, base_model="tiny", look=cal.look)
-    Checkpoint(policy, config, before).save_pretrained(tmp_path)
-    loaded = Checkpoint.from_pretrained(tmp_path)
+    pruner = cal.pruner(policy).with_budget(before, cal.geometries)
+    checkpoint = Checkpoint.of(cal.model, pruner, base_model="tiny")
+    checkpoint.save_pretrained(tmp_path)
+    loaded = Checkpoint.from_pretrained(tmp_path).pruner
     assert type(loaded.policy) is type(policy)
     assert all(a.equal(b) for a, b in zip(cal.logits(loaded.policy), before, strict=True))
-    kind = "predictor" if name == "predictor" else "own signal"
+    assert all(a.equal(b) for a, b in zip(loaded.budget.logits, before, strict=True))
+    kind = {"predictor": "predictor", "agents": "agents"}.get(name, "own signal")
     assert kind in (tmp_path / "README.md").read_text()
-    if name != "predictor":
-        with pytest.raises(ConfigError, match="'both' is not one signal; choose norm or entropy"):
-            replace(config, features="both")
+    if name in ("norm", "entropy"):
+        both = replace(checkpoint.config, signals=("norm", "entropy"))
+        with pytest.raises(ConfigError, match="'norm,entropy' is not one signal; choose norm or entropy"):
+            both.new_policy()
 
 
-def test_three_criteria_look_at_prompts():
-    assert PER_INPUT == ["norm", "entropy", "predictor"]
+def test_four_criteria_score_each_prompt():
+    assert PER_INPUT == ["norm", "entropy", "agents", "predictor"]

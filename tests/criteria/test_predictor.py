@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from microglia.attach import attached
+from microglia.anatomy import HeadGeometry
 from microglia.criteria.predictor import Predictor, targets
 from microglia.errors import ConfigError
-from microglia.geometry import HeadGeometry
-from microglia.policy import PredictorPolicy
+from microglia.policies import PredictorPolicy
 from tests.criteria.calibrated import calibration
 
 GEOMETRIES = [HeadGeometry(8, 4, 6), HeadGeometry(6, 6, 8)]
@@ -31,7 +30,7 @@ def test_it_learns_what_each_prompt_needs(family):
     cal = calibration(family)
     wanted = targets(cal)
     policy = Predictor(hidden_dim=32, learning_rate=1e-2).policy(cal, per_input=True)
-    assert policy.mean.abs().sum() > 0
+    assert policy.statistics.mean.abs().sum() > 0
     predicted = torch.cat(cal.logits(policy), -1)
     own = (predicted - wanted).square().mean()
     anyones = (wanted.mean(0) - wanted).square().mean()  # the best that does not look at the prompt
@@ -42,13 +41,13 @@ def test_static_is_the_mean_over_prompts():
     cal = calibration("qwen2")
     criterion = Predictor(hidden_dim=16, steps=20)
     torch.manual_seed(0)
-    expected = [x.mean(0) for x in cal.logits(criterion.look_at(cal))]
+    expected = [x.mean(0) for x in cal.logits(criterion.adaptive(cal))]
     torch.manual_seed(0)
     assert all(a.equal(b) for a, b in zip(criterion.scores(cal), expected, strict=True))
     assert all(not x.equal(x[:1].expand_as(x)) for x in cal.logits(criterion.policy(cal, per_input=True)))
 
 
-def test_only_the_first_site_is_seen():
+def test_only_the_first_site_decides():
     policy = PredictorPolicy(GEOMETRIES, hidden_dim=4)
     torch.nn.init.normal_(policy.agent.network[-1].weight)
     first, second = torch.randn(3, 16), torch.randn(3, 12)
@@ -59,12 +58,5 @@ def test_only_the_first_site_is_seen():
 
 
 def test_what_cannot_be_gets_a_sentence():
-    cal = calibration()
-    policy = PredictorPolicy(cal.geometries, hidden_dim=4)
-    with (
-        pytest.raises(ConfigError, match="decides for all at once; use scope='answer'"),
-        attached(cal.lm, policy, scope="all"),
-    ):
-        cal.lm(input_ids=torch.tensor([[5, 6, 7]]))
     with pytest.raises(ConfigError, match="steps=0 was given; it must be above 0"):
         Predictor(steps=0)

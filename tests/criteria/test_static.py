@@ -1,4 +1,4 @@
-"""Scores that need one look at weights, outputs or gradients, against values worked in another way."""
+"""Scores that need one pass over weights, outputs or gradients, against values worked in another way."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from microglia.criteria.taylor import Taylor
 from microglia.criteria.weight import Weight
 from microglia.criteria.weights import head_weights
 from microglia.errors import ConfigError
-from microglia.policy import SignalPolicy
+from microglia.policies import SignalPolicy
 from microglia.signals import attention_entropy
 from microglia.training.lora import with_lora
 from tests.criteria.calibrated import EXAMPLES, LAYOUTS, calibration, one_pass_losses, raw_outputs
@@ -114,12 +114,12 @@ def test_a_projected_norm_is_no_signal_of_a_prompt():
         SignalPolicy("both")
 
 
-def test_entropy_prefers_heads_that_look_at_few_tokens():
+def test_entropy_prefers_heads_that_attend_to_few_tokens():
     cal = calibration("qwen2", batch_size=2)
     own = cal.logits(Entropy().policy(cal, per_input=True))
     static = Entropy().scores(cal)
     assert all(a.equal(x.mean(0)) for a, x in zip(static, own, strict=True))
-    # The widest look there is, every key alike, scores 0; a head that sees one key scores 1.
+    # Attention to every key alike scores 0; a head that attends to one key scores 1.
     flat, tokens = torch.zeros(1, 8, 9, 4), torch.ones(1, 9)
     sharp = torch.eye(9)[None, None].expand(1, 8, 9, 9) * 100
     for query, score in ((flat, 1 / 9), (sharp, 1.0)):  # one of nine queries sees itself only, whose entropy is 0
@@ -133,7 +133,7 @@ def test_a_prompt_decides_for_itself(signal):
     policy = SignalPolicy(signal)
     together = cal.logits(policy)
     batch = cal.tokenizer([EXAMPLES[1].question], return_tensors="pt")
-    with torch.no_grad(), attached(cal.lm, policy) as trace:
+    with torch.no_grad(), attached(cal.lm, cal.pruner(policy)) as trace:
         cal.lm(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     for alone, rows in zip(trace.logits, together, strict=True):
         torch.testing.assert_close(alone[0], rows[1], atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from microglia.anatomy.projection import plain
 from microglia.criteria.descent import turns
 from microglia.criteria.expert import Expert, usage
 from microglia.criteria.lora_gradient import LoraGradient, adapted, adapter, slope
@@ -12,12 +13,11 @@ from microglia.criteria.movement import Movement
 from microglia.criteria.variational import Variational, divergence
 from microglia.errors import ConfigError
 from microglia.gate import Gate
-from microglia.policy import AgentPolicy
-from microglia.sites.layouts import plain
-from microglia.training.loop import train
+from microglia.policies import AgentPolicy
+from microglia.training import RunFolder, train
 from tests.criteria.calibrated import LAYOUTS, Sums, calibration, one_pass_losses
-from tests.criteria.test_gate import SHORT
 from tests.criteria.test_static import HEAD, by_hand, oriented
+from tests.criteria.test_static_baseline import SHORT
 
 
 def test_batches_take_turns():
@@ -95,7 +95,7 @@ def test_the_first_importance_is_that_of_projected_gradients(family):
     torch.manual_seed(7)
     for site, scores in zip(cal.sites, ours, strict=True):
         squares = {}
-        for name in site.layout.projections:
+        for name in site.layer.family.attention.projections:
             weight = getattr(site.attention, name).weight
             w, g = weight, torch.autograd.grad(loss, weight, retain_graph=True)[0]
             if family == "gpt2":
@@ -155,7 +155,8 @@ def test_the_router_is_the_agents_of_the_agents_own_training(tmp_path):
         scores = Expert(config=config, hidden_dim=8).scores(cal)
         torch.manual_seed(4)
         router = AgentPolicy(cal.geometries, hidden_dim=8)
-    train(cal.model, cal.tokenizer, Sums(), router, replace(config, seed=2), output_dir=tmp_path, quiet=True)
+    run = RunFolder(tmp_path, quiet=True)
+    train(cal.model, cal.tokenizer, Sums(), cal.pruner(router), replace(config, seed=2), run=run)
     for index, (ours, x) in enumerate(zip(scores, cal.logits(router), strict=True)):
         kept = Gate()(x, cal.geometries[index]).sum(0)
         assert ours.floor().equal(kept)
