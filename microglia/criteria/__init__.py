@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from microglia.criteria.activation_variance import ActivationVariance
+from microglia.criteria.agents import Agents
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.cascade import Cascade
@@ -22,8 +23,8 @@ from microglia.criteria.norm import Norm
 from microglia.criteria.predictor import Predictor
 from microglia.criteria.random import Random
 from microglia.criteria.shapley import Shapley
+from microglia.criteria.static_baseline import StaticBaseline
 from microglia.criteria.taylor import Taylor
-from microglia.criteria.trained import Agents, StaticBaseline
 from microglia.criteria.upper_layers import UpperLayers
 from microglia.criteria.variational import Variational
 from microglia.criteria.weight import Weight

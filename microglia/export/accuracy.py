@@ -46,7 +46,7 @@ def accuracy_kept(
     runs["frozen"] = replace(answered, answers=answers)
     return FrozenAccuracy(
         dataset=task.name,
-        **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+        **{name: run.summary() for name, run in runs.items()},
         paired=paired(runs["dense"], runs["frozen"]),
         paired_adaptive=paired(runs["adaptive"], runs["frozen"]),
     )

@@ -7,7 +7,7 @@ import mmap
 import pytest
 import torch
 
-from microglia.benchmark import SHAPES, Plan, benchmark, random_model, random_subject, text_subject
+from microglia.benchmark import SHAPES, Plan, benchmark, random_model, random_subject, records, text_subject
 from microglia.benchmark.memory import peak_bytes, reset_peak
 from microglia.benchmark.shapes import shape_config
 from microglia.errors import ConfigError, DataError
@@ -42,8 +42,9 @@ def test_every_combination_has_its_four_variants(report) -> None:
 
 
 def test_the_json_has_the_promised_shape(report) -> None:
-    data = json.loads(json.dumps(report.as_json(), allow_nan=False))
-    assert {"rows", "device", "command", "versions", "commit"} <= data.keys()
+    data = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert {"rows", "circumstances"} <= data.keys()
+    assert {"device", "command", "versions"} <= data["circumstances"].keys()
     for row in data["rows"]:
         assert row.keys() >= WANTED
 
@@ -80,10 +81,10 @@ def test_rows_that_decide_for_themselves_are_told_from_those_that_agree(report) 
 
 
 def test_records_carry_the_row_and_its_circumstances(report, tmp_path) -> None:
-    append_records(tmp_path / "records.jsonl", report.records())
-    records = read_records(tmp_path / "records.jsonl")
-    assert [r.extra["variant"] for r in records] == [row.variant for row in report.rows]
-    for record, row in zip(records, report.rows, strict=True):
+    append_records(tmp_path / "records.jsonl", records(report))
+    written = read_records(tmp_path / "records.jsonl")
+    assert [r.extra["variant"] for r in written] == [row.variant for row in report.rows]
+    for record, row in zip(written, report.rows, strict=True):
         assert (record.name, record.unit, record.value) == ("decode_latency", "ms", row.ms_per_token)
         assert record.command
         assert record.device

@@ -38,7 +38,7 @@ def test_the_mean_plan_is_written_evaluated_and_recorded(checkpoint, tmp_path):
     assert data["difference"] == 0.0
     assert data["parameters"] < data["dense_parameters"]
     assert data["accuracy"]["frozen"]["sparsity"] == pytest.approx(data["sparsity"])
-    assert "diff_ci95" in data["accuracy"]["paired"]
+    assert "ci95" in data["accuracy"]["paired"]
     assert "there is no dial" in data["lost"][0]
     record = json.loads((place / "microglia_export.json").read_text())
     assert record["heads"] == data["heads"]

@@ -9,7 +9,7 @@ from microglia.checkpoint import Checkpoint, MicrogliaConfig
 from microglia.criteria import CRITERIA, get_criterion
 from microglia.errors import ConfigError
 from tests.criteria.calibrated import calibration
-from tests.criteria.test_gate import SHORT
+from tests.criteria.test_static_baseline import SHORT
 
 QUICK = {"steps": 3, "permutations": 1, "probes": 1, "config": replace(SHORT, max_steps=2)}
 PER_INPUT = [name for name in CRITERIA if CRITERIA[name].per_input]
@@ -51,12 +51,12 @@ def test_a_policy_that_looks_comes_back_from_disk(name, tmp_path):
     loaded = Checkpoint.from_pretrained(tmp_path)
     assert type(loaded.policy) is type(policy)
     assert all(a.equal(b) for a, b in zip(cal.logits(loaded.policy), before, strict=True))
-    kind = "predictor" if name == "predictor" else "own signal"
+    kind = {"predictor": "predictor", "agents": "agents"}.get(name, "own signal")
     assert kind in (tmp_path / "README.md").read_text()
-    if name != "predictor":
+    if name in ("norm", "entropy"):
         with pytest.raises(ConfigError, match="'both' is not one signal; choose norm or entropy"):
             replace(config, features="both")
 
 
-def test_three_criteria_look_at_prompts():
-    assert PER_INPUT == ["norm", "entropy", "predictor"]
+def test_four_criteria_look_at_prompts():
+    assert PER_INPUT == ["norm", "entropy", "agents", "predictor"]

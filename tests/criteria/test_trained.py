@@ -16,8 +16,8 @@ from microglia.policy import AgentPolicy
 from microglia.sites.layouts import plain
 from microglia.training.loop import train
 from tests.criteria.calibrated import LAYOUTS, Sums, calibration, one_pass_losses
-from tests.criteria.test_gate import SHORT
 from tests.criteria.test_static import HEAD, by_hand, oriented
+from tests.criteria.test_static_baseline import SHORT
 
 
 def test_batches_take_turns():
