@@ -7,6 +7,7 @@ import torch
 
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.generation import generate
+from microglia.results import plain
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.tasks.prompts import render_prompt
@@ -41,9 +42,9 @@ def test_the_interface_of_the_design(folder, tmp_path):
     assert isinstance(system.generate("What is 15% of 240?", 4), str)
     assert 0 <= system.get_sparsity() < 1
     results = system.evaluate(dataset_name="arithmetic", limit=3, max_new_tokens=4)
-    assert results["accuracy"] == results["pruned"]["accuracy"]
-    assert results["pruned"]["prompts"] == len(results["answers"]["dense"]) == 3
-    assert results["paired"].keys() == {"diff", "diff_ci95", "p_value"}
+    assert results["accuracy"] == results["pruned"].accuracy
+    assert results["pruned"].prompts == len(results["answers"]["dense"]) == 3
+    assert plain(results["paired"]).keys() == {"diff", "ci95", "p_value"}
     assert results["sparsity"] == pytest.approx(system.get_sparsity())
 
     loaded = MicrogliaPruningSystem.from_pretrained(tmp_path)

@@ -69,7 +69,7 @@ def compare(
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.experiments.compare import BASELINE, draw, entries, summarise
+    from microglia.experiments.compare import BASELINE, draw, make_entries, summarise
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
@@ -90,7 +90,7 @@ def compare(
     comparison = replace(comparison, setup=replace(comparison.setup, answer_room=answer_room), num_runs=num_runs)
     if train_pairs:
         agents, baselines = pairs(comparison.held_out, all_seeds, Path(str(output_dir)), system.source, data_dir)
-    compared = entries(
+    compared = make_entries(
         policies or ["random"],
         comparison.setup,
         examples,

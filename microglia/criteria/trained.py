@@ -1,9 +1,15 @@
-"""The static baseline and the agents as criteria: trained on the calibration's examples, as the agents always are."""
+"""Train a policy on calibration examples, with the training that the agents always have."""
 
+<<<<<<< HEAD
 from dataclasses import dataclass, replace
+=======
+from collections.abc import Callable
+from dataclasses import replace
+>>>>>>> exp
 from pathlib import Path
 from typing import ClassVar
 
+<<<<<<< HEAD
 from torch import Tensor
 
 from microglia.criteria.base import CRITERIA, Criterion
@@ -13,9 +19,17 @@ from microglia.policies import Policy, StaticPolicy, new_agents
 from microglia.tasks.base import Example, Task
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config, train_in_memory
+=======
+from microglia.criteria.calibration import Calibration
+from microglia.errors import ConfigError
+from microglia.policy import Policy
+from microglia.tasks.base import Example, Task
+from microglia.training import TrainingConfig
+
+R = TypeVar("R")
+>>>>>>> exp
 
 RECIPE = TrainingConfig(max_steps=100, keep_ratio=0.75, ramp=0.7, save_steps=10_000)
-BASELINE = baseline_config(RECIPE)
 
 
 class CalibrationTask(Task):
@@ -46,6 +60,7 @@ def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -
     if config.lora != "none":
         raise ConfigError(f"lora={config.lora!r} was given, but a criterion leaves the model as it is; use lora='none'")
     task, config = CalibrationTask(calibration), replace(config, seed=calibration.seed)
+<<<<<<< HEAD
     train_in_memory(calibration.model, calibration.tokenizer, task, calibration.pruner(policy), config)
     return policy.cpu()
 
@@ -95,3 +110,7 @@ class Agents(Criterion):
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.mean(0) for x in calibration.logits(self.adaptive(calibration))]
+=======
+    options: dict[str, Any] = {"look": calibration.look, "bucket": calibration.bucket}
+    return training(calibration.model, calibration.tokenizer, task, *policy, config, **options)
+>>>>>>> exp

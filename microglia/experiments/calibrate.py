@@ -194,8 +194,8 @@ def gentlest_reaching(
     best = speed(ratios[-1])
     if best < ratio:
         raise MicrogliaError(
-            f"a latency ratio of {ratio} was wanted, but keeping {ratios[-1]:.0%} of the heads reaches {best:.2f} "
-            "here; give a smaller one, allow smaller keep ratios, or time larger batches and longer prompts"
+            f"a latency ratio of {ratio} was asked for, but keeping {ratios[-1]:.0%} of the heads reaches {best:.2f} "
+            "here; ask for less, allow smaller keep ratios, or time larger batches and longer prompts"
         )
     slow, fast = -1, len(ratios) - 1  # the first setting that is fast enough lies in (slow, fast]
     while fast - slow > 1:

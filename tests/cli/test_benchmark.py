@@ -65,7 +65,7 @@ def test_the_table_says_what_its_figures_are(shape) -> None:
 def test_a_share_above_one_is_explained() -> None:
     from types import SimpleNamespace as Values
 
-    from microglia.benchmark.rows import Row
+    from microglia.results import BenchmarkRow, Circumstances
 
     def row(variant: str, share: float | None):
         integers = dict.fromkeys("batch_size context kv_bytes peak_bytes break_even_tokens n".split(), 1)
@@ -73,12 +73,12 @@ def test_a_share_above_one_is_explained() -> None:
         reals = "keep_ratio ms_per_token ratio_to_dense ceiling p20 p80 sparsity first_token_ms request_ms".split()
         reals += "request_ratio decision_ms slicing_ms monitoring_ratio".split()
         given = {**integers, **dict.fromkeys(reals, 1.0), "ratio_ci95": (1.0, 1.0), "decides": "together"}
-        return Row(variant=variant, realised_share=share, **given)
+        return BenchmarkRow(variant=variant, realised_share=share, **given)
 
     def shown(share: float) -> list:
         rows = [row("dense", None), row("masked", 0.0), row("compact", share), row("compact_total", 0.5)]
         about = {"model": "tiny", "layers": 1, "dtype": "bfloat16"}
-        return views(Values(rows=rows, subject=about, circumstances={"device": "cpu"}))
+        return views(Values(rows=rows, subject=about, circumstances=Circumstances(device="cpu")))
 
     note = "the dense operations did not reach the memory's speed"
     assert note in str(shown(1.2)[-1])

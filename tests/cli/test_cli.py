@@ -64,7 +64,7 @@ def test_evaluate_compares_and_writes_records(trained, tmp_path):
     result = run("evaluate", "--model_path", trained[0], "--output_dir", tmp_path, *flags, "--json")
     data = only_json(result)
     assert data["pruned"]["prompts"] == data["dense"]["prompts"] == 2
-    assert "diff_ci95" in data["paired"]
+    assert "ci95" in data["paired"]
     assert [len(site) for site in data["pruned"]["heads"]["kept"]] == [8, 8]
     assert "heads" not in data["dense"]
     assert "command" in data["circumstances"]

@@ -108,7 +108,7 @@ def test_the_likeliest_choice_is_chosen(scoring, divided):
         assert answer.new_tokens == len(answer.text) + 1
     assert done[-1] == (24, 24)
     assert found.rows()[0]["choices"] == found.answers[0].choices
-    assert found.summary()["sparsity"] > 0
+    assert found.summary().sparsity > 0
 
 
 def test_an_example_without_choices_is_refused(tmp_path: Path):

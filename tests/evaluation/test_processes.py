@@ -1,6 +1,7 @@
 """Two processes answer half of the batches each; what they merge is what one finds, number for number."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,7 @@ from microglia import processes
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate
 from microglia.gate import Gate
+from microglia.results import plain
 from microglia.tasks import get_task
 from microglia.tasks.base import Choices, Example
 from tests.pair import start_pair
@@ -38,7 +40,7 @@ def found():
             progress=lambda done, total: steps.append([done, total]),
             **options,
         )
-        yield {"rows": run.rows(), **{name: x for name, x in run.summary().items() if name != "seconds"}}
+        yield {"rows": run.rows(), **plain(replace(run.summary(), seconds=0.0))}
         assert run.seconds > 0
     assert steps[-1] == [14, 14] or not processes.is_first()
 

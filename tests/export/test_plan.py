@@ -59,8 +59,8 @@ def test_accuracy_is_that_of_the_frozen_model_beside_dense_and_adaptive():
     found = accuracy_kept(
         model, tokenizer, task, examples, plan, wild_policy(model), gate=Gate(), max_new_tokens=4, batch_size=2
     )
-    assert [found[name]["prompts"] for name in ("dense", "adaptive", "frozen")] == [3, 3, 3]
-    assert found["dense"]["sparsity"] == 0
-    assert found["frozen"]["sparsity"] == pytest.approx(1 - plan.keep_ratio)
-    assert found["paired"]["diff"] == pytest.approx(found["frozen"]["accuracy"] - found["dense"]["accuracy"])
+    assert [getattr(found, name).prompts for name in ("dense", "adaptive", "frozen")] == [3, 3, 3]
+    assert found.dense.sparsity == 0
+    assert found.frozen.sparsity == pytest.approx(1 - plan.keep_ratio)
+    assert found.paired.diff == pytest.approx(found.frozen.accuracy - found.dense.accuracy)
     assert seen[:3] != seen[6:]  # the frozen model wrote other texts than the dense one

@@ -50,7 +50,7 @@ def parsed(words: Sequence[str]) -> dict[str, list[str]]:
     return names
 
 
-def entries(
+def make_entries(
     words: Sequence[str],
     setup: Setup,
     examples: Examples,

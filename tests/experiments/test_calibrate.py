@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from microglia.calibrate import EVERY_HEAD, fixed_sequence, gentlest_reaching, more_prompts, turn, unseen
 from microglia.errors import ConfigError, DataError, MicrogliaError
-from microglia.evaluation.drop import drop_limit
 from microglia.evaluation.run import Answer, Evaluation
+from microglia.experiments.calibrate import (
+    EVERY_HEAD,
+    calibrate,
+    fixed_sequence,
+    gentlest_reaching,
+    more_prompts,
+    unused_examples,
+)
+from microglia.experiments.drop import drop_limit
+from microglia.experiments.ledger import Ledger
 from microglia.gate import Gate
-from microglia.ledger import Ledger
 from microglia.policy import StaticPolicy
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
@@ -28,7 +35,7 @@ def worlds(kind: str, many: int) -> tuple[np.ndarray, np.ndarray]:
     """Counts (W, S, 2) of lost and won answers, and true drops (W, S), of worlds that are hard in different ways.
 
     A prompt has one number u in [0, 1]: a setting loses the answers with u below its loss rate and wins those above 1
-    minus its win rate, so settings agree with each other as those of one dial do, and every true drop is known.
+    minus its win rate, so settings agree with each other as those of one policy do, and every true drop is known.
     """
     rng = np.random.default_rng(sum(map(ord, kind)))
     win = np.repeat(rng.uniform(0, 0.05, (many, 1)), SETTINGS, 1)
@@ -93,7 +100,7 @@ def test_the_order_matters_and_the_first_failure_ends_it() -> None:
 
 @dataclass
 class Scripted:
-    """A bench whose pruned model loses the first so many right answers at each threshold."""
+    """A setup whose pruned model loses the first so many right answers at each threshold."""
 
     lost: dict[float, int]
     prompts: int = 200
@@ -124,37 +131,38 @@ RATIOS = (0.7, 0.9, 0.8, 0.6)
 
 
 def test_the_last_setting_before_the_first_failure_is_chosen() -> None:
-    bench, seen = Scripted({1: 0, 2: 1, 3: 30, 4: 0}), []
-    found = turn(bench, POLICY, gate_at, max_drop=0.03, keep_ratios=RATIOS, progress=lambda *args: seen.append(args))
+    setup, updates = Scripted({1: 0, 2: 1, 3: 30, 4: 0}), []
+    options = {"max_drop": 0.03, "keep_ratios": RATIOS, "progress": lambda *args: updates.append(args)}
+    found = calibrate(setup, POLICY, gate_at, **options)
     assert (found.keep_ratio, found.threshold, found.prompts) == (0.75, 2, 200)
     assert found.drop == pytest.approx(1 / 200)
     assert found.drop_bound == drop_limit(1, 0, 200)
     assert [t.target for t in found.tried] == [0.9, 0.8, 0.7]
-    assert bench.runs == 4  # one dense run for all of them, and none after the failure
-    assert seen[0] == ("dense", 200, 200)
+    assert setup.runs == 4  # one dense run for all of them, and none after the failure
+    assert updates[0] == ("dense", 200, 200)
     assert found.sentence.startswith("75.0% of the heads are kept; with 95% confidence that costs at most 3 points")
-    assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= found.as_json().keys()
+    assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= found.to_json().keys()
 
 
 def test_too_few_prompts_are_told_how_many_are_needed_and_nothing_is_run() -> None:
-    bench = Scripted({}, prompts=149)
-    found = turn(bench, POLICY, gate_at, max_drop=0.02)
-    assert (found.keep_ratio, found.threshold, found.needed, bench.runs) == (1.0, EVERY_HEAD, 150, 0)
+    setup = Scripted({}, prompts=149)
+    found = calibrate(setup, POLICY, gate_at, max_drop=0.02)
+    assert (found.keep_ratio, found.threshold, found.needed, setup.runs) == (1.0, EVERY_HEAD, 150, 0)
     assert "149 prompts are too few" in found.sentence
     assert "at least 150" in found.sentence
 
 
 def test_when_nothing_can_be_promised_the_model_stays_dense() -> None:
-    found = turn(Scripted({1: 3, 2: 0}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9, 0.8))
+    found = calibrate(Scripted({1: 3, 2: 0}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9, 0.8))
     assert (found.keep_ratio, found.drop, found.threshold, found.accuracy) == (1.0, 0.0, EVERY_HEAD, 1.0)
     assert "lost 3 and won 0 of 200 answers" in found.sentence
     assert "prompts might do" in found.sentence
-    hopeless = turn(Scripted({1: 60}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9,))
+    hopeless = calibrate(Scripted({1: 60}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9,))
     assert "train longer" in hopeless.sentence
 
 
 def test_as_many_prompts_as_estimated_would_do() -> None:
-    tried = turn(Scripted({1: 3}), POLICY, gate_at, keep_ratio=0.9).tried[0]
+    tried = calibrate(Scripted({1: 3}), POLICY, gate_at, keep_ratio=0.9).tried[0]
     more = more_prompts(tried, 200, 0.03, 0.95)
     assert more is not None
     assert drop_limit(round(3 * more / 200), 0, more) == pytest.approx(0.03, abs=0.001)
@@ -162,7 +170,7 @@ def test_as_many_prompts_as_estimated_would_do() -> None:
 
 
 def test_a_keep_ratio_that_is_asked_for_gets_its_limit_and_no_promise() -> None:
-    found = turn(Scripted({4: 12}), POLICY, gate_at, keep_ratio=0.6)
+    found = calibrate(Scripted({4: 12}), POLICY, gate_at, keep_ratio=0.6)
     assert (found.keep_ratio, found.max_drop) == (0.5, None)
     assert found.drop_bound == drop_limit(12, 0, 200) > found.drop == 12 / 200
     assert "at most" in found.sentence
@@ -178,11 +186,11 @@ def test_an_interrupted_calibration_goes_on(tmp_path) -> None:
     lost = {1: 0, 2: 1, 3: 30}
     options = {"max_drop": 0.03, "keep_ratios": (0.9, 0.8, 0.7)}
     with pytest.raises(KeyboardInterrupt):
-        turn(Stops(lost), POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
+        calibrate(Stops(lost), POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
     again = Scripted(lost)
-    found = turn(again, POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
+    found = calibrate(again, POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
     assert again.runs == 2  # dense and the first setting were there
-    assert found == turn(Scripted(lost), POLICY, gate_at, **options)
+    assert found == calibrate(Scripted(lost), POLICY, gate_at, **options)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +205,7 @@ def test_an_interrupted_calibration_goes_on(tmp_path) -> None:
 )
 def test_what_is_out_of_range_is_refused(options, sentence) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        turn(Scripted({}), POLICY, gate_at, **options)
+        calibrate(Scripted({}), POLICY, gate_at, **options)
 
 
 # --- a speed that is asked for ---------------------------------------------------------------------------------------
@@ -227,17 +235,17 @@ def test_what_training_looked_at_is_left_out() -> None:
     task = get_task("arithmetic")
     told = {"eval_limit": 6, "seed": 3}
     plain = [e.id for e in task.load("validation", limit=20, seed=3)]
-    left = unseen(task, "validation", told, 4, limit=14, seed=3)
+    left = unused_examples(task, "validation", told, 4, limit=14, seed=3)
     assert [e.id for e in left] == plain[6:]
-    assert len(unseen(task, "validation", told, 4, limit=14, seed=4)) == 14
-    assert len(unseen(task, "test", told, 4, limit=3, seed=3)) == 3
-    assert len(unseen(task, "train", None, 4, limit=3, seed=3)) == 3
+    assert len(unused_examples(task, "validation", told, 4, limit=14, seed=4)) == 14
+    assert len(unused_examples(task, "test", told, 4, limit=3, seed=3)) == 3
+    assert len(unused_examples(task, "train", None, 4, limit=3, seed=3)) == 3
     with pytest.raises(ConfigError, match="the policy was trained on it; give validation or test"):
-        unseen(task, "train", told, 4, limit=3, seed=3)
+        unused_examples(task, "train", told, 4, limit=3, seed=3)
 
     few = SimpleNamespace(load=lambda split, limit, seed: task.load(split, limit=5, seed=seed))
     with pytest.raises(DataError, match="looked at all examples of the split validation"):
-        unseen(few, "validation", told, 4, limit=None, seed=3)
+        unused_examples(few, "validation", told, 4, limit=None, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +277,7 @@ def test_the_system_is_calibrated_saved_and_loaded(system, tmp_path) -> None:
 
 
 def test_a_speed_is_reached_by_measuring(system, monkeypatch) -> None:
-    monkeypatch.setattr("microglia.calibrate.typical_speed", lambda *_, **__: lambda ratio: 2 - ratio)
+    monkeypatch.setattr("microglia.experiments.calibrate.typical_speed", lambda *_, **__: lambda ratio: 2 - ratio)
     found = system.calibrate(latency_ratio=1.4, limit=4, max_new_tokens=2)
     assert [t.target for t in found.tried] == [0.6]
 

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from microglia.errors import ConfigError, DataError
-from microglia.evaluation.drop import drop_limit, drop_p_value, prompts_needed
+from microglia.experiments.drop import drop_limit, drop_p_value, prompts_needed
 
 
 def outcomes(n: int) -> list[tuple[int, int]]:

@@ -7,8 +7,9 @@ import pytest
 
 from microglia.benchmark import Plan
 from microglia.cli.demo import adds, comparison, picture, verdict
-from microglia.demo import RECIPE, demo
-from microglia.pair import PairRecipe
+from microglia.experiments.demo import RECIPE, demo
+from microglia.experiments.side_by_side import PairRecipe
+from microglia.results import from_json
 from microglia.system import MicrogliaPruningSystem
 
 pytestmark = pytest.mark.slow
@@ -21,8 +22,8 @@ def ran(tmp_path_factory):
     recipe = PairRecipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
     said = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("microglia.demo.DIAL_PROMPTS", 24)
-        patch.setattr("microglia.demo.Plan", lambda **plan: Plan(**plan | {"new_tokens": 8, "num_runs": 2}))
+        patch.setattr("microglia.experiments.demo.HELD_OUT", 24)
+        patch.setattr("microglia.experiments.demo.Plan", lambda **plan: Plan(**plan | {"new_tokens": 8, "num_runs": 2}))
         how = {"problems": 12, "batch_size": 12, "max_new_tokens": 40, "tell": said.append, "quiet": True}
         summary = demo(folder, recipe=recipe, **how)
     return folder, summary, said
@@ -30,14 +31,17 @@ def ran(tmp_path_factory):
 
 def test_the_summary_is_what_the_interface_promises(ran):
     folder, summary, _ = ran
-    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    assert {"dense", "pruned", "static", "random", "agent_parameters", "agent_share", "seconds"} <= set(summary)
-    pruned = summary["pruned"]
-    assert {"accuracy", "sparsity", "sparsity_by_difficulty", "accuracy_by_difficulty", "diff_ci95"} <= set(pruned)
-    assert summary["dense"]["sparsity"] == 0
-    assert summary["agent_parameters"] == 6 * (6 * 16 * 16 + 16 + 16 * 8)  # 16 masks a site
-    assert 0 < summary["agent_share"] < 0.01
-    assert pruned["diff"] == pytest.approx(pruned["accuracy"] - summary["dense"]["accuracy"])
+    written = json.loads((folder / "summary.json").read_text())
+    assert from_json(written) == summary
+    named = {"dense", "pruned", "static_baseline", "random", "agent_parameters", "agent_share", "seconds"}
+    assert named <= set(written)
+    figures = {"accuracy", "sparsity", "sparsity_by_difficulty", "accuracy_by_difficulty", "to_dense"}
+    assert figures <= set(written["pruned"])
+    pruned = summary.pruned
+    assert summary.dense.sparsity == 0
+    assert summary.agent_parameters == 6 * (6 * 16 * 16 + 16 + 16 * 8)  # 16 masks a site
+    assert 0 < summary.agent_share < 0.01
+    assert pruned.to_dense.diff == pytest.approx(pruned.accuracy - summary.dense.accuracy)
 
 
 def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
@@ -45,7 +49,7 @@ def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
     assert (
         [a["id"] for a in answers["dense"]]
         == [a["id"] for a in answers["pruned"]]
-        == [a["id"] for a in answers["static"]]
+        == [a["id"] for a in answers["static baseline"]]
     )
     assert {a["keep_ratio"] for a in answers["dense"]} == {1.0}
     assert len({a["difficulty"] for a in answers["dense"]}) == 8
@@ -59,13 +63,13 @@ def test_the_checkpoint_it_leaves_can_be_used(ran):
 
 def test_what_is_shown_are_the_figures_of_the_summary(ran):
     _, summary, said = ran
-    assert [line.split(":")[0] for line in said if "right at" in line][:3] == ["dense", "pruned", "static"]
+    assert [line.split(":")[0] for line in said if "right at" in line][:3] == ["dense", "pruned", "static baseline"]
     table = comparison(summary)
-    assert list(table.columns[1].cells)[1] == f"{summary['pruned']['accuracy']:.1%}"
+    assert list(table.columns[1].cells)[1] == f"{summary.pruned.accuracy:.1%}"
     shown = picture(summary).plain
-    assert len(shown.splitlines()) == 1 + len(summary["pruned"]["sparsity_by_difficulty"])
+    assert len(shown.splitlines()) == 1 + len(summary.pruned.sparsity_by_difficulty)
     said = verdict(summary).plain
-    for found in (summary, summary["scarce"]):
-        told = adds(found["adaptivity"], found["static"]["sparsity"])
-        assert told in said
-        assert ("does not support" in told) == (found["adaptivity"]["ci95"][0] <= 0)
+    for found in (summary.adaptivity, summary.low_budget.adaptivity):
+        sentence = adds(found)
+        assert sentence in said
+        assert ("does not support" in sentence) == (found.ci95[0] <= 0)

@@ -1,4 +1,4 @@
-"""An ablation: which cells there are, that finished ones are not trained again, and what it says of them."""
+"""An ablation: which runs there are, that finished ones are not trained again, and what it says of them."""
 
 import json
 
@@ -7,19 +7,19 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from microglia.ablation import FACTORS, Recipe, Variant, summarise, variants
 from microglia.agent import KEEP_AT_START
 from microglia.cli.ablate import pairs
 from microglia.cli.main import app
 from microglia.errors import ConfigError
 from microglia.evaluation.bench import Bench
 from microglia.evaluation.significance import mcnemar_exact
+from microglia.experiments.ablate import FACTORS, Recipe, Variant, summarise, variants
 from microglia.policy import AgentPolicy
 from microglia.record import read_records
 from microglia.report import gather, page
 from tests.tiny_folder import save_tiny_model
 
-# --- which cells -----------------------------------------------------------------------------------------------------
+# --- which runs  -----------------------------------------------------------------------------------------------------
 
 
 def test_one_thing_is_changed_at_a_time() -> None:
@@ -108,28 +108,27 @@ def judged(correct, kept: float) -> dict:
 
 def test_differences_are_paired_with_the_base_at_one_keep_ratio() -> None:
     base, better = [1] * 20 + [0] * 20, [1] * 30 + [0] * 10
-    rest = {"own": judged(base, 0.875), "seconds": 2.0, "agent_parameters": 7}
-    cells = [[{"at": judged(x, 0.75), **rest}] for x in (base, better)]
+    rest = {"as_trained": judged(base, 0.875), "seconds": 2.0, "agent_parameters": 7}
+    runs = [[{"at": judged(x, 0.75), **rest}] for x in (base, better)]
     wanted = [Variant(Recipe()), Variant(Recipe().changed("beta", 0.0), {"beta": 0.0})]
-    found = summarise(wanted, cells, [0], 0.75)
-    first, second = found["rows"]
-    assert "diff" not in first
-    assert (second["variant"], second["diff"], second["loss_diff"]) == ("beta 0.0", 0.25, -0.125)
-    assert second["p_value"] == second["p_holm"] == mcnemar_exact(better, base)
-    assert second["diff_ci95"][0] > 0
-    assert (second["keep_ratio"], second["own_keep_ratio"], second["own_accuracy"]) == (0.75, 0.875, 0.5)
-    assert (found["at_keep_ratio"], found["prompts"]) == (0.75, 40)
+    found = summarise(wanted, runs, [0], 0.75)
+    first, second = found.rows
+    assert first.to_base is None
+    assert (second.variant, second.to_base.diff, second.loss_to_base.diff) == ("beta 0.0", 0.25, -0.125)
+    assert second.to_base.p_value == second.to_base.p_holm == mcnemar_exact(better, base)
+    assert second.to_base.ci95[0] > 0
+    assert (second.keep_ratio, second.as_trained.keep_ratio, second.as_trained.accuracy) == (0.75, 0.875, 0.5)
+    assert (found.at_keep_ratio, found.prompts) == (0.75, 40)
 
 
 # --- a whole one -----------------------------------------------------------------------------------------------------
 
 
-def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("microglia.cli.ablate.DIAL_PROMPTS", 4)
+def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("microglia.cli.ablate.HELD_OUT", 4)
     model = save_tiny_model(tmp_path / "model")
-    recipe = (
-        "--set twin-steps=3 --set max-steps=2 --set limit=4 --set batch-size=2 --set eval-limit=2 --set hidden-dim=8"
-    )
+    recipe = "--set baseline-steps=3 --set max-steps=2 --set limit=4 --set batch-size=2 --set eval-limit=2"
+    recipe += " --set hidden-dim=8"
     rest = "--vary lora=joint --vary fill=mean --limit 3 --max-new-tokens 2 --json"
     command = ["ablate", "--model", str(model), "--output-dir", str(tmp_path / "out"), *recipe.split(), *rest.split()]
     trained = []
@@ -140,31 +139,31 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
             raise KeyboardInterrupt
         return real(*args, **options)
 
-    import microglia.ablation
+    import microglia.experiments.ablate as module
 
-    real, twins, starts = microglia.ablation.train, [], []
-    real_twin, real_start = microglia.ablation.train_policy, AgentPolicy.start_from
+    real, baselines, starts = module.train, [], []
+    real_baseline, real_start = module.train_static_baseline, AgentPolicy.start_from
 
-    def counted_twin(*args, **options):
-        twins.append(args[2].max_steps)
-        return real_twin(*args, **options)
+    def counted_baseline(*args, **options):
+        baselines.append(args[3].max_steps)
+        return real_baseline(*args, **options)
 
     def watched_start(policy, logits, **options):
         starts.append(torch.stack(list(logits)))
         return real_start(policy, logits, **options)
 
-    monkeypatch.setattr(microglia.ablation, "train_policy", counted_twin)
+    monkeypatch.setattr(module, "train_static_baseline", counted_baseline)
     monkeypatch.setattr(AgentPolicy, "start_from", watched_start)
-    monkeypatch.setattr("microglia.ablation.train", counted)
+    monkeypatch.setattr(module, "train", counted)
     stopped = CliRunner().invoke(app, command)
     assert stopped.exit_code == 130
-    assert "keeps the finished cells: go on with the same command" in stopped.stderr
+    assert "keeps the finished runs: go on with the same command" in stopped.stderr
     assert trained == ["none", "joint", "none"]
 
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
     assert len(trained) == 4  # only the one that was missing
-    assert twins == [3]  # one for all variants of a seed, also after the interruption
+    assert baselines == [3]  # one for all variants of a seed, also after the interruption
     assert len(starts) == 4
     assert all(start.equal(starts[0]) for start in starts)
     assert not starts[0].equal(torch.full_like(starts[0], KEEP_AT_START))  # it was trained
@@ -184,8 +183,8 @@ def test_finished_cells_are_not_trained_again(tmp_path, monkeypatch) -> None:
 
 
 def test_its_own_keep_ratio_may_be_left_out(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("microglia.cli.ablate.DIAL_PROMPTS", 4)
-    recipe = "--set twin-steps=0 --set max-steps=1 --set limit=4 --set batch-size=2 --set eval-limit=2"
+    monkeypatch.setattr("microglia.cli.ablate.HELD_OUT", 4)
+    recipe = "--set baseline-steps=0 --set max-steps=1 --set limit=4 --set batch-size=2 --set eval-limit=2"
     rest = "--vary features=norm --limit 3 --max-new-tokens 2 --no-own --answer-room 1.25"
     model = save_tiny_model(tmp_path / "model")
     command = ["ablate", "--model", str(model), "--output-dir", str(tmp_path / "out"), *recipe.split(), *rest.split()]
@@ -193,12 +192,12 @@ def test_its_own_keep_ratio_may_be_left_out(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(Bench, "answers", lambda *given: runs.append(given[2]) or real(*given))
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.stderr
-    assert "Own:" not in done.stdout
+    assert "Trained:" not in done.stdout
     assert all(word in done.stdout for word in ("features", "norm", "to base"))
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert len(runs) == 2  # one per cell
+    assert len(runs) == 2  # one per run
     data = json.loads((tmp_path / "out" / "ablation.json").read_text())
-    assert not any(name.startswith("own") for name in data["rows"][0])
+    assert "as_trained" not in data["rows"][0]
     record = read_records(tmp_path / "out" / "records.jsonl")[0]
     assert record.extra["answer_room"] == 1.25
     assert "features norm" in page(gather([tmp_path / "out"]))

@@ -3,7 +3,7 @@
 import pytest
 
 from microglia.errors import DataError
-from microglia.ledger import Ledger
+from microglia.experiments.ledger import Ledger
 
 
 def test_finished_work_is_not_done_again(tmp_path) -> None:
@@ -13,25 +13,25 @@ def test_finished_work_is_not_done_again(tmp_path) -> None:
         return lambda: done.append(value) or {"value": value}
 
     first = Ledger(path, {"model": "a"})
-    assert first.get({"cell": 1.5}, work(1)) == {"value": 1}
-    assert first.get({"cell": 1.5}, work(2)) == {"value": 1}
+    assert first.get({"run": 1.5}, work(1)) == {"value": 1}
+    assert first.get({"run": 1.5}, work(2)) == {"value": 1}
     again = Ledger(path, {"model": "a"})
-    assert {"cell": 1.5} in again
-    assert again.get({"cell": 1.5}, work(3)) == {"value": 1}
-    assert Ledger(path, {"model": "b"}).get({"cell": 1.5}, work(4)) == {"value": 4}
+    assert {"run": 1.5} in again
+    assert again.get({"run": 1.5}, work(3)) == {"value": 1}
+    assert Ledger(path, {"model": "b"}).get({"run": 1.5}, work(4)) == {"value": 4}
     assert done == [1, 4]
 
 
 def test_a_line_that_was_cut_short_is_done_again_and_hurts_no_other(tmp_path) -> None:
     path = tmp_path / "ledger.jsonl"
-    for cell in (1, 2):
-        Ledger(path).get({"cell": cell}, lambda cell=cell: cell)
+    for run in (1, 2):
+        Ledger(path).get({"run": run}, lambda run=run: run)
     path.write_bytes(path.read_bytes()[:-5])
     ledger = Ledger(path)
-    assert {"cell": 1} in ledger
-    assert {"cell": 2} not in ledger
-    ledger.get({"cell": 2}, lambda: 22)
-    assert Ledger(path).get({"cell": 2}, lambda: 3) == 22
+    assert {"run": 1} in ledger
+    assert {"run": 2} not in ledger
+    ledger.get({"run": 2}, lambda: 22)
+    assert Ledger(path).get({"run": 2}, lambda: 3) == 22
 
 
 def test_without_a_file_it_remembers_only_here() -> None:
@@ -42,5 +42,5 @@ def test_without_a_file_it_remembers_only_here() -> None:
 
 def test_a_file_that_is_something_else_is_refused(tmp_path) -> None:
     (tmp_path / "x.jsonl").write_text('{"name": "latency"}\n')
-    with pytest.raises(DataError, match="is no ledger; move that file away"):
+    with pytest.raises(DataError, match="so the file is no ledger; move it away"):
         Ledger(tmp_path / "x.jsonl")

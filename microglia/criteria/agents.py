@@ -1,0 +1,39 @@
+"""The agents, trained on the calibration prompts."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from microglia.criteria.base import Criterion
+from microglia.criteria.calibration import Calibration
+from microglia.criteria.trained import RECIPE, train_on
+from microglia.policy import Policy, new_agents
+from microglia.training import TrainingConfig
+from microglia.training.static_baseline import train_in_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agents(Criterion):
+    """Agents, which decide for each prompt; where every prompt is treated alike, their mean logits over the prompts.
+
+    agents, hidden_dim: which, as in `new_agents`.
+    """
+
+    config: TrainingConfig = RECIPE
+    agents: str = "agents"
+    hidden_dim: int | None = None
+
+    name: ClassVar[str] = "agents"
+    score: ClassVar[str] = "the logit that an agent of the layer gives the head for this prompt"
+    paper: ClassVar[str] = "this project's own, after microglia-pruning"
+    departs: ClassVar[str] = "trained on the calibration prompts, by the recipe of the static baseline"
+    per_input: ClassVar[bool] = True
+
+    def look_at(self, calibration: Calibration) -> Policy:
+        agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
+        train_on(calibration, train_in_memory, agents, config=self.config)
+        return agents.cpu()
+
+    def scores(self, calibration: Calibration) -> list[Tensor]:
+        return [x.mean(0) for x in calibration.logits(self.look_at(calibration))]

@@ -1,0 +1,35 @@
+"""Learned gates that depend on no input: the agents' static baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from microglia.criteria.base import Criterion
+from microglia.criteria.calibration import Calibration
+from microglia.criteria.trained import RECIPE, train_on
+from microglia.policy import Policy
+from microglia.training import TrainingConfig
+from microglia.training.static_baseline import baseline_config, train_static_baseline
+
+BASELINE = baseline_config(RECIPE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StaticBaseline(Criterion):
+    """One free logit per head, trained with the loss of the agents; 0 is where training would cut."""
+
+    config: TrainingConfig = BASELINE
+
+    name: ClassVar[str] = "static_baseline"
+    score: ClassVar[str] = "the head's own logit, trained with the agents' loss and no input"
+    paper: ClassVar[str] = "Voita et al. 2019 and Louizos et al. 2018, gates learned with an L0 penalty"
+    departs: ClassVar[str] = (
+        "straight-through gates and the agents' loss in place of hard concrete; the model is frozen"
+    )
+
+    def static(self, calibration: Calibration) -> Policy:
+        return train_on(calibration, train_static_baseline, config=self.config).cpu()
+
+    def scores(self, calibration: Calibration) -> list[Tensor]:
+        return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]

@@ -1,0 +1,122 @@
+"""What a comparison says of runs made by hand."""
+
+import numpy as np
+import pytest
+
+from microglia.errors import DataError
+from microglia.evaluation.run import Answer, Evaluation
+from microglia.evaluation.significance import mcnemar_exact, paired_difference
+from microglia.experiments.compare.summary import Run, summarise
+from microglia.experiments.measure import Measured
+from microglia.results import Latency
+
+N = 40
+DENSE = [1] * 36 + [0] * 4
+
+
+def run(policy: str, correct, *, target=0.7, seed=0, kept=0.7, ratio: float | None = None, first=0) -> Run:
+    rows = [
+        Answer(f"{first + i}", "", bool(c), kept + (i % 4) / 100, 10, i % 4, "ab"[i % 2]) for i, c in enumerate(correct)
+    ]
+    losses = tuple(1.0 - c / 2 for c in correct)
+    measured = Measured(Evaluation(tuple(rows), 1.0), losses)
+    if ratio is None:
+        return Run(policy, target, seed, measured)
+    times = {"ratio_ci95": (ratio, ratio), "ceiling": 2.0, "realised_share": 0.5, "kv_bytes": 100, "keep_ratio": kept}
+    dense = Latency(**times, ms_per_token=10.0, ratio_to_dense=1.0)
+    compact = Latency(**times, ms_per_token=10 / ratio, ratio_to_dense=ratio)
+    return Run(policy, target, seed, measured, {"dense": dense, "compact": compact})
+
+
+def flipped(*indices: int) -> list[int]:
+    return [1 - c if i in indices else c for i, c in enumerate(DENSE)]
+
+
+RUNS = [
+    run("dense", DENSE, target=1.0, kept=1.0),
+    run("agents", flipped(0, 1), ratio=1.3),
+    run("static_baseline", flipped(*range(8)), ratio=1.3, seed=0),
+    run("static_baseline", flipped(*range(10)), seed=1),
+    run("random", flipped(*range(20)), ratio=1.2),
+]
+
+
+def test_a_row_has_what_the_interface_promises() -> None:
+    found = summarise(RUNS, 0.7)
+    promised = {"policy", "keep_ratio", "accuracy", "ci95", "loss"}
+    timed = {"ms_per_token", "kv_bytes"}
+    written = found.to_json()["rows"]
+    assert all(promised <= row.keys() and timed <= row["latency"].keys() for row in written)
+    assert [row.policy for row in found.rows] == ["dense", "agents", "static_baseline", "random"]
+    dense, agents, baseline, _ = found.rows
+    assert dense.latency.ms_per_token == 10.0
+    assert agents.accuracy == 34 / 40
+    assert agents.loss == pytest.approx(1 - 34 / 80)
+    assert baseline.accuracy == pytest.approx((28 + 26) / 80)
+    assert baseline.seeds == (0, 1)
+    assert agents.to_dense.diff == pytest.approx(-2 / 40)
+    assert agents.to_dense.p_value == mcnemar_exact(flipped(0, 1), DENSE)
+    assert agents.keep_ratio == pytest.approx(0.715)
+
+
+def test_what_adaptivity_adds_is_one_paired_number() -> None:
+    found = summarise([c for c in RUNS if c.seed == 0], 0.7).adaptivity
+    paired = paired_difference(flipped(0, 1), flipped(*range(8)), resamples=2_000)
+    assert (found.gain, found.ci95) == (paired.diff, paired.ci95)
+    assert found.target == 0.7
+    assert found.loss.diff == pytest.approx(-paired.diff / 2)
+    over_seeds = summarise(RUNS, 0.7).adaptivity
+    assert over_seeds.gain == pytest.approx(7 / 40)
+    assert over_seeds.ci95[0] < 7 / 40 < over_seeds.ci95[1]
+
+
+def test_several_tests_are_corrected_together() -> None:
+    rows = summarise(RUNS, 0.7).rows
+    p = sorted(row.to_dense.p_value for row in rows[1:])
+    worst = min(rows[1:], key=lambda row: row.to_dense.p_value)
+    assert worst.to_dense.p_holm == pytest.approx(min(1, 3 * p[0]))
+    assert rows[1].agents_to_this is None
+    assert rows[3].agents_to_this.p_holm >= rows[3].agents_to_this.p_value
+
+
+def test_the_front_holds_what_nothing_beats() -> None:
+    rows = summarise(RUNS, 0.7).rows
+    assert [row.pareto_latency for row in rows] == [True, True, False, False]
+    untimed = summarise([Run(r.policy, r.target, r.seed, r.measured) for r in RUNS], 0.7).rows
+    assert untimed[0].pareto_latency is None
+    assert untimed[1].pareto_sparsity
+
+
+def test_sparsity_by_difficulty_and_family() -> None:
+    found = summarise(RUNS, 0.7)
+    assert found.follows_difficulty.rank_correlation == pytest.approx(-1)
+    by_family = found.sparsity_by_family
+    assert list(by_family) == ["a", "b"]
+    assert by_family["a"] - by_family["b"] == pytest.approx(0.01)
+
+
+def test_sparsity_is_the_mean_over_seeds() -> None:
+    runs = [RUNS[0], *(run("agents", DENSE, seed=s, kept=k) for s, k in ((0, 0.6), (1, 0.8))), RUNS[2]]
+    for c in runs[2].measured.answers.answers:  # the second seed says the opposite, and twice as loud
+        object.__setattr__(c, "keep_ratio", 0.8 - 2 * (int(c.id) % 4) / 100)
+    found = summarise(runs, 0.7)
+    assert found.follows_difficulty.rank_correlation == pytest.approx(1)
+    assert found.sparsity_by_difficulty["0"] == pytest.approx(0.3)
+    assert found.sparsity_by_difficulty["3"] == pytest.approx(1 - (0.63 + 0.74) / 2)
+
+
+def test_other_prompts_or_a_missing_baseline_are_refused() -> None:
+    with pytest.raises(DataError, match="answered different prompts"):
+        summarise([*RUNS, run("norm", DENSE, first=5)], 0.7)
+    with pytest.raises(DataError, match=r"no run of static_baseline at the keep ratio 0.7; measure it there"):
+        summarise([c for c in RUNS if c.policy != "static_baseline"], 0.7)
+    with pytest.raises(DataError, match=r"no run of agents at the keep ratio 0.5"):
+        summarise(RUNS, 0.5)
+
+
+def test_a_baseline_as_good_as_the_agents_adds_nothing() -> None:
+    runs = [RUNS[0], RUNS[1], run("static_baseline", flipped(0, 1), ratio=1.3)]
+    found = summarise(runs, 0.7).adaptivity
+    assert found.gain == 0
+    assert found.ci95[0] < 0 < found.ci95[1]
+    assert np.isfinite(found.p_value)
