@@ -9,35 +9,13 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any
 
-<<<<<<< HEAD
 from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
-=======
-from microglia.criteria.activation_variance import ActivationVariance
-from microglia.criteria.agents import Agents
-from microglia.criteria.base import Criterion
-from microglia.criteria.calibration import Calibration
-from microglia.criteria.cascade import Cascade
-from microglia.criteria.entropy import Entropy
-from microglia.criteria.expert import Expert
-from microglia.criteria.fluctuation import Fluctuation
-from microglia.criteria.hessian import Hessian
-from microglia.criteria.lora_gradient import LoraGradient
-from microglia.criteria.movement import Movement
-from microglia.criteria.norm import Norm
-from microglia.criteria.predictor import Predictor
-from microglia.criteria.random import Random
-from microglia.criteria.shapley import Shapley
-from microglia.criteria.static_baseline import StaticBaseline
-from microglia.criteria.taylor import Taylor
-from microglia.criteria.upper_layers import UpperLayers
-from microglia.criteria.variational import Variational
-from microglia.criteria.weight import Weight
->>>>>>> exp
 from microglia.errors import ConfigError
 
-FILES = (  # in the order of CRITERIA, hence of tables; `trained` has the static baseline and the agents
-    "random weight norm entropy taylor fluctuation activation_variance trained shapley predictor variational "
+FILES = (  # in the order of CRITERIA, hence of tables
+    "random weight norm entropy taylor fluctuation activation_variance static_baseline agents shapley predictor "
+    "variational 
     "lora_gradient hessian upper_layers movement cascade expert"
 ).split()
 for _file in FILES:

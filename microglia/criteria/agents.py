@@ -5,14 +5,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, train_on
-from microglia.policy import Policy, new_agents
+from microglia.policies import Policy, new_agents
 from microglia.training import TrainingConfig
-from microglia.training.static_baseline import train_in_memory
 
 
+@CRITERIA.register("agents")
 @dataclass(frozen=True, kw_only=True)
 class Agents(Criterion):
     """Agents, which decide for each prompt; where every prompt is treated alike, their mean logits over the prompts.
@@ -30,10 +30,9 @@ class Agents(Criterion):
     departs: ClassVar[str] = "trained on the calibration prompts, by the recipe of the static baseline"
     per_input: ClassVar[bool] = True
 
-    def look_at(self, calibration: Calibration) -> Policy:
+    def adaptive(self, calibration: Calibration) -> Policy:
         agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
-        train_on(calibration, train_in_memory, agents, config=self.config)
-        return agents.cpu()
+        return train_on(calibration, agents, self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        return [x.mean(0) for x in calibration.logits(self.look_at(calibration))]
+        return [x.mean(0) for x in calibration.logits(self.adaptive(calibration))]

@@ -5,16 +5,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from microglia.criteria.base import Criterion
+from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, train_on
-from microglia.policy import Policy
+from microglia.policies import Policy, StaticPolicy
 from microglia.training import TrainingConfig
-from microglia.training.static_baseline import baseline_config, train_static_baseline
+from microglia.training.static_baseline import baseline_config
 
 BASELINE = baseline_config(RECIPE)
 
 
+@CRITERIA.register("static_baseline")
 @dataclass(frozen=True, kw_only=True)
 class StaticBaseline(Criterion):
     """One free logit per head, trained with the loss of the agents; 0 is where training would cut."""
@@ -29,7 +30,7 @@ class StaticBaseline(Criterion):
     )
 
     def static(self, calibration: Calibration) -> Policy:
-        return train_on(calibration, train_static_baseline, config=self.config).cpu()
+        return train_on(calibration, StaticPolicy.all_kept(calibration.geometries), self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]
