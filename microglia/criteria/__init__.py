@@ -6,20 +6,31 @@ The policy goes through the same gate, budget, buckets and compaction as the age
 """
 
 from dataclasses import fields
-from importlib import import_module
 from typing import Any
 
+from microglia.criteria import (  # noqa: F401  # each registers itself
+    activation_variance,
+    agents,
+    cascade,
+    entropy,
+    expert,
+    fluctuation,
+    hessian,
+    lora_gradient,
+    movement,
+    norm,
+    predictor,
+    random,
+    shapley,
+    static_baseline,
+    taylor,
+    upper_layers,
+    variational,
+    weight,
+)
 from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
-
-FILES = (  # in the order of CRITERIA, hence of tables
-    "random weight norm entropy taylor fluctuation activation_variance static_baseline agents shapley predictor "
-    "variational 
-    "lora_gradient hessian upper_layers movement cascade expert"
-).split()
-for _file in FILES:
-    import_module(f"{__name__}.{_file}")
 
 __all__ = ["CRITERIA", "Calibration", "Criterion", "get_criterion"]
 
