@@ -24,10 +24,12 @@ from microglia.units import find_sites
 class Trace:
     """What was measured in the last prompt and what was decided: features (B, F), logits and keep (B, U), per site.
 
+    signals: of every site what its features are made of, by name, (B, U).
     prompts: how many were read so far, a batch counting as one.
     """
 
     features: list[Tensor] = field(default_factory=list)
+    signals: list[dict[str, Tensor]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)
     prompts: int = 0
@@ -56,6 +58,7 @@ def attached(
     """
     lm = causal_lm(model)
     session = _Session(lm, pruner, execution_for(execution, lm), tokens)
+    session.execution.check_sites(session.sites)
     with attached_alone(lm), ExitStack() as stack:
         stack.callback(session.end_prompt)
         stack.callback(lm.register_forward_pre_hook(session.before, with_kwargs=True).remove)
@@ -131,7 +134,7 @@ class _Session:
         tokens = _tokens(args, kwargs) if self.tokens is None else self.tokens
         if int(tokens.sum(1).min()) < 1:
             raise MicrogliaError("a prompt without any token was given; give every prompt at least one token")
-        self.trace.features, self.trace.logits, self.trace.keep = [], [], []
+        self.trace.features, self.trace.signals, self.trace.logits, self.trace.keep = [], [], [], []
         prompt = Prompt(tokens, self.pruner.window)
         self.measured = self.reading.enter_context(measured(self.sites, self.pruner.signals, prompt))
 
@@ -166,6 +169,7 @@ class _Session:
     def _decide(self, values: Measured) -> None:
         """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""
         policy, gate = self.pruner.policy, self.pruner.gate
+        self.trace.signals = [values.at(site, policy.signals) for site in self.sites]
         self.trace.features = [values.features(site, policy.signals) for site in self.sites]
         device = self.trace.features[0].device.type
         with torch.set_grad_enabled(gate.trains), torch.autocast(device, enabled=False):

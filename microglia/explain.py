@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia.anatomy import causal_lm
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read
-from microglia.signals import split_features
+from microglia.signals import signals_at, split_features
 from microglia.units import find_sites
 
 # (requested, kept) → what became of the unit. Counts are rounded up to regular shapes, and the best units fill them.
@@ -81,13 +81,14 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
     sites = []
     per_site = zip(find_sites(lm, pruner.units), reading.features, reading.logits, reading.keep, strict=True)
     for site, features, logits, keep in per_site:
+        signals = signals_at(site.unit, policy.signals)
         requested = (logits[0] > gate.threshold).tolist()
         deviations = policy.standardised(site.index, features)
         sites.append(
             SiteExplanation(
                 name=site.name,
-                signals=_by_signal(features, policy.signals),
-                deviations={} if deviations is None else _by_signal(deviations, policy.signals),
+                signals=_by_signal(features, signals),
+                deviations={} if deviations is None else _by_signal(deviations, signals),
                 logit=_rounded(logits[0]),
                 probability=_rounded(torch.sigmoid((logits[0] - gate.threshold) / gate.temperature)),
                 outcome=[OUTCOMES[asked, bool(k)] for asked, k in zip(requested, keep[0].tolist(), strict=True)],

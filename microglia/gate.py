@@ -78,9 +78,9 @@ class Gate:
     def check_bucket(self, geometries: Sequence[Geometry]) -> None:
         """Raise ConfigError for a bucket under which every unit of some site would always be kept."""
         fewest = min(geometry.count for geometry in geometries)
-        if self.bucket is not None and self.bucket >= fewest:
+        if self.bucket is not None and self.bucket >= max(2, fewest):  # 1 rounds nothing up
             raise ConfigError(
-                f"bucket={self.bucket} was given, but a site has {fewest} heads, all of which would always be kept; "
+                f"bucket={self.bucket} was given, but a site has {fewest} units, all of which would always be kept; "
                 "give less"
             )
 

@@ -17,7 +17,6 @@ from microglia.lease import dense
 from microglia.passes import read_prompt
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts
-from microglia.signals import split_features
 
 # Settings that a loop of greedy steps follows, and those that say nothing once sampling is off.
 FOLLOWED = {"pad_token_id", "eos_token_id", "bos_token_id", "use_cache"}
@@ -135,7 +134,7 @@ def generate(
     if pruner is None or trace is None:
         return Generated(new, texts, [])
     _check_read_once(trace, settings)
-    return Generated(new, texts, trace.keep, [split_features(x, pruner.policy.signals) for x in trace.features])
+    return Generated(new, texts, trace.keep, trace.signals)
 
 
 @contextmanager

@@ -91,6 +91,12 @@ class Pruner:
         check_window(self.window)
         for unit in self.units:
             _ = UNITS[unit]
+        for name in self.policy.signals:
+            if (unit := SIGNALS[name].unit) not in self.units:
+                raise ConfigError(
+                    f"signals={name!r} is measured at units={unit!r}, but units={','.join(self.units)!r} are decided "
+                    "about; decide about those too or leave the signal out"
+                )
 
     @property
     def signals(self) -> list[Signal]:

@@ -140,8 +140,9 @@ def test_impossible_gates_are_refused(options, sentence):
 
 def test_a_bucket_that_would_keep_every_head_is_refused():
     Gate(bucket=7).check_bucket([MHA, GQA])
+    Gate(bucket=1).check_bucket([HeadGeometry(1, 1, 4)])
     with pytest.raises(
-        ConfigError, match="bucket=8 was given, but a site has 8 heads, all of which would always be kept"
+        ConfigError, match="bucket=8 was given, but a site has 8 units, all of which would always be kept"
     ):
         Gate(bucket=8).check_bucket([GQA, MHA])
 

@@ -38,7 +38,8 @@ def stock_attention(attention: nn.Module) -> AttentionFunction:
     The back end is looked up at every call: masks are made for whatever `set_attn_implementation` chose last.
     """
     config: Any = attention.config
-    eager = sys.modules[type(attention).__module__].eager_attention_forward
+    modules = [sys.modules[kind.__module__] for kind in type(attention).__mro__]
+    eager = next(module.eager_attention_forward for module in modules if hasattr(module, "eager_attention_forward"))
 
     def stock(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager)

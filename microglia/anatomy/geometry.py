@@ -1,6 +1,7 @@
 """The head geometry of one attention layer: a frozen value, made once. Nobody else divides by a number of heads."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ class HeadGeometry:
 
     Shapes in this project: B batch rows, T tokens, H query heads, G groups, Q query heads of a group, D head size.
     """
+
+    unit: ClassVar[str] = "head"
 
     heads: int
     kv_heads: int

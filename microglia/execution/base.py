@@ -76,6 +76,9 @@ class Execution(ABC):
     def check_generation(self, options: dict[str, Any]) -> None:  # noqa: B027  # most can follow all of them
         """Raise ConfigError for options of the model's `generate` that this execution cannot follow."""
 
+    def check_sites(self, sites: Sequence[Site]) -> None:  # noqa: B027  # most can prune all of them
+        """Raise ConfigError for units that this execution cannot prune."""
+
     @contextmanager
     def prepared(self, request: Request) -> Iterator[Prepared]:
         """While inside, the model reads this request and continues it."""

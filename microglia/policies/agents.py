@@ -90,7 +90,7 @@ class LearnedPolicy(Policy):
     ) -> None:
         super().__init__()
         self.signals, self.hidden_dim = tuple(signals), hidden_dim or self.default_hidden_dim
-        sizes = [feature_size(geometry.count, signals) for geometry in geometries]
+        sizes = [feature_size(geometry, signals) for geometry in geometries]
         self.agents = nn.ModuleList(
             self._agent(g.count, size, sum(sizes)) for g, size in zip(geometries, sizes, strict=True)
         )

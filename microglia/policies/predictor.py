@@ -25,7 +25,7 @@ class PredictorPolicy(Policy):
         super().__init__()
         self.signals, self.hidden_dim = tuple(signals), hidden_dim
         self.sizes = [g.count for g in geometries]
-        size = feature_size(self.sizes[0], signals)
+        size = feature_size(geometries[0], signals)
         self.agent = MicrogliaAgent(units=sum(self.sizes), features=size, hidden_dim=hidden_dim)
         self.statistics = Standardiser(size)
 

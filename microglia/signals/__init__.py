@@ -7,6 +7,7 @@ from microglia.signals.measure import (
     check_signals,
     feature_size,
     measured,
+    signals_at,
     split_features,
     stack_features,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "feature_size",
     "mean_norm",
     "measured",
+    "signals_at",
     "split_features",
     "stack_features",
     "token_count",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from microglia.errors import ConfigError
 from microglia.signals.base import SIGNALS, Prompt, Signal
-from microglia.units import Site
+from microglia.units import Geometry, Site
 
 
 def check_signals(names: Sequence[str]) -> tuple[str, ...]:
@@ -23,9 +23,14 @@ def check_signals(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def feature_size(units: int, signals: Sequence[str]) -> int:
-    """Length of the feature vector of a site with so many units."""
-    return units * len(check_signals(signals))
+def signals_at(unit: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the signals that are measured at this kind of unit."""
+    return tuple(name for name in check_signals(names) if SIGNALS[name].unit == unit)
+
+
+def feature_size(geometry: Geometry, signals: Sequence[str]) -> int:
+    """Length of the feature vector of a site with this geometry."""
+    return geometry.count * len(signals_at(geometry.unit, signals))
 
 
 def stack_features(values: Mapping[str, Tensor], signals: Sequence[str]) -> Tensor:
@@ -48,12 +53,18 @@ class Measured:
     values: dict[str, dict[int, Any]] = field(default_factory=dict)
     complete: bool = False
 
+    def at(self, site: Site, signals: Sequence[str]) -> dict[str, Tensor]:
+        """The site's values (B, U) of those signals that are measured at it, by name."""
+        return {name: self.values[name][site.index] for name in signals_at(site.unit, signals)}
+
     def features(self, site: Site, signals: Sequence[str]) -> Tensor:
-        """The site's values of these signals side by side, (B, F); (B, 0) where none is measured at it."""
-        values = {name: self.values[name][site.index] for name in signals if site.index in self.values[name]}
-        if not values:
-            return self.prompt.weight.new_zeros(len(self.prompt.weight), 0)
-        return stack_features(values, tuple(values))
+        """The same side by side, (B, F); (B, 0) where no signal is measured."""
+        values = self.at(site, signals)
+        return (
+            stack_features(values, tuple(values))
+            if values
+            else self.prompt.weight.new_zeros(len(self.prompt.weight), 0)
+        )
 
 
 @contextmanager

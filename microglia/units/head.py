@@ -26,7 +26,6 @@ from microglia.units.site import UNITS, Site
 class HeadSite(Site):
     """The query heads of one attention layer."""
 
-    unit: ClassVar[str] = "head"
     geometry_type: ClassVar[type] = HeadGeometry
 
     geometry: HeadGeometry

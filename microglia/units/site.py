@@ -18,6 +18,10 @@ class Geometry(Protocol):
     """How many units there are, and which of them can go together. A frozen, hashable value; saved with checkpoints."""
 
     @property
+    def unit(self) -> str:
+        """The kind of the units: its name in UNITS."""
+
+    @property
     def count(self) -> int:
         """Units U that can be kept or pruned."""
 
@@ -26,18 +30,17 @@ class Geometry(Protocol):
         """What counts are rounded up to unless something else is asked for."""
 
     def rectangle(self, scores: Tensor, bucket: int | None = None) -> Tensor:
-        """Scores (B, U), above 0 = requested → keep (B, U), boolean, of a shape that can be cut out, never empty."""
+        """Scores (B, U), above 0 = requested → keep (B, U), boolean, of a shape that can be cut out."""
 
 
 @dataclass(frozen=True, eq=False)
 class Site(ABC):
     """The units of one kind in one layer. To add a kind: a subclass, registered in UNITS.
 
-    index: counts the sites that are decided about from 0. unit: the kind's name. geometry_type: the class of its
-    geometry, a dataclass of integers.
+    index: counts the sites that are decided about from 0. geometry_type: the class of its geometry, a dataclass of
+    integers.
     """
 
-    unit: ClassVar[str]
     geometry_type: ClassVar[type]
 
     index: int
@@ -48,6 +51,11 @@ class Site(ABC):
     @abstractmethod
     def in_layer(cls, index: int, layer: Layer) -> "Site":
         """The units of this kind in a layer."""
+
+    @property
+    def unit(self) -> str:
+        """The kind's name in UNITS."""
+        return self.geometry.unit
 
     @property
     @abstractmethod

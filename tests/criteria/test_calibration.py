@@ -16,8 +16,6 @@ from microglia.tasks.base import Example
 from tests.criteria.calibrated import EXAMPLES, LAYOUTS, Sums, calibration, one_pass_losses, raw_outputs
 from tests.tiny_folder import character_tokenizer
 
-FILES = {"static_baseline": "trained", "agents": "trained"}  # the others stand in files of their names
-
 
 @pytest.mark.parametrize("family", [*LAYOUTS, "mistral"])
 def test_losses_are_those_of_one_pass_with_gates_on_the_answer(family):
@@ -57,7 +55,7 @@ def test_ranks_keep_the_order_and_the_ties():
 def test_a_criterion_is_known_by_its_file_and_says_whom_it_follows(name):
     criterion = CRITERIA[name]
     assert criterion.name == name
-    assert criterion.__module__ == f"microglia.criteria.{FILES.get(name, name)}"
+    assert criterion.__module__ == f"microglia.criteria.{name}"
     assert all(getattr(criterion, text) for text in ("score", "paper", "departs"))
     assert criterion.fill in ("zero", "mean")
 
@@ -136,5 +134,5 @@ def test_the_page_of_criteria_is_the_registry():
 
 def test_folder_and_registry_agree():
     folder = Path(microglia.criteria.__file__).parent
-    shared = {"__init__", "base", "calibration", "descent", "moments", "weights"}
-    assert {path.stem for path in folder.glob("*.py")} - shared == {FILES.get(name, name) for name in CRITERIA}
+    shared = {"__init__", "base", "calibration", "descent", "moments", "trained", "weights"}
+    assert {path.stem for path in folder.glob("*.py")} - shared == set(CRITERIA)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from microglia.criteria.trained import CalibrationTask, StaticBaseline, train_on
+from microglia.criteria.static_baseline import StaticBaseline
+from microglia.criteria.trained import CalibrationTask, train_on
 from microglia.errors import ConfigError
 from microglia.policies import StaticPolicy
 from microglia.training import RunFolder, TrainingConfig, train

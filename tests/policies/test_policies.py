@@ -27,7 +27,7 @@ GEOMETRIES = [HeadGeometry(8, 4, 4), HeadGeometry(6, 6, 4)]
 
 def random_features(signals=BOTH, rows=5):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(rows, feature_size(g.heads, signals), generator=generator) for g in GEOMETRIES]
+    return [torch.randn(rows, feature_size(g, signals), generator=generator) for g in GEOMETRIES]
 
 
 AGENTS = [AgentPolicy, MixturePolicy]

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
 from microglia.signals import SIGNALS, check_signals, feature_size, mean_norm, split_features, stack_features
 from tests.reference import head_norms
 
 OUTPUTS = torch.randn(3, 9, 4, 8, generator=torch.Generator().manual_seed(0))
+GEOMETRY = HeadGeometry(4, 4, 8)
 TOKENS = torch.arange(9) >= torch.tensor([[0], [3], [8]])
 
 
@@ -25,7 +27,7 @@ def test_padding_does_not_count():
 )
 def test_features_have_the_size_that_was_promised(names, size):
     signals = {name: torch.full((3, 4), float(index)) for index, name in enumerate(SIGNALS)}
-    assert feature_size(4, names) == size
+    assert feature_size(GEOMETRY, names) == size
     if names:
         stacked = stack_features(signals, names)
         assert stacked.shape == (3, size)
@@ -52,6 +54,6 @@ def test_without_signals_there_are_none():
     ],
 )
 def test_unknown_and_repeated_signals_are_refused(names, sentence):
-    for check in (check_signals, lambda names: feature_size(4, names)):
+    for check in (check_signals, lambda names: feature_size(GEOMETRY, names)):
         with pytest.raises(ConfigError, match=sentence):
             check(names)

@@ -113,6 +113,13 @@ class Captured(Execution):
         self.steps.move_to_end(key)
         return self.steps[key]
 
+    def check_sites(self, sites: Sequence[Site]) -> None:
+        if other := {site.unit for site in sites if not isinstance(site, HeadSite)}:
+            raise ConfigError(
+                f"captured steps prune attention heads, but units={', '.join(sorted(other))!r} was given; use "
+                "execution='compact'"
+            )
+
     def check_generation(self, options: dict[str, Any]) -> None:
         if any((options[name] or 1) > 1 for name in ("num_beams", "num_return_sequences")):
             raise ConfigError(
