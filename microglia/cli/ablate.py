@@ -10,59 +10,44 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
+from microglia.cli.bundles import Fields
 from microglia.cli.numbers import numbers
-from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+from microglia.cli.verb import GO_ON, Outcome, finite, progress, verb
 from microglia.errors import ConfigError
 
 CELLS, RECORDS, SUMMARY = "cells.jsonl", "records.jsonl", "ablation.json"
 DIAL_PROMPTS = 200
-Many = list[str] | None
 
 
-@verb
+@verb()
 def ablate(
     *,
-    model: o.Model = "reasoner",
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for cells and records.")] = Path(
-        "runs/ablation"
-    ),
+    output_dir: Annotated[Path, typer.Option(help="Folder for results and records.")] = Path("runs/ablation"),
     vary: Annotated[
-        Many,
+        o.Many,
         typer.Option(
-            "--vary",
-            help="beta=0,0.1; repeat it for more.",
+            help="What to vary: beta=0,0.1; repeat it for more.",
             show_default="alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
         ),
     ] = None,
     base: Annotated[
-        Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
+        o.Many,
+        typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's"),
     ] = None,
     full_grid: Annotated[
         bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
     ] = False,
-    seeds: Annotated[Many, typer.Option("--seeds", help="Of the trainings: 0,1,2.", show_default="0")] = None,
-    keep_ratio: Annotated[float, typer.Option("--keep-ratio", help="All are compared at it.")] = 0.75,
-    own: Annotated[
-        bool, typer.Option("--own/--no-own", help="Judge each at the keep ratio of its own training as well.")
-    ] = True,
-    dataset: o.Dataset = "arithmetic",
-    data_dir: o.DataDir = None,
-    shots: o.Shots = 0,
-    question_field: o.QuestionField = None,
-    answer_field: o.AnswerField = None,
-    split: Annotated[str, typer.Option(help="Prompts to judge on; not those of a final report.")] = "validation",
-    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the prompts to judge on.")] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    answer_room: o.AnswerRoom = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    seeds: Annotated[o.Many, typer.Option(help="Seeds of the trainings: 0,1,2.", show_default="0")] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Keep ratio at which all are compared.")] = 0.75,
+    own: Annotated[bool, typer.Option(help="Judge each at the keep ratio of its own training as well.")] = True,
+    answer_limit: o.AnswerLimit = None,
+    examples: o.Examples = o.Examples(split="validation"),
+    generation: Annotated[o.Generation, Fields(without=("execution",))],
+    loading: o.Unquantised = o.Loading(model="reasoner"),
 ) -> Outcome:
     """Train with one thing changed at a time and compare; what is finished is not done again.
 
-    microglia ablate --vary features=both,norm,entropy --vary beta=0,0.01 --seeds 0,1,2 --limit 500
+    microglia ablate --vary beta=0,0.01 --vary fill=zero,mean --seeds 0,1,2 --limit 500
     """
     from microglia.ablation import FACTORS, Ground, Recipe, variants
     from microglia.ablation import ablate as measure
@@ -80,43 +65,30 @@ def ablate(
     factors = pairs("--vary", vary) or FACTORS
     variants(recipe, factors, full_grid=full_grid)  # what is wrong with them is better known before loading a model
     check_writable(output_dir)
-    how, task = o.loading(device, dtype, trust_remote_code), o.task(dataset, shots, question_field, answer_field)
-    lm, tokenizer = load_model(model or "reasoner", **how)
+    model, task, how = loading.model or "reasoner", examples.task(), loading.arguments()
+    lm, tokenizer = load_model(model, **how)
     usual = {max(1, site.geometry.heads // 8) for site in find_sites(lm)}
     usual_bucket = usual.pop() if len(usual) == 1 else None
     wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
-    held_out = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
-    bench = Bench(lm, tokenizer, task, held_out, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    bench = replace(bench, answer_room=answer_room)
-    others = task.load("train", limit=DIAL_PROMPTS, seed=seed + 1, data_dir=data_dir)
+    how_many = {"batch_size": generation.batch_size, "max_new_tokens": generation.max_new_tokens}
+    bench = Bench(lm, tokenizer, task, examples.load(), answer_room=answer_limit, **how_many)
+    others = examples.load("train", limit=DIAL_PROMPTS, seed=examples.seed + 1)
     ground = Ground(
-        lambda: load_model(model or "reasoner", **how),
+        lambda: load_model(model, **how),
         bench,
         replace(bench, examples=others),
         keep_ratio,
         output_dir / "runs",
-        data_dir,
+        examples.data_dir,
         own,
     )
-    about: dict[str, Any] = {
-        "model": model,
-        "dataset": dataset,
-        "split": split,
-        "limit": limit,
-        "seed": seed,
-        "shots": shots,
-    }
-    about |= {"max_new_tokens": max_new_tokens, "answer_room": answer_room}
-    about |= {"question_field": question_field, "answer_field": answer_field}
-    ledger = Ledger(output_dir / CELLS, {**about, "data_dir": str(data_dir or "")})
-    try:
-        with progress("ablating") as update:
-            all_seeds = numbers("--seeds", seeds, int) or [0]
-            found = measure(ground, wanted, all_seeds, ledger=ledger, progress=update)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; {output_dir / CELLS} keeps the finished cells: go on with the same command"
-        ) from None
+    about = {"model": loading.model, **vars(examples), "max_new_tokens": generation.max_new_tokens}
+    about |= {"answer_room": answer_limit, "data_dir": str(examples.data_dir or "")}
+    ledger = Ledger(output_dir / CELLS, about)
+    del about["data_dir"]
+    with progress("ablating", f"{output_dir / CELLS} keeps the finished cells: {GO_ON}") as update:
+        all_seeds = numbers("--seeds", seeds, int) or [0]
+        found = measure(ground, wanted, all_seeds, ledger=ledger, progress=update)
     around = circumstances(lm.device)
     data = finite({**found, **about, **around})
     (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this ablation, as the summary is
@@ -125,7 +97,7 @@ def ablate(
     return Outcome(data, views(data))
 
 
-def pairs(option: str, given: Many) -> dict[str, list[Any]]:
+def pairs(option: str, given: o.Many) -> dict[str, list[Any]]:
     """`["beta=0,0.1", "lora=none"]` → `{"beta": [0, 0.1], "lora": ["none"]}`; `default` as a bucket is heads / 8."""
     found: dict[str, list[Any]] = {}
     for text in given or ():

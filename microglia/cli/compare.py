@@ -12,59 +12,47 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.numbers import numbers
-from microglia.cli.verb import Interrupted, Outcome, finite, progress, verb
+from microglia.cli.verb import GO_ON, Outcome, finite, progress, verb
 from microglia.errors import ConfigError
 
 CELLS, RECORDS, SUMMARY, PAIRS = "cells.jsonl", "records.jsonl", "comparison.json", "pairs"
 DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a threshold
-Many = list[str] | None
 
 
-@verb
+@verb()
 def compare(
     *,
-    model_path: Annotated[
-        Many, typer.Option("--model-path", "--checkpoint", help="Checkpoint with agents; one, or one per seed.")
-    ] = None,
+    model_path: Annotated[o.Many, typer.Option(help="Checkpoint with agents; one, or one per seed.")] = None,
     train_pairs: Annotated[
         bool,
-        typer.Option("--train-pairs", help="Train agents and twin anew for each seed, as the demo does, instead."),
+        typer.Option(
+            "--train-pairs", help="Instead train agents and static baseline anew for each seed, as the demo does."
+        ),
     ] = False,
     policies: Annotated[
-        Many,
-        typer.Option("--policies", help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random"),
+        o.Many, typer.Option(help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random")
     ] = None,
     keep_ratios: Annotated[
-        Many, typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5")
+        o.Many,
+        typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5"),
     ] = None,
     at_keep_ratio: Annotated[
         float | None,
-        typer.Option("--at-keep-ratio", help="Where adaptivity is judged.", show_default="what the agents keep"),
+        typer.Option(help="Keep ratio at which adaptivity is judged.", show_default="what the agents keep"),
     ] = None,
-    seeds: Annotated[Many, typer.Option("--seeds", help="Of the policies: 0,1,2.", show_default="0")] = None,
-    dataset: o.Dataset = "arithmetic",
-    data_dir: o.DataDir = None,
-    shots: o.Shots = 0,
-    question_field: o.QuestionField = None,
-    answer_field: o.AnswerField = None,
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    answer_room: o.AnswerRoom = None,
-    path: o.PrunedPath = "compact",
-    num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
+    seeds: Annotated[o.Many, typer.Option(help="Seeds of the policies: 0,1,2.", show_default="0")] = None,
+    num_runs: Annotated[int, typer.Option(min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Folder for cells (to go on after an interruption) and records.")
+        Path | None,
+        typer.Option(help="Folder for records, and to go on from after an interruption.", show_default="none"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Picture to write: .png, .svg or .pdf.")] = None,
-    model: o.Model = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    answer_limit: o.AnswerLimit = None,
+    examples: o.Examples,
+    generation: o.Generation,
+    loading: o.Unquantised,
 ) -> Outcome:
-    """Compare agents with their static twin and with criteria on the same prompts.
+    """Compare agents with their static baseline and with criteria on the same prompts.
 
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
@@ -82,55 +70,51 @@ def compare(
         check_writable(output_dir)
     ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
     all_seeds = numbers("--seeds", seeds, int) or [0]
-    how, twins = o.loading(device, dtype, trust_remote_code), list[Any]()
-    system, own = fresh(model_path, model, output_dir, how) if train_pairs else load(model_path, model, how)
-    task = o.task(dataset, shots, question_field, answer_field)
-    arena, examples = arena_of(system, task, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
-    arena = replace(arena, bench=replace(arena.bench, answer_room=answer_room), num_runs=num_runs)
+    twins = list[Any]()
+    system, own = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
+    arena, training_examples = arena_of(system, examples, generation, answer_limit, num_runs)
     if train_pairs:
-        own, twins = pairs(arena.dial, all_seeds, Path(str(output_dir)), system.source, data_dir)
+        own, twins = pairs(arena.dial, all_seeds, Path(str(output_dir)), system.source, examples.data_dir)
     found = contenders(
         policies or ["random"],
         arena.bench,
         own,
-        examples,
+        training_examples,
         bucket=system.gate.bucket,
         trained=system.training.get("config"),
         twins=twins,
     )
     at = choose(arena, own[0], ratios, at_keep_ratio)
-    about = {"dataset": dataset, "split": split, "limit": limit, "seed": seed, "path": path, "fill": system.fill}
-    about |= {"scope": system.scope, "look": asdict(system.look), "max_new_tokens": max_new_tokens}
-    about |= {"base_model": system.source, "bucket": system.gate.bucket, "answer_room": answer_room}
-    about |= {"shots": shots, "question_field": question_field, "answer_field": answer_field}
+    about = {**vars(examples), "path": generation.path, "fill": system.fill, "scope": system.scope}
+    about |= {"look": asdict(system.look), "max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
+    about |= {"base_model": system.source, "bucket": system.gate.bucket}
     place = None if output_dir is None else output_dir / CELLS
-    ledger = Ledger(place, {**about, "data_dir": None if data_dir is None else str(data_dir)})
-    try:
-        with progress("comparing") as update:
-            cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
-    except KeyboardInterrupt:
-        if output_dir is None:
-            raise Interrupted("interrupted; nothing was kept, as --output-dir was not given") from None
-        raise Interrupted(
-            f"interrupted; {output_dir / CELLS} keeps the finished cells: go on with the same command"
-        ) from None
+    ledger = Ledger(place, {**about, "data_dir": None if examples.data_dir is None else str(examples.data_dir)})
+    del about["data_dir"]
+    stopped = (
+        "nothing was kept, as --output-dir was not given"
+        if place is None
+        else f"{place} keeps the finished cells: {GO_ON}"
+    )
+    with progress("comparing", stopped) as update:
+        cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
     around = circumstances(next(system.model.parameters()).device)
     data = finite({**summarise(cells, at), **about, **around})
     if output_dir is not None:
         (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
-        append_records(output_dir / RECORDS, records(data, around, seed))
+        append_records(output_dir / RECORDS, records(data, around, examples.seed))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(data, plot, title=f"{Path(str(system.source)).name}, {dataset}")
+        draw(data, plot, title=f"{Path(str(system.source)).name}, {examples.dataset}")
     return Outcome(data, views(data))
 
 
-def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
     """The system of the first checkpoint, and the agents of all of them."""
     from microglia.checkpoint import Checkpoint
 
     names = [name for text in folders or () for name in text.split(",") if name]
-    system = o.load(names[0] if names else None, model, **how)
+    system = loading.system(names[0] if names else None)
     checkpoints = [Checkpoint.from_pretrained(name) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         checkpoint.check(system.model)
@@ -142,7 +126,7 @@ def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, li
     return system, [system.policy, *(checkpoint.policy.to(device).eval() for checkpoint in checkpoints[1:])]
 
 
-def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple[Any, list[Any]]:
     """A system whose agents are still to be trained. Raises ConfigError for options that exclude each other."""
     from microglia.system import MicrogliaPruningSystem
 
@@ -151,7 +135,7 @@ def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[s
             "--train-pairs trains agents instead of loading them and keeps them in a folder; leave --model-path out "
             "and give --output-dir"
         )
-    return MicrogliaPruningSystem(model or "reasoner", **how), []
+    return MicrogliaPruningSystem(loading.model or "reasoner", **loading.arguments()), []
 
 
 def pairs(
@@ -163,24 +147,11 @@ def pairs(
 
     made = []
     most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
-    try:
-        for seed in seeds:
-            with progress(f"training, seed {seed}") as update:
-                made.append(
-                    trained_pair(
-                        dial,
-                        RECIPE,
-                        seed,
-                        output_dir / PAIRS / str(seed),
-                        base_model=source,
-                        data_dir=data_dir,
-                        on_log=partial(_steps, update, most),
-                    )
-                )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
-        ) from None
+    for seed in seeds:
+        with progress(f"training, seed {seed}", f"{output_dir / PAIRS} keeps the finished pairs: {GO_ON}") as update:
+            on_log = partial(_steps, update, most)
+            place = output_dir / PAIRS / str(seed)
+            made.append(trained_pair(dial, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
     return [pair.agents for pair in made], [pair.twin for pair in made]
 
 
@@ -189,15 +160,7 @@ def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
 
 
 def arena_of(
-    system: Any,
-    task: Any,
-    data_dir: Path | None,
-    split: str,
-    limit: int | None,
-    seed: int,
-    path: str,
-    batch_size: int,
-    max_new_tokens: int,
+    system: Any, examples: o.Examples, generation: o.Generation, answer_limit: float | None, num_runs: int
 ) -> tuple[Any, Any]:
     """The bench and its dial, and a function that draws training examples for criteria."""
     from microglia.compare import Arena
@@ -206,22 +169,23 @@ def arena_of(
     bench = Bench(
         system.model,
         system.tokenizer,
-        task,
-        task.load(split, limit=limit, seed=seed, data_dir=data_dir),
+        examples.task(),
+        examples.load(),
         system.look,
         system.fill,
         system.scope,
-        path,
-        batch_size,
-        max_new_tokens,
+        generation.path,
+        generation.batch_size,
+        generation.max_new_tokens,
+        answer_limit,
     )
-    held_out = "validation" if split != "validation" else "train"
-    dial = replace(bench, examples=task.load(held_out, limit=DIAL_PROMPTS, seed=seed, data_dir=data_dir))
+    held_out = "validation" if examples.split != "validation" else "train"
+    dial = replace(bench, examples=examples.load(held_out, limit=DIAL_PROMPTS), answer_room=None)
 
-    def examples(count: int | None, at: int) -> Any:
-        return task.load("train", limit=count, seed=at, data_dir=data_dir)
+    def training_examples(count: int | None, seed: int) -> Any:
+        return examples.load("train", limit=count, seed=seed)
 
-    return Arena(bench, dial, replace(system.gate, threshold=0.0)), examples
+    return Arena(bench, dial, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
 
 
 def records(data: dict[str, Any], around: dict[str, Any], seed: int) -> list[Any]:

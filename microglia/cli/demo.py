@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from microglia.cli import options as o
-from microglia.cli.verb import Interrupted, Outcome, progress, tell, verb
+from microglia.cli.verb import Outcome, progress, tell, verb
 
 ROWS = {
     "dense": "dense",
@@ -19,7 +19,7 @@ ROWS = {
 }
 
 
-@verb
+@verb()
 def demo(
     *,
     output_dir: Annotated[Path, typer.Option(help="Folder for the summary, the answers and the checkpoint.")] = Path(
@@ -34,13 +34,9 @@ def demo(
     """
     from microglia.demo import demo as run
 
-    try:
-        with progress("answering") as update:
-            summary = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; what was trained so far is in {output_dir}, run the demo again to start anew"
-        ) from None
+    stopped = f"what was trained so far is in {output_dir}, run the demo again to start anew"
+    with progress("answering", stopped) as update:
+        summary = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
     return Outcome(summary, (comparison(summary), picture(summary), cost(summary), verdict(summary)))
 
 

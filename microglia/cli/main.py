@@ -1,8 +1,10 @@
 """The `microglia` command. A verb is a function in its own file and a line in VERBS."""
 
-from typing import Annotated
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from microglia import __version__
 from microglia.cli.ablate import ablate
@@ -16,34 +18,44 @@ from microglia.cli.generate import generate
 from microglia.cli.inspect import inspect
 from microglia.cli.report import report
 from microglia.cli.serve import serve
+from microglia.cli.settings import present_name
 from microglia.cli.train import train
+from microglia.cli.verb import WRONG, tell
+from microglia.errors import MicrogliaError
 
-VERBS = (
-    demo,
-    train,
-    evaluate,
-    calibrate,
-    compare,
-    ablate,
-    generate,
-    benchmark,
-    inspect,
-    export,
-    serve,
-    report,
-)
+VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark, inspect, export, serve, report)
 
 
-def hyphenated(name: str) -> str:
-    """`--base_model`, as the original scripts spell it, is `--base-model`."""
-    return name.replace("_", "-")
+class OneSentence(TyperGroup):
+    """Wrong options end in one sentence, as all wrong requests do."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """The exit code, or the exit itself in standalone mode, as in typer."""
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except MicrogliaError as error:  # of a --config file, which is read before the verb begins
+            code = wrong(str(error))
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # typer's errors have no public class in common
+                raise
+            code = wrong(" ".join(error.format_message().split()))
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+
+def wrong(sentence: str) -> int:
+    """Say what is wrong; the exit code."""
+    tell(f"microglia: {sentence}")
+    return WRONG
 
 
 app = typer.Typer(
     help="Input-adaptive attention-head pruning: every head reads the prompt, those kept write the answer.",
+    cls=OneSentence,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": hyphenated, "help_option_names": ["-h", "--help"]},
+    context_settings={"token_normalize_func": present_name, "help_option_names": ["-h", "--help"]},
 )
 for command in VERBS:
     app.command()(command)

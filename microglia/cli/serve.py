@@ -3,7 +3,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,37 +14,39 @@ from microglia.errors import MicrogliaError
 API_KEY = "MICROGLIA_API_KEY"
 
 
-@verb
+@verb()
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder that `train` wrote, or a hub id.")],
     *,
-    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; anything but loopback needs an API key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
     name: Annotated[
-        str | None, typer.Option(help="The model's name in requests.", show_default="the checkpoint's")
+        str | None, typer.Option(help="Name of the model in requests.", show_default="the checkpoint's")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="What clients must send as bearer.", show_default=f"${API_KEY}")
+        str | None, typer.Option(help="Bearer token that clients must send.", show_default=f"${API_KEY}")
     ] = None,
     keep_ratio: o.KeepRatio = None,
     max_batch: Annotated[int, typer.Option(help="Prompts that are answered together.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Prompts in the queue; more get 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    max_waiting: Annotated[int, typer.Option(help="Prompts in the queue; more are refused with 429.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 1024,
     max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt.", show_default="the model's context")
+        int | None, typer.Option(help="Longest prompt in tokens.", show_default="the model's context")
     ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request.")] = 1 << 20,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest request in bytes.")] = 1 << 20,
     batch_by: Annotated[
-        str, typer.Option(help="settings, or decision: under load, prompts that keep as many heads together.")
+        Literal["settings", "decision"],
+        typer.Option(
+            help="settings: in order of arrival. decision: under load, prompts that keep as many heads together."
+        ),
     ] = "settings",
     grace: Annotated[
-        float | None, typer.Option(help="Seconds for running answers at the end.", show_default="all they need")
+        float | None,
+        typer.Option(help="Seconds that running answers get at the end.", show_default="all they need"),
     ] = None,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    loading: o.Loading,
 ) -> Outcome:
     """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.
 
@@ -71,7 +73,7 @@ def serve(
         batch_by=batch_by,
         grace=grace,
     )
-    system = o.load(checkpoint, model, **o.loading(device, dtype, trust_remote_code, quantize))
+    system = loading.system(checkpoint)
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)
     app = create_app(pruned_model(system), config)

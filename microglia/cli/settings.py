@@ -1,0 +1,104 @@
+"""Files of settings: what --config reads, and what `microglia train` writes beside a run."""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from microglia.errors import ConfigError, MicrogliaError
+
+NOT_SET = {"config", "help_all", "help"}  # options that no file can set
+
+
+# Spellings of the original project's scripts and of microglia 0.1.0: of options, of verbs and of choices.
+RENAMED = {
+    "base-model": "model",
+    "checkpoint": "model-path",
+    "path": "execution",
+    "graph": "captured",
+    "features": "signals",
+    "answer-room": "answer-limit",
+}
+
+
+def present_name(name: str) -> str:
+    """`base_model` → `model`: a name as it is spelled today."""
+    hyphenated = name.replace("_", "-")
+    return RENAMED.get(hyphenated, hyphenated)
+
+
+def load_settings(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's values the defaults of this call. Raises ConfigError for names that the verb does not have."""
+    if path is not None and not context.resilient_parsing:
+        options = {str(option.name): option for option in context.command.params if option.name not in NOT_SET}
+        context.default_map = {}
+        for name, value in read_settings(path).items():
+            option = options.get(present_name(str(name)).replace("-", "_"))
+            if option is None:
+                close = difflib.get_close_matches(str(name).replace("_", "-"), [o.replace("_", "-") for o in options])
+                advice = f"did you mean {close[0]}" if close else f"see microglia {context.info_name} --help"
+                raise ConfigError(f"{path} sets {name}, which is no option of {context.info_name}; {advice}")
+            several = getattr(option, "multiple", False) or option.nargs != 1
+            context.default_map[str(option.name)] = as_given(value, several)
+    return path
+
+
+def as_given(value: Any, several: bool) -> Any:
+    """A value of a file as the command line would give it: lists are separated by commas or repeated."""
+    if isinstance(value, list):
+        words = [str(item) for item in value]
+        return words if several else ",".join(words)
+    return value if value is None or isinstance(value, bool) else [str(value)] if several else str(value)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML or TOML file. Raises ConfigError when it holds none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        else:
+            import yaml
+
+            try:
+                values = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(error) from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise ConfigError(f"--config {path} cannot be read ({reason}); give a YAML or TOML file of options") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} holds no options; write one `name: value` in each line")
+    return values
+
+
+def write_settings(path: Path, verb: str, settings: dict[str, Any]) -> None:
+    """Write all settings that have a value, so that `microglia VERB --config path` repeats the run."""
+    import yaml
+
+    from microglia.checkpoint import write_atomically
+
+    plain = {name.replace("_", "-"): _plain(value) for name, value in settings.items() if value is not None}
+    header = f"# microglia {verb} --config {path.name} repeats this run; options on the command line override.\n"
+    text = header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise MicrogliaError(f"{path} cannot be written ({error.strerror}); give another --output-dir") from error
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        callback=load_settings,
+        is_eager=True,
+        help="YAML or TOML file of options; those on the command line override it.",
+    ),
+]
