@@ -22,24 +22,21 @@ DIAL_PROMPTS = 200
 @verb()
 def ablate(
     *,
-    output_dir: Annotated[Path, typer.Option(help="Folder for results and records.")] = Path("runs/ablation"),
+    output_dir: Annotated[Path, "Folder for results and records."] = Path("runs/ablation"),
     vary: Annotated[
         o.Many,
-        typer.Option(
-            help="What to vary: beta=0,0.1; repeat it for more.",
-            show_default="alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
-        ),
+        "What to vary: beta=0,0.1; repeat it for more.",
+        "alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
     ] = None,
     base: Annotated[
-        o.Many,
-        typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's"),
+        o.Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
     ] = None,
     full_grid: Annotated[
         bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
     ] = False,
-    seeds: Annotated[o.Many, typer.Option(help="Seeds of the trainings: 0,1,2.", show_default="0")] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Keep ratio at which all are compared.")] = 0.75,
-    own: Annotated[bool, typer.Option(help="Judge each at the keep ratio of its own training as well.")] = True,
+    seeds: Annotated[o.Many, "Seeds of the trainings: 0,1,2.", "0"] = None,
+    keep_ratio: Annotated[float, "Keep ratio at which all are compared."] = 0.75,
+    own: Annotated[bool, "Judge each at the keep ratio of its own training as well."] = True,
     answer_limit: o.AnswerLimit = None,
     examples: o.Examples = o.Examples(split="validation"),
     generation: Annotated[o.Generation, Fields(without=("execution",))],
@@ -70,9 +67,8 @@ def ablate(
     usual = {max(1, site.geometry.heads // 8) for site in find_sites(lm)}
     usual_bucket = usual.pop() if len(usual) == 1 else None
     wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
-    how_many = {"batch_size": generation.batch_size, "max_new_tokens": generation.max_new_tokens}
-    bench = Bench(lm, tokenizer, task, examples.load(), answer_room=answer_limit, **how_many)
-    others = examples.load("train", limit=DIAL_PROMPTS, seed=examples.seed + 1)
+    bench = Bench(lm, tokenizer, task, examples.load(), answer_room=answer_limit, **generation.how())
+    others = examples.load(split="train", limit=DIAL_PROMPTS, seed=examples.seed + 1)
     ground = Ground(
         lambda: load_model(model, **how),
         bench,

@@ -24,27 +24,19 @@ def benchmark(
     model_path: o.CheckpointPath = None,
     random_weights: Annotated[
         str | None,
-        typer.Option(
-            help="Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
-            show_default="phi3-mini, 4 layers",
-        ),
+        "Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
+        "phi3-mini, 4 layers",
     ] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of its layers.", show_default="all")] = None,
-    keep_ratio: Annotated[
-        o.Many,
-        typer.Option(help="One or several keep ratios: 0.75,0.5.", show_default="0.75, or as the checkpoint decides"),
-    ] = None,
-    batch_sizes: Annotated[o.Many, typer.Option(help="Batch sizes: 1,8.", show_default="1")] = None,
-    context: Annotated[o.Many, typer.Option(help="Lengths of the prompt in tokens.", show_default="128,1024")] = None,
+    keep_ratio: Annotated[o.Many, "One or several keep ratios: 0.75,0.5.", "0.75, or as the checkpoint decides"] = None,
+    batch_sizes: Annotated[o.Many, "Batch sizes: 1,8.", "1"] = None,
+    context: Annotated[o.Many, "Lengths of the prompt in tokens.", "128,1024"] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer in tokens.")] = 64,
     num_runs: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 20,
     per_row: Annotated[
         bool, typer.Option("--per-row", help="Every row of a batch decides for itself; otherwise all rows together.")
     ] = False,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="File of records to append to, e.g. results/cpu.jsonl.", show_default="none"),
-    ] = None,
+    output: Annotated[Path | None, "File of records to append to, e.g. results/cpu.jsonl.", "none"] = None,
     seed: o.Seed = 0,
     loading: Annotated[o.Loading, Fields(defaults={"dtype": "bfloat16 for random weights"})],
 ) -> Outcome:
@@ -131,7 +123,7 @@ def views(report: Any) -> list[Any]:
     ]
     for start in range(0, len(report.rows), len(VARIANTS)):
         rows = report.rows[start : start + len(VARIANTS)]
-        parts += ["", table(rows), summary(rows)]
+        parts += ["", variants(rows), summary(rows)]
     parts += [
         "",
         "speed-up: dense time ÷ this time, median of interleaved pairs. ceiling: its best possible value, by bytes.",

@@ -8,10 +8,10 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
-from typer.models import OptionInfo
+from typer.models import ParameterInfo
 
 from microglia.errors import ConfigError
 
@@ -25,6 +25,7 @@ class Fields:
     names: Mapping[str, str] = field(default_factory=dict)
     without: Sequence[str] = ()
     defaults: Mapping[str, str] = field(default_factory=dict)
+    panel: str | None = None
 
 
 class Bundle:
@@ -40,15 +41,16 @@ class Bundle:
         """One keyword parameter with a typer option per field."""
         hints = get_type_hints(self.kind, include_extras=True)
         for name, default in self._defaults():
-            kind, *notes = get_args(hints[name]) if get_origin(hints[name]) is Annotated else (hints[name],)
-            option = next((copy(note) for note in notes if isinstance(note, OptionInfo)), None)
-            option = option or typer.Option(help=next((note for note in notes if isinstance(note, str)), None))
+            kind, option = as_option(hints[name])
             option.show_default = self.how.defaults.get(name, default is None and option.show_default)
             option.show_default = option.show_default or default is not None
             if kind == PAIR:
                 kind, default, option.metavar = str, ",".join(map(str, default)), "START,END"
-            option.rich_help_panel = getattr(self.kind, "panel", self.kind.__name__)
-            yield keyword(self.how.names.get(name, name), Annotated[kind, option], default)
+            option.rich_help_panel = self.how.panel or getattr(self.kind, "panel", None)
+            name = self.how.names.get(name, name)
+            if kind is bool and not option.param_decls:
+                option.param_decls = (f"--{name.replace('_', '-')}",)  # without a --no-… beside it
+            yield keyword(name, Annotated[kind, option], default)
 
     def take(self, options: dict[str, Any]) -> Any:
         """The value of this bundle; takes its options away. Raises ConfigError for a pair that is none."""
@@ -63,6 +65,15 @@ class Bundle:
             if item.name not in self.how.without:
                 default = item.default if self.given is None else getattr(self.given, item.name)
                 yield item.name, None if default is MISSING else default
+
+
+def as_option(annotation: Any) -> tuple[Any, Any]:
+    """The type and the typer option of `Annotated[type, "Help.", "text that stands for the default"]`, or of a type."""
+    kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
+    if notes and isinstance(notes[0], ParameterInfo):
+        return kind, copy(notes[0])
+    text, default = (*notes, None, True)[:2] if notes else (None, True)
+    return kind, typer.Option(help=text, show_default=True if default is None else default)
 
 
 def pair(name: str, text: str, default: tuple[float, float]) -> tuple[float, float]:
@@ -86,14 +97,16 @@ def command_line(
             bundles[name] = bundle
             parameters += bundle.parameters()
         elif name != "settings":
-            parameters.append(parameter)
+            parameters.append(parameter.replace(annotation=Annotated[as_option(parameter.annotation)]))
     parameters += [keyword(name, kind, default) for name, (kind, default) in common.items()]
     if shown is not None:
         rest = [p for p in parameters if p.name not in {*shown, *common}]
         for parameter in parameters:
             option = get_args(parameter.annotation)[1]
             if parameter.name in shown:
-                option.rich_help_panel = None  # so that the few stand together
+                option.rich_help_panel = None  # so that the few stand together, in narrow columns
+                if get_origin(get_args(parameter.annotation)[0]) is Literal:
+                    option.metavar = "<name>"
             old, option.hidden = option.hidden, parameter in rest
             if old:
                 rest.remove(parameter)

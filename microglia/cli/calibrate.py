@@ -23,25 +23,18 @@ Examples = Annotated[o.Examples, Fields(without=("shots", "question_field", "ans
 def calibrate(
     *,
     model_path: o.CheckpointPath = None,
-    max_drop: Annotated[float, typer.Option(help="Largest loss of accuracy; 0.02 is two points.")] = 0.02,
-    confidence: Annotated[float, typer.Option(help="Confidence of the promise.")] = 0.95,
+    max_drop: Annotated[float, "Largest loss of accuracy; 0.02 is two points."] = 0.02,
+    confidence: Annotated[float, "Confidence of the promise."] = 0.95,
     keep_ratio: Annotated[
-        float | None,
-        typer.Option(help="Set this keep ratio instead, and say what it may lose.", show_default="by the promise"),
+        float | None, "Set this keep ratio instead, and say what it may lose.", "by the promise"
     ] = None,
     latency_ratio: Annotated[
-        float | None,
-        typer.Option(
-            help="Or reach this speed-up of a decode step, dense time divided by pruned time.",
-            show_default="by the promise",
-        ),
+        float | None, "Or reach this speed-up of a decode step, dense time divided by pruned time.", "by the promise"
     ] = None,
     settings_to_try: Annotated[
         o.Many, typer.Option("--settings", help="Keep ratios to try.", show_default="0.95,0.9,…,0.3")
     ] = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the result.", show_default="the checkpoint itself")
-    ] = None,
+    output_dir: Annotated[Path | None, "Folder for the result.", "the checkpoint itself"] = None,
     examples: Examples = o.Examples(split="validation"),
     generation: o.Generation,
     loading: o.Unquantised,
@@ -70,13 +63,8 @@ def calibrate(
             keep_ratio=keep_ratio,
             latency_ratio=latency_ratio,
             keep_ratios=ratios,
-            split=examples.split,
-            limit=examples.limit,
-            seed=examples.seed,
-            data_dir=examples.data_dir,
-            path=generation.path,
-            batch_size=generation.batch_size,
-            max_new_tokens=generation.max_new_tokens,
+            **examples.which(),
+            **generation.how(),
             ledger=folder / LEDGER,
             progress=update,
         )

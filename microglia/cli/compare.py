@@ -22,31 +22,23 @@ DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a thresh
 @verb()
 def compare(
     *,
-    model_path: Annotated[o.Many, typer.Option(help="Checkpoint with agents; one, or one per seed.")] = None,
+    model_path: Annotated[o.Many, "Checkpoint with agents; one, or one per seed."] = None,
     train_pairs: Annotated[
         bool,
         typer.Option(
             "--train-pairs", help="Instead train agents and static baseline anew for each seed, as the demo does."
         ),
     ] = False,
-    policies: Annotated[
-        o.Many, typer.Option(help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random")
-    ] = None,
+    policies: Annotated[o.Many, "Criteria (norm,taylor:per-input) or name=FOLDER.", "random"] = None,
     keep_ratios: Annotated[
         o.Many,
         typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5"),
     ] = None,
-    at_keep_ratio: Annotated[
-        float | None,
-        typer.Option(help="Keep ratio at which adaptivity is judged.", show_default="what the agents keep"),
-    ] = None,
-    seeds: Annotated[o.Many, typer.Option(help="Seeds of the policies: 0,1,2.", show_default="0")] = None,
+    at_keep_ratio: Annotated[float | None, "Keep ratio at which adaptivity is judged.", "what the agents keep"] = None,
+    seeds: Annotated[o.Many, "Seeds of the policies: 0,1,2.", "0"] = None,
     num_runs: Annotated[int, typer.Option(min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
-    output_dir: Annotated[
-        Path | None,
-        typer.Option(help="Folder for records, and to go on from after an interruption.", show_default="none"),
-    ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    output_dir: Annotated[Path | None, "Folder for records, and to go on from after an interruption.", "none"] = None,
+    plot: Annotated[Path | None, "Picture to write: .png, .svg or .pdf."] = None,
     answer_limit: o.AnswerLimit = None,
     examples: o.Examples,
     generation: o.Generation,
@@ -85,7 +77,7 @@ def compare(
         twins=twins,
     )
     at = choose(arena, own[0], ratios, at_keep_ratio)
-    about = {**vars(examples), "path": generation.path, "fill": system.fill, "scope": system.scope}
+    about = {**vars(examples), "path": generation.how()["path"], "fill": system.fill, "scope": system.scope}
     about |= {"look": asdict(system.look), "max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
     about |= {"base_model": system.source, "bucket": system.gate.bucket}
     place = None if output_dir is None else output_dir / CELLS
@@ -174,16 +166,14 @@ def arena_of(
         system.look,
         system.fill,
         system.scope,
-        generation.path,
-        generation.batch_size,
-        generation.max_new_tokens,
-        answer_limit,
+        answer_room=answer_limit,
+        **generation.how(),
     )
     held_out = "validation" if examples.split != "validation" else "train"
-    dial = replace(bench, examples=examples.load(held_out, limit=DIAL_PROMPTS), answer_room=None)
+    dial = replace(bench, examples=examples.load(split=held_out, limit=DIAL_PROMPTS), answer_room=None)
 
     def training_examples(count: int | None, seed: int) -> Any:
-        return examples.load("train", limit=count, seed=seed)
+        return examples.load(split="train", limit=count, seed=seed)
 
     return Arena(bench, dial, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
 

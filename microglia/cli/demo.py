@@ -22,9 +22,7 @@ ROWS = {
 @verb()
 def demo(
     *,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the summary, the answers and the checkpoint.")] = Path(
-        "runs/demo"
-    ),
+    output_dir: Annotated[Path, "Folder for the summary, the answers and the checkpoint."] = Path("runs/demo"),
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
     seed: o.Seed = 0,
 ) -> Outcome:

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
 from rich.table import Table
 
 from microglia.cli import options as o
@@ -15,15 +14,13 @@ from microglia.cli.verb import Outcome, finite, progress, verb
 def evaluate(
     *,
     model_path: o.CheckpointPath = None,
-    output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for records and answers.", show_default="none")
-    ] = None,
+    output_dir: Annotated[Path | None, "Folder for records and answers.", "none"] = None,
     keep_ratio: o.KeepRatio = None,
     scoring: Annotated[
         Literal["generation", "likelihood", "likelihood-per-character"],
-        typer.Option(help="Judge generated answers, or the likelihood of each choice."),
+        "Judge generated answers, or the likelihood of each choice.",
     ] = "generation",
-    dense: Annotated[bool, typer.Option(help="Answer with the dense model too.")] = True,
+    dense: Annotated[bool, "Answer with the dense model too."] = True,
     examples: o.Examples,
     generation: o.Generation,
     loading: o.Loading,
@@ -42,14 +39,9 @@ def evaluate(
     with progress("evaluating", "no result was written, start again, with a smaller --limit perhaps") as update:
         result = system.evaluate(
             task,
-            split=examples.split,
-            limit=examples.limit,
-            seed=examples.seed,
-            data_dir=examples.data_dir,
-            path=generation.path,
+            **examples.which(),
+            **generation.how(),
             keep_ratio=keep_ratio,
-            batch_size=generation.batch_size,
-            max_new_tokens=generation.max_new_tokens,
             dense=dense,
             scoring=scoring,
             progress=update,

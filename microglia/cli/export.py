@@ -21,19 +21,18 @@ TASK = Fields(without=("shots", "question_field", "answer_field"), defaults={"da
 def export(
     checkpoint: Annotated[str | None, typer.Argument(help="Folder that `train` wrote, or a hub id.")] = None,
     *,
-    format: Annotated[Literal["hf", "onnx", "gguf"], typer.Option(help="Format of the files.")] = "hf",
+    format: Annotated[Literal["hf", "onnx", "gguf"], "Format of the files."] = "hf",
     plan: Annotated[
-        Literal["mean", "task", "prompt"],
-        typer.Option(help="Keep what is kept on average, for a task, or for one prompt."),
+        Literal["mean", "task", "prompt"], "Keep what is kept on average, for a task, or for one prompt."
     ] = "mean",
-    output_dir: Annotated[Path, typer.Option(help="An empty or a new folder.")] = Path("exported"),
-    prompt: Annotated[str | None, typer.Option(help="The question of --plan prompt.")] = None,
+    output_dir: Annotated[Path, "An empty or a new folder."] = Path("exported"),
+    prompt: Annotated[str | None, "The question of --plan prompt."] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts of --plan task.")] = 64,
     keep_ratio: o.KeepRatio = None,
     evaluate: Annotated[
         int, typer.Option(min=0, help="Number of test examples on which to compare with the dense model.")
     ] = 0,
-    check: Annotated[bool, typer.Option(help="Read the export back and compare.")] = True,
+    check: Annotated[bool, "Read the export back and compare."] = True,
     model_path: o.CheckpointPath = None,
     seed: o.Seed = 0,
     task_options: Annotated[o.TaskOptions, TASK] = o.TaskOptions(dataset=""),

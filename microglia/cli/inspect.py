@@ -18,8 +18,8 @@ def inspect(
         str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint folder.", show_default="reasoner")
     ] = "reasoner",
     *,
-    prompt: Annotated[str | None, typer.Option(help="Which heads of a checkpoint this prompt keeps, and why.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Picture of that to write: .png, .svg or .pdf.")] = None,
+    prompt: Annotated[str | None, "Which heads of a checkpoint this prompt keeps, and why."] = None,
+    png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
     site: Annotated[int | None, typer.Option(min=0, help="One site of it, head by head.")] = None,
     keep_ratio: o.KeepRatio = None,
     raw: o.Raw = False,

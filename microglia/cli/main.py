@@ -21,7 +21,6 @@ from microglia.cli.serve import serve
 from microglia.cli.settings import present_name
 from microglia.cli.train import train
 from microglia.cli.verb import WRONG, tell
-from microglia.errors import MicrogliaError
 
 VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark, inspect, export, serve, report)
 
@@ -29,25 +28,19 @@ VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark,
 class OneSentence(TyperGroup):
     """Wrong options end in one sentence, as all wrong requests do."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """The exit code, or the exit itself in standalone mode, as in typer."""
+        standalone = extra.pop("standalone_mode", True)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
-        except MicrogliaError as error:  # of a --config file, which is read before the verb begins
-            code = wrong(str(error))
+            code = super().main(*args, **{**extra, "standalone_mode": False})
         except Exception as error:
             if not hasattr(error, "format_message"):  # typer's errors have no public class in common
                 raise
-            code = wrong(" ".join(error.format_message().split()))
-        if standalone_mode:
+            tell("microglia: " + " ".join(error.format_message().split()).replace("Value error, ", ""))
+            code = WRONG
+        if standalone:
             sys.exit(code)
         return code
-
-
-def wrong(sentence: str) -> int:
-    """Say what is wrong; the exit code."""
-    tell(f"microglia: {sentence}")
-    return WRONG
 
 
 app = typer.Typer(

@@ -18,20 +18,15 @@ CheckpointPath = Annotated[
 ]
 AnswerLimit = Annotated[
     float | None,
-    typer.Option(
-        help="Stop an answer at so many times the length of its worked answer, which saves time on hurt models.",
-        show_default="no limit",
-    ),
+    "Stop an answer at so many times the length of its worked answer, which saves time on hurt models.",
+    "no limit",
 ]
 KeepRatio = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of heads to keep on average; prompts still differ.", show_default="as the checkpoint decides"
-    ),
+    float | None, "Share of heads to keep on average; prompts still differ.", "as the checkpoint decides"
 ]
 Raw = Annotated[bool, typer.Option("--raw", help="The prompt is complete: put no template around it.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Seed = Annotated[int, "Seed of everything that is drawn."]
 
 
 @dataclass(frozen=True)
@@ -40,26 +35,14 @@ class Loading:
 
     panel: ClassVar = "Model"
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id, local folder, or reasoner, the model that ships with microglia.",
-            show_default="the checkpoint's",
-        ),
+        str | None, "Hub id, local folder, or reasoner, which comes with microglia.", "the checkpoint's"
     ] = None
-    device: Annotated[
-        str | None, typer.Option(help="Device: cpu, cuda, cuda:1, …", show_default="cuda if there is one")
-    ] = None
+    device: Annotated[str | None, "Device: cpu, cuda, cuda:1, …", "cuda if there is one"] = None
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Type of the weights.", show_default="float32 on a CPU, else as stored"),
+        Literal["float32", "bfloat16", "float16"] | None, "Type of the weights.", "float32 on a CPU, else as stored"
     ] = None
-    quantize: Annotated[
-        Literal["int8", "int4"] | None,
-        typer.Option(help="Quantise the weights, by torchao.", show_default="as stored"),
-    ] = None
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
-    ] = False
+    quantize: Annotated[Literal["int8", "int4"] | None, "Quantise the weights, by torchao.", "as stored"] = None
+    trust_remote_code: Annotated[bool, "Run code that comes with a hub model."] = False
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of the system, without the model. Raises ConfigError for a device that does not exist."""
@@ -92,20 +75,11 @@ class TaskOptions:
     """A task and where its files are."""
 
     panel: ClassVar = "Task"
-    dataset: Annotated[
-        str, f"Task: {', '.join(TASKS)}. arithmetic is generated and needs no network; jsonl is a file of your own."
-    ] = "arithmetic"
-    data_dir: Annotated[
-        Path | None,
-        typer.Option(help="Local folder with the task's files, or a JSONL file.", show_default="the hub"),
-    ] = None
+    dataset: Annotated[str, f"Task: {', '.join(TASKS)} (your own file)."] = "arithmetic"
+    data_dir: Annotated[Path | None, "Folder with its files, or a file.", "the hub"] = None
     shots: Annotated[int, typer.Option(min=0, help="Solved examples at the start of every prompt.")] = 0
-    question_field: Annotated[
-        str | None, typer.Option(help="Field of a jsonl file with the question.", show_default="question")
-    ] = None
-    answer_field: Annotated[
-        str | None, typer.Option(help="Field of a jsonl file with the answer.", show_default="answer")
-    ] = None
+    question_field: Annotated[str | None, "Field of a jsonl file with the question.", "question"] = None
+    answer_field: Annotated[str | None, "Field of a jsonl file with the answer.", "answer"] = None
 
     def task(self) -> Any:
         """The task of these options."""
@@ -118,13 +92,16 @@ class Examples(TaskOptions):
     """Examples of a task."""
 
     split: Annotated[str, "Part of the data: train, validation or test."] = "test"
-    limit: Annotated[int | None, typer.Option(help="Number of examples.", show_default="all")] = None
+    limit: Annotated[int | None, "Number of examples.", "all"] = None
     seed: Annotated[int, "Seed of everything that is drawn."] = 0
 
-    def load(self, split: str | None = None, **changes: Any) -> Sequence[Any]:
-        """These examples, or those of another split."""
-        how = {"limit": self.limit, "seed": self.seed, "data_dir": self.data_dir, **changes}
-        return self.task().load(split or self.split, **how)
+    def which(self) -> dict[str, Any]:
+        """Keyword arguments that say which examples."""
+        return {name: getattr(self, name) for name in ("split", "limit", "seed", "data_dir")}
+
+    def load(self, **changes: Any) -> Sequence[Any]:
+        """These examples, or others of the task."""
+        return self.task().load(**{**self.which(), **changes})
 
 
 @dataclass(frozen=True)
@@ -140,10 +117,10 @@ class Generation:
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 32
 
-    @property
-    def path(self) -> str:
-        """The execution by its name in the library."""
-        return "graph" if self.execution == "captured" else self.execution
+    def how(self) -> dict[str, Any]:
+        """Keyword arguments of the library, with its names of the executions."""
+        path = "graph" if self.execution == "captured" else self.execution
+        return {"path": path, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True)
@@ -151,10 +128,9 @@ class PrunerOptions:
     """What decides, by which signals, and how heads are pruned."""
 
     panel: ClassVar = "Pruner"
-    policy: Annotated[
-        Literal["agents", "mixture"],
-        "agents: an MLP per layer. mixture: learned masks, mixed per prompt.",
-    ] = "agents"
+    policy: Annotated[Literal["agents", "mixture"], "agents (an MLP per layer) or mixture (of learned masks)."] = (
+        "agents"
+    )
     hidden_dim: Annotated[
         int | None,
         typer.Option(
@@ -167,10 +143,7 @@ class PrunerOptions:
     window: Annotated[
         int, typer.Option(min=0, help="Last prompt tokens over which the entropy is taken; 0 takes all.")
     ] = 64
-    bucket: Annotated[
-        int | None,
-        typer.Option(help="Counts of kept heads are rounded up to multiples of it.", show_default="heads / 8"),
-    ] = None
+    bucket: Annotated[int | None, "Counts of kept heads are rounded up to multiples of it.", "heads / 8"] = None
     fill: Annotated[
         Literal["zero", "mean"], "What stands for the output of a pruned head: zero, or its mean over the prompt."
     ] = "zero"

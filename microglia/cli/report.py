@@ -12,10 +12,8 @@ from microglia.cli.verb import Outcome, facts, verb
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that microglia wrote, or files of records.")],
     *,
-    output: Annotated[Path, typer.Option(help="Page to write.")] = Path("report.html"),
-    title: Annotated[
-        str | None, typer.Option(help="Title of the page.", show_default="What the microglia kept")
-    ] = None,
+    output: Annotated[Path, "Page to write."] = Path("report.html"),
+    title: Annotated[str | None, "Title of the page.", "What the microglia kept"] = None,
 ) -> Outcome:
     """Write one HTML page of records: accuracy, fronts, heads, training, time and memory. Needs no network.
 

@@ -18,34 +18,21 @@ API_KEY = "MICROGLIA_API_KEY"
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder that `train` wrote, or a hub id.")],
     *,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; anything but loopback needs an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="Name of the model in requests.", show_default="the checkpoint's")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="Bearer token that clients must send.", show_default=f"${API_KEY}")
-    ] = None,
+    host: Annotated[str, "Address to listen on; anything but loopback needs an API key."] = "127.0.0.1",
+    port: Annotated[int, "Port to listen on; 0 takes a free one."] = 8000,
+    name: Annotated[str | None, "Name of the model in requests.", "the checkpoint's"] = None,
+    api_key: Annotated[str | None, "Bearer token that clients must send.", f"${API_KEY}"] = None,
     keep_ratio: o.KeepRatio = None,
-    max_batch: Annotated[int, typer.Option(help="Prompts that are answered together.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Prompts in the queue; more are refused with 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer in tokens.")] = 1024,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt in tokens.", show_default="the model's context")
-    ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request in bytes.")] = 1 << 20,
+    max_batch: Annotated[int, "Prompts that are answered together."] = 16,
+    max_waiting: Annotated[int, "Prompts in the queue; more are refused with 429."] = 64,
+    max_new_tokens: Annotated[int, "Longest answer in tokens."] = 1024,
+    max_prompt_tokens: Annotated[int | None, "Longest prompt in tokens.", "the model's context"] = None,
+    max_body_bytes: Annotated[int, "Largest request in bytes."] = 1 << 20,
     batch_by: Annotated[
         Literal["settings", "decision"],
-        typer.Option(
-            help="settings: in order of arrival. decision: under load, prompts that keep as many heads together."
-        ),
+        "settings: in order of arrival. decision: under load, prompts that keep as many heads together.",
     ] = "settings",
-    grace: Annotated[
-        float | None,
-        typer.Option(help="Seconds that running answers get at the end.", show_default="all they need"),
-    ] = None,
+    grace: Annotated[float | None, "Seconds that running answers get at the end.", "all they need"] = None,
     loading: o.Loading,
 ) -> Outcome:
     """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.

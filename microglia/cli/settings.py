@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.errors import MicrogliaError
 
 NOT_SET = {"config", "help_all", "help"}  # options that no file can set
 
@@ -19,6 +19,7 @@ RENAMED = {
     "path": "execution",
     "graph": "captured",
     "features": "signals",
+    "gate": "estimator",
     "answer-room": "answer-limit",
 }
 
@@ -30,7 +31,7 @@ def present_name(name: str) -> str:
 
 
 def load_settings(context: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's values the defaults of this call. Raises ConfigError for names that the verb does not have."""
+    """Make the file's values the defaults of this call. Names that the verb does not have are refused."""
     if path is not None and not context.resilient_parsing:
         options = {str(option.name): option for option in context.command.params if option.name not in NOT_SET}
         context.default_map = {}
@@ -39,7 +40,7 @@ def load_settings(context: typer.Context, path: Path | None) -> Path | None:
             if option is None:
                 close = difflib.get_close_matches(str(name).replace("_", "-"), [o.replace("_", "-") for o in options])
                 advice = f"did you mean {close[0]}" if close else f"see microglia {context.info_name} --help"
-                raise ConfigError(f"{path} sets {name}, which is no option of {context.info_name}; {advice}")
+                raise typer.BadParameter(f"{path} sets {name}, which is no option of {context.info_name}; {advice}")
             several = getattr(option, "multiple", False) or option.nargs != 1
             context.default_map[str(option.name)] = as_given(value, several)
     return path
@@ -54,7 +55,7 @@ def as_given(value: Any, several: bool) -> Any:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML or TOML file. Raises ConfigError when it holds none."""
+    """The names and values of a YAML or TOML file. Raises BadParameter when it holds none."""
     try:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
@@ -68,9 +69,9 @@ def read_settings(path: Path) -> dict[str, Any]:
                 raise ValueError(error) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise ConfigError(f"--config {path} cannot be read ({reason}); give a YAML or TOML file of options") from error
+        raise typer.BadParameter(f"{path} cannot be read ({reason}); give a YAML or TOML file of options") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} holds no options; write one `name: value` in each line")
+        raise typer.BadParameter(f"{path} holds no options; write one `name: value` in each line")
     return values
 
 
@@ -99,6 +100,6 @@ Config = Annotated[
         "--config",
         callback=load_settings,
         is_eager=True,
-        help="YAML or TOML file of options; those on the command line override it.",
+        help="File of options, YAML or TOML.",
     ),
 ]

@@ -20,7 +20,10 @@ SHOWN = (
     *("batch_size", "learning_rate", "seed", "resume"),
 )
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
-Training = Annotated[TrainingConfig, Fields(names={"epochs": "num_epochs"}, without=("scope", "fill"))]
+Training = Annotated[
+    TrainingConfig,
+    Fields(names={"epochs": "num_epochs", "gate": "estimator"}, without=("scope", "fill"), panel="Training"),
+]
 Old = typer.Option(hidden=True)
 
 
@@ -29,11 +32,11 @@ def train(
     *,
     loading: o.Unquantised = o.Loading(model="reasoner"),
     task: o.TaskOptions,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the checkpoint.")] = Path("checkpoints"),
+    output_dir: Annotated[Path, "Folder for the checkpoint."] = Path("checkpoints"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     training: Training,
     pruner: o.PrunerOptions,
-    num_heads: Annotated[int | None, typer.Option(help="Heads of a layer, checked against the model.")] = None,
+    num_heads: Annotated[int | None, "Heads of a layer, checked against the model."] = None,
     alpha_min: Annotated[float | None, Old] = None,
     alpha_max: Annotated[float | None, Old] = None,
     scope: Annotated[str | None, Old] = None,

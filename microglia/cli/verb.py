@@ -24,8 +24,8 @@ from microglia.errors import ConfigError, MicrogliaError
 WRONG, INTERRUPTED = 2, 130  # exit codes; 2 is also what typer uses for wrong options
 GO_ON = "go on with the same command"  # the end of sentences about interruptions
 SHARED = {"train", "evaluate"}  # the verbs that several processes do together
-AsJson = Annotated[bool, typer.Option("--json", help="Write one JSON object to stdout and nothing else.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and what the libraries below say.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and warnings.")]
 COMMON = {"config": (Config, None), "as_json": (AsJson, False), "verbose": (Verbose, False)}
 NOT_SETTINGS = {"config", "help_all"}
 

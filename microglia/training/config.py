@@ -18,14 +18,14 @@ ABOVE_ZERO = (
 class TrainingConfig:
     """Defaults are the recipe that the demo uses; see docs/recipe.md for what was tried.
 
-    The sentence beside a field is its description everywhere: here, in `microglia train --help-all` and in the reference.
+    The sentence beside a field is its description everywhere: here and in `microglia train --help-all`.
     """
 
-    epochs: Annotated[float, "Passes over the training examples."] = 3.0
-    max_steps: Annotated[int, "Optimiser steps; if positive, used instead of epochs."] = -1
-    batch_size: Annotated[int, "Examples of a step, all processes together."] = 16
-    learning_rate: Annotated[float, "Learning rate of the agents."] = 3e-3
-    limit: Annotated[int | None, "Training examples to use; all if not given."] = None
+    epochs: Annotated[float, "Passes over the examples."] = 3.0
+    max_steps: Annotated[int, "Steps, instead of epochs if positive."] = -1
+    batch_size: Annotated[int, "Examples per step, over all processes."] = 16
+    learning_rate: Annotated[float, "Agents' learning rate."] = 3e-3
+    limit: Annotated[int | None, "Training examples; all if not given."] = None
     alpha: Annotated[
         tuple[float, float], "Weight of the sparsity loss (the mean keep probability) at the start and at the end."
     ] = (0.01, 0.3)
@@ -44,7 +44,7 @@ class TrainingConfig:
     noise: Annotated[
         tuple[float, float], "Scale of the logistic noise on the gates' logits at the start and at the end."
     ] = (1.0, 0.0)
-    keep_ratio: Annotated[float | None, "Share of heads to steer to; alpha is then unused."] = None
+    keep_ratio: Annotated[float | None, "Target share of heads; replaces alpha."] = None
     ramp: Annotated[
         float, "Share of the steps over which the target keep ratio falls from 1; 0 applies it from the first step."
     ] = 0.5
@@ -53,13 +53,13 @@ class TrainingConfig:
     fill: str = "zero"
     lora: Annotated[
         Literal["none", "first", "joint"],
-        "LoRA: none, first (before the agents) or joint (with them).",
+        "none, first (before the agents), joint.",
     ] = "none"
     lora_rank: Annotated[int, "Rank of the LoRA adapters."] = 8
-    lora_steps: Annotated[int, "Steps of LoRA training on the dense model before the agents' (lora first)."] = 100
+    lora_steps: Annotated[int, "Steps of LoRA training on the dense model, with --lora first."] = 100
     lora_learning_rate: Annotated[float, "Learning rate of the LoRA adapters."] = 3e-4
     warmup_steps: Annotated[int, "Steps until the full learning rate is reached."] = 20
-    seed: Annotated[int, "Seed of everything that is drawn."] = 0
+    seed: Annotated[int, "Seed of all that is drawn."] = 0
     patience: Annotated[int, "Evaluations without improvement after which training stops; 0 trains to the end."] = 0
     eval_steps: Annotated[int, "Steps between two evaluations on validation examples."] = 100
     eval_limit: Annotated[int, "Number of validation examples."] = 128
