@@ -1,5 +1,6 @@
 """The `microglia` command. A verb is a function in its own file and a line in VERBS."""
 
+import re
 import sys
 from typing import Annotated, Any
 
@@ -36,7 +37,8 @@ class OneSentence(TyperGroup):
         except Exception as error:
             if not hasattr(error, "format_message"):  # typer's errors have no public class in common
                 raise
-            tell("microglia: " + " ".join(error.format_message().split()).replace("Value error, ", ""))
+            words = " ".join(error.format_message().split())
+            tell("microglia: " + re.sub(r"Value error, | \(env var: 'None'\)", "", words))  # of some versions of typer
             code = WRONG
         if standalone:
             sys.exit(code)

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ def serve(
     ] = "settings",
     grace: Annotated[float | None, "Seconds that running answers get at the end.", "all they need"] = None,
     loading: o.Loading,
+    settings: dict[str, Any],
 ) -> Outcome:
     """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.
 
@@ -47,19 +49,10 @@ def serve(
         raise MicrogliaError(
             f"microglia serve needs {error.name}, which is not installed; pip install 'microglia[serve]'"
         ) from error
-    config = ServingConfig(
-        name=name if name is not None else Path(checkpoint).name or checkpoint,
-        host=host,
-        port=port,
-        api_key=api_key if api_key is not None else os.environ.get(API_KEY) or None,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        max_body_bytes=max_body_bytes,
-        batch_by=batch_by,
-        grace=grace,
-    )
+    given = {field.name: settings[field.name] for field in fields(ServingConfig)}
+    given["name"] = name if name is not None else Path(checkpoint).name or checkpoint
+    given["api_key"] = api_key if api_key is not None else os.environ.get(API_KEY) or None
+    config = ServingConfig(**given)
     system = loading.system(checkpoint)
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)

@@ -9,8 +9,7 @@ import typer
 
 from microglia.errors import MicrogliaError
 
-NOT_SET = {"config", "help_all", "help"}  # options that no file can set
-
+NOT_SET = {"config", "help-all", "help"}  # options that no file can set
 
 # Spellings of the original project's scripts and of microglia 0.1.0: of options, of verbs and of choices.
 RENAMED = {
@@ -24,21 +23,26 @@ RENAMED = {
 }
 
 
+def hyphenated(name: str) -> str:
+    """`num_epochs` → `num-epochs`."""
+    return name.replace("_", "-")
+
+
 def present_name(name: str) -> str:
     """`base_model` → `model`: a name as it is spelled today."""
-    hyphenated = name.replace("_", "-")
-    return RENAMED.get(hyphenated, hyphenated)
+    return RENAMED.get(hyphenated(name), hyphenated(name))
 
 
 def load_settings(context: typer.Context, path: Path | None) -> Path | None:
     """Make the file's values the defaults of this call. Names that the verb does not have are refused."""
     if path is not None and not context.resilient_parsing:
-        options = {str(option.name): option for option in context.command.params if option.name not in NOT_SET}
+        options = {name.strip("-"): option for option in context.command.params for name in option.opts}
+        options = {hyphenated(name): option for name, option in options.items() if name not in NOT_SET}
         context.default_map = {}
         for name, value in read_settings(path).items():
-            option = options.get(present_name(str(name)).replace("-", "_"))
+            option = options.get(hyphenated(str(name))) or options.get(present_name(str(name)))
             if option is None:
-                close = difflib.get_close_matches(str(name).replace("_", "-"), [o.replace("_", "-") for o in options])
+                close = difflib.get_close_matches(hyphenated(str(name)), options)
                 advice = f"did you mean {close[0]}" if close else f"see microglia {context.info_name} --help"
                 raise typer.BadParameter(f"{path} sets {name}, which is no option of {context.info_name}; {advice}")
             several = getattr(option, "multiple", False) or option.nargs != 1
@@ -76,30 +80,21 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def write_settings(path: Path, verb: str, settings: dict[str, Any]) -> None:
-    """Write all settings that have a value, so that `microglia VERB --config path` repeats the run."""
+    """Write all settings that have a value, so that `microglia VERB --config path` takes them again."""
     import yaml
 
     from microglia.checkpoint import write_atomically
 
-    plain = {name.replace("_", "-"): _plain(value) for name, value in settings.items() if value is not None}
-    header = f"# microglia {verb} --config {path.name} repeats this run; options on the command line override.\n"
-    text = header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    plain = {hyphenated(name): value for name, value in settings.items() if value is not None}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
+    header = (
+        f"# Repeat this run: microglia {verb} --config {path} --output-dir FOLDER. Go on with it: --resume instead.\n"
+    )
     try:
-        write_atomically(path, text.encode())
+        write_atomically(path, (header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)).encode())
     except OSError as error:
         raise MicrogliaError(f"{path} cannot be written ({error.strerror}); give another --output-dir") from error
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        callback=load_settings,
-        is_eager=True,
-        help="File of options, YAML or TOML.",
-    ),
-]
+FILE = typer.Option("--config", callback=load_settings, is_eager=True, help="File of options, YAML or TOML.")
+Config = Annotated[Path | None, FILE]
