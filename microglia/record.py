@@ -1,24 +1,22 @@
 """A measured number together with the circumstances that it was measured in, kept as JSON lines.
 
-A number without its device, versions, commit and command cannot be compared with another one, so nothing in microglia
-prints or plots a measurement that is not a `Record`.
+A number without its device, versions, commit and command cannot be compared with another one. Whole results of a verb
+are in `microglia.results`.
 """
 
 import importlib.metadata
-import json
-import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from microglia import store
 from microglia.errors import DataError
 
 PACKAGE = Path(__file__).resolve().parent
@@ -64,63 +62,19 @@ def circumstances(device: torch.device | str) -> dict[str, Any]:
 
 
 def append_records(path: Path | str, records: Iterable[Record]) -> None:
-    """Append records to a JSON-lines file, all of them or none, on disk when this returns; makes missing folders.
-
-    Everything is encoded before the file is touched, so a record that JSON cannot hold leaves the file as it was.
-    Raises DataError for such a record (NaN and infinity are not JSON), and when the file cannot be written.
-    """
-    path = Path(path)
-    block = b"".join(_encode(record) for record in records)
-    if not block:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if _ends_in_mid_line(path):
-        block = b"\n" + block  # a run that died while writing must not swallow the first record of this one
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("ab") as file:
-            file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        with suppress(OSError):
-            os.truncate(path, size)
-        raise DataError(f"{path} cannot be written ({error.strerror}); make room or give another file") from error
+    """Append records to a JSON-lines file, all of them or none; see `store.append`, also for what it raises."""
+    store.append(path, (asdict(record) for record in records))
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """Every record of a JSON-lines file, in its order; blank lines are skipped.
+    """Every record of a JSON-lines file, in its order; what a crash cut short is left out, see `store.read`.
 
     Raises DataError when the file is missing, or naming file and line when a line is not a record.
     """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"there is no record file {path}; give the JSON-lines file that a benchmark wrote") from None
-    except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text; give the JSON-lines file that a benchmark wrote") from None
-    return [_decode(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    return [_record(row, where) for where, row in store.read(path)]
 
 
-def _encode(record: Record) -> bytes:
-    try:
-        return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"the record {record.name!r} cannot be written as JSON ({error}); records hold finite numbers, texts, "
-            "lists and dicts, so convert or leave out the rest"
-        ) from error
-
-
-def _decode(line: str, where: str) -> Record:
-    """`where` names file and line for the error."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
-        raise DataError(f"{where} is not JSON ({error}); mend or delete that line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds a {type(row).__name__}, not a record; mend or delete that line")
+def _record(row: dict[str, Any], where: str) -> Record:
     known = {f.name for f in fields(Record)}
     required = {f.name for f in fields(Record) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - row.keys()):
@@ -130,14 +84,6 @@ def _decode(line: str, where: str) -> Record:
     if isinstance(row["value"], bool) or not isinstance(row["value"], int | float):
         raise DataError(f"{where} has the value {row['value']!r}, which is not a number; mend or delete that line")
     return Record(**row)
-
-
-def _ends_in_mid_line(path: Path) -> bool:
-    if not path.exists() or not path.stat().st_size:
-        return False
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _device_name(device: torch.device) -> str:

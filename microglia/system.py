@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia import processes
-from microglia.calibrate import Calibrated, turn, unseen
 from microglia.checkpoint import Checkpoint, MicrogliaConfig, check_writable
 from microglia.decision import Decision, decide
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.bench import Bench
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate, paired
+from microglia.experiments.calibrate import calibrate, unused_examples
+from microglia.experiments.ledger import Ledger
 from microglia.gate import Gate, check_bucket, keep_ratio, threshold_for
 from microglia.generation import generate, prompt_logits
-from microglia.ledger import Ledger
 from microglia.look import Look
 from microglia.models import REASONER, load_model
 from microglia.policy import Policy, new_agents
 from microglia.replay import GraphDecoder
+from microglia.results import EvaluationResult, Promise
 from microglia.sites import causal_lm, check_head_count, find_sites, input_device
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
@@ -221,13 +222,11 @@ class MicrogliaPruningSystem:
         dense: bool = True,
         scoring: str = "generation",
         progress: Callable[[str, int, int], None] | None = None,
-    ) -> dict[str, Any]:
+    ) -> EvaluationResult:
         """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
 
         scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
-        Returns accuracy and sparsity of the pruned model, `pruned` and `dense` in full, `paired` (their difference with
-        its 95 % interval and p-value) and `answers`, one row per example. With LoRA, dense has the adapter too, so the
-        difference is the pruning's alone. `progress(name, done, total)` is called after every batch.
+        With LoRA, dense has the adapter too. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
@@ -252,17 +251,17 @@ class MicrogliaPruningSystem:
             )
         pruned = runs["pruned"]
         self._keep_ratios = [answer.keep_ratio for answer in pruned.answers]
-        return {
-            "dataset": task.name,
-            "split": split,
-            "shots": task.shots,
-            "scoring": scoring,
-            "accuracy": pruned.accuracy,
-            "sparsity": pruned.sparsity,
-            **{name: run.summary() for name, run in runs.items()},
-            **({"paired": paired(runs["dense"], pruned)} if dense else {}),
-            "answers": {name: run.rows() for name, run in runs.items()},
-        }
+        return EvaluationResult(
+            dataset=task.name,
+            split=split,
+            shots=task.shots,
+            scoring=scoring,
+            accuracy=pruned.accuracy,
+            sparsity=pruned.sparsity,
+            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+            paired=paired(runs["dense"], pruned) if dense else None,
+            answers={name: run.rows() for name, run in runs.items()},
+        )
 
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
         """Turn the dial: from now on so many heads are kept on average; prompts still differ. Returns the threshold.
@@ -289,24 +288,25 @@ class MicrogliaPruningSystem:
         max_new_tokens: int = 256,
         ledger: Path | str | None = None,
         **aim: Any,
-    ) -> Calibrated:
-        """Turn the dial as far as a promise allows, on held-out prompts that training did not look at.
+    ) -> Promise:
+        """Prune as far as a promise allows, on held-out prompts that training did not use.
 
-        aim: options of `microglia.calibrate.turn`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        aim: options of `experiments.calibrate.calibrate`: max_drop with confidence, or keep_ratio, or latency_ratio.
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)
         trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
-        examples = unseen(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
+        examples = unused_examples(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
         bench = Bench(self.model, self.tokenizer, task, examples, self.look, self.fill, self.scope, path)
         bench = replace(bench, batch_size=batch_size, max_new_tokens=max_new_tokens)
-        told: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}
-        about = {**told, "max_new_tokens": max_new_tokens, "base_model": self.source, "fill": self.fill}
+        settings: dict[str, Any] = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "path": path}
+        about = {**settings, "max_new_tokens": max_new_tokens, "base_model": self.source, "fill": self.fill}
         about |= {"scope": self.scope, "look": asdict(self.look), "policy": self.policy.fingerprint()}
-        found = turn(bench, self.policy, self.gate_for, ledger=Ledger(ledger, about), **aim)
-        self.gate = replace(self.gate, threshold=found.threshold)
-        self.promise = {**told, **found.as_json(), "sentence": found.sentence}
-        return found
+        promise = calibrate(bench, self.policy, self.gate_for, ledger=Ledger(ledger, about), **aim)
+        promise = replace(promise, settings=settings)
+        self.gate = replace(self.gate, threshold=promise.threshold)
+        self.promise = promise.to_json()
+        return promise
 
     def gate_for(self, ratio: float | None) -> Gate:
         """The gate, with the threshold for a keep ratio if one is given; see `set_keep_ratio`."""

@@ -15,13 +15,13 @@ from microglia.benchmark.flops import prefill_flops, step_flops
 from microglia.benchmark.latency import Ratio, Summary, interleaved, paired_ratio, summary
 from microglia.benchmark.memory import kept_kv_bytes, kept_weight_bytes, weight_bytes
 from microglia.benchmark.pattern import is_shared
-from microglia.benchmark.rows import Report, Row
 from microglia.benchmark.subjects import Subject
 from microglia.cache import kv_bytes
 from microglia.compact import compacted
 from microglia.errors import ConfigError
 from microglia.gate import keep_ratio
 from microglia.record import circumstances
+from microglia.results import BenchmarkResult, BenchmarkRow, Circumstances
 from microglia.sites import causal_lm
 
 VARIANTS = ("dense", "masked", "compact", "compact_total")
@@ -61,7 +61,7 @@ def benchmark(
     plan: Plan,
     about: dict[str, Any],
     progress: Callable[[str, int, int], None] | None = None,
-) -> Report:
+) -> BenchmarkResult:
     """Measure the plan on a model in memory; it comes back unchanged. `about` goes into the report.
 
     progress: called with a name, the number of combinations done and their number.
@@ -73,7 +73,8 @@ def benchmark(
         if progress is not None:
             progress("decode steps", done, len(cases))
         rows += _measure(Case(lm, subject(batch, context, ratio), plan.new_tokens), plan)
-    return Report(rows, about, circumstances(lm.device))
+    made = Circumstances(**circumstances(lm.device))
+    return BenchmarkResult(rows=tuple(rows), subject=about, circumstances=made)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class _Measured:
         return max((r.peak for r in self.requests[self.path(variant)] if r.peak is not None), default=None)
 
 
-def _measure(case: Case, plan: Plan) -> list[Row]:
+def _measure(case: Case, plan: Plan) -> list[BenchmarkRow]:
     """One row per variant."""
     requests = interleaved(
         {
@@ -168,7 +169,9 @@ def _costs(case: Case, cache: Any, keep: list[Tensor] | None) -> _Costs:
     )
 
 
-def _row(variant: str, case: Case, measured: _Measured, dense: _Costs, compact: _Costs, keep: list[Tensor]) -> Row:
+def _row(
+    variant: str, case: Case, measured: _Measured, dense: _Costs, compact: _Costs, keep: list[Tensor]
+) -> BenchmarkRow:
     batch, context = case.ids.shape
     time, ratio = measured.time(variant)
     pruned, is_compact = variant != "dense", variant.startswith("compact")
@@ -177,7 +180,7 @@ def _row(variant: str, case: Case, measured: _Measured, dense: _Costs, compact: 
     kept = float(keep_ratio(keep).mean()) if pruned else 1.0
     kv = measured.bursts[measured.path(variant)][0].kv
     first_token, request, request_ratio = measured.request(variant)
-    return Row(
+    return BenchmarkRow(
         variant=variant,
         batch_size=batch,
         context=context,

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from microglia.benchmark.rows import Row
 from microglia.benchmark.run import Plan, benchmark
 from microglia.benchmark.subjects import Prompted, Subject
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import encode_prompts, prompt_logits
 from microglia.look import Look
 from microglia.policy import Policy
+from microglia.results import BenchmarkRow
 from microglia.sites import causal_lm, find_sites
 
 LOOKED_AT = 64  # prompts among which the typical one is found
@@ -46,7 +46,7 @@ def typical_subject(
 @torch.inference_mode()
 def typical_rows(
     lm: Any, subject: Subject, ratio: float | None, *, num_runs: int = 20, new_tokens: int = 64
-) -> dict[str, Row]:
+) -> dict[str, BenchmarkRow]:
     """The measured row of every variant at one keep ratio, for one prompt."""
     room = getattr(causal_lm(lm).config, "max_position_embeddings", None) or 4096
     context = max(1, room - new_tokens - 8)

@@ -46,7 +46,7 @@ def benchmark(
 
     microglia benchmark --random-weights phi3-mini --layers 4 --keep-ratio 0.75,0.5
     """
-    from microglia.benchmark import Plan
+    from microglia.benchmark import Plan, records
     from microglia.benchmark import benchmark as measure
     from microglia.checkpoint import check_writable
     from microglia.record import append_records
@@ -73,8 +73,8 @@ def benchmark(
     with progress("measuring") as update:
         report = measure(lm, subject, plan, about, update)
     if output is not None:
-        append_records(output, report.records())
-    return Outcome(report.as_json(), views(report))
+        append_records(output, records(report))
+    return Outcome(report.to_json(), views(report))
 
 
 def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row: bool, seed: int) -> tuple:
@@ -118,9 +118,7 @@ def of_checkpoint(folder: str, loading: o.Loading, per_row: bool, seed: int) -> 
 def views(report: Any) -> list[Any]:
     """One table per batch size, context and keep ratio, each with what its figures need to be read."""
     about = report.subject
-    parts: list[Any] = [
-        f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances['device']}"
-    ]
+    parts: list[Any] = [f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances.device}"]
     for start in range(0, len(report.rows), len(VARIANTS)):
         rows = report.rows[start : start + len(VARIANTS)]
         parts += ["", variants(rows), summary(rows)]

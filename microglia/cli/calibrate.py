@@ -1,5 +1,6 @@
-"""`microglia calibrate`: turn the dial of a checkpoint as far as a promise about its accuracy allows."""
+"""`microglia calibrate`: prune as far as a promise about the accuracy of a checkpoint allows."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ from microglia.cli.numbers import numbers
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import CheckpointError
 
-LEDGER, RECORDS = "calibration-answers.jsonl", "calibration.jsonl"
+LEDGER, RECORDS = "calibration-ledger.jsonl", "calibration.jsonl"
 
 
 Examples = Annotated[o.Examples, Fields(without=("shots", "question_field", "answer_field"))]
@@ -45,8 +46,8 @@ def calibrate(
 
     microglia calibrate --model-path checkpoints --latency-ratio 1.1
     """
-    from microglia.calibrate import KEEP_RATIOS
     from microglia.checkpoint import check_writable
+    from microglia.experiments.calibrate import KEEP_RATIOS
     from microglia.record import append_records
 
     ratios = numbers("--settings", settings_to_try, float) or KEEP_RATIOS
@@ -56,7 +57,7 @@ def calibrate(
     system = loading.system(model_path)
     check_writable(folder)
     with progress("answering", f"{folder / LEDGER} keeps the finished settings: {GO_ON}") as update:
-        found = system.calibrate(
+        promise = system.calibrate(
             examples.dataset,
             max_drop=max_drop,
             confidence=confidence,
@@ -69,17 +70,13 @@ def calibrate(
             progress=update,
         )
     save(str(model_path), folder, system)
-    append_records(
-        folder / RECORDS, records(system.promise, found, next(system.model.parameters()).device, examples.seed)
-    )
-    data = {**found.as_json(), "sentence": found.sentence, "output_dir": str(folder)}
-    return Outcome(data, [*([table(found)] if found.tried else []), found.sentence])
+    append_records(folder / RECORDS, records(promise, next(system.model.parameters()).device, examples.seed))
+    data = replace(promise, settings={**promise.settings, "output_dir": str(folder)}).to_json()
+    return Outcome(data, [*([table(promise)] if promise.tried else []), promise.sentence])
 
 
 def save(source: str, folder: Path, system: Any) -> None:
     """The checkpoint as it was, but with the chosen threshold and its promise."""
-    from dataclasses import replace
-
     from microglia.checkpoint import Checkpoint
 
     saved = Checkpoint.from_pretrained(source)
@@ -87,34 +84,33 @@ def save(source: str, folder: Path, system: Any) -> None:
     replace(saved, config=config).save_pretrained(folder)
 
 
-def records(promise: dict[str, Any], found: Any, device: Any, seed: int) -> list[Any]:
+def records(promise: Any, device: Any, seed: int) -> list[Any]:
     """One record per setting that was tried."""
-    from dataclasses import asdict
-
     from microglia.record import Record, circumstances
 
     around = {**circumstances(device), "seed": seed}
-    about = {name: promise[name] for name in ("dataset", "split", "confidence", "max_drop", "path")}
+    settings = {name: promise.settings[name] for name in ("dataset", "split", "path")}
+    settings |= {"confidence": promise.confidence, "max_drop": promise.max_drop}
     return [
         Record(
             "accuracy_drop",
             tried.drop,
             "ratio",
-            n=found.prompts,
-            extra={**about, **asdict(tried), "chosen": tried.threshold == found.threshold},
+            n=promise.prompts,
+            extra={**settings, **asdict(tried), "chosen": tried.threshold == promise.threshold},
             **around,
         )
-        for tried in found.tried
+        for tried in promise.tried
     ]
 
 
-def table(found: Any) -> Table:
+def table(promise: Any) -> Table:
     """One line per setting, gentlest first."""
-    title = f"{found.prompts} prompts, dense {found.dense_accuracy:.1%} right"
+    title = f"{promise.prompts} prompts, dense {promise.dense_accuracy:.1%} right"
     view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("heads kept", "right", "lost", "won", "drop", f"limit, {found.confidence:.0%}", ""):
+    for name in ("heads kept", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", ""):
         view.add_column(name, justify="right", no_wrap=True)
-    for tried in found.tried:
+    for tried in promise.tried:
         view.add_row(
             f"{tried.keep_ratio:.1%}",
             f"{tried.accuracy:.1%}",
@@ -122,6 +118,6 @@ def table(found: Any) -> Table:
             str(tried.won),
             f"{100 * tried.drop:+.1f}",
             f"{100 * tried.drop_bound:+.1f}",
-            "chosen" if tried.threshold == found.threshold else "",
+            "chosen" if tried.threshold == promise.threshold else "",
         )
     return view

@@ -1,4 +1,4 @@
-"""`microglia compare`: agents, their static twin and criteria on one bench, over keep ratios and seeds."""
+"""`microglia compare`: agents, their static baseline and criteria on the same prompts, over keep ratios and seeds."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,11 +12,11 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.numbers import numbers
-from microglia.cli.verb import GO_ON, Outcome, finite, progress, verb
+from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import ConfigError
 
-CELLS, RECORDS, SUMMARY, PAIRS = "cells.jsonl", "records.jsonl", "comparison.json", "pairs"
-DIAL_PROMPTS = 200  # held-out prompts on which each keep ratio becomes a threshold
+LEDGER, RECORDS, SUMMARY, PAIRS = "ledger.jsonl", "records.jsonl", "comparison.json", "pairs"
+HELD_OUT = 200  # held-out prompts on which each keep ratio becomes a threshold
 
 
 @verb()
@@ -25,9 +25,7 @@ def compare(
     model_path: Annotated[o.Many, "Checkpoint with agents; one, or one per seed."] = None,
     train_pairs: Annotated[
         bool,
-        typer.Option(
-            "--train-pairs", help="Instead train agents and static baseline anew for each seed, as the demo does."
-        ),
+        typer.Option("--train-pairs", help="Train agents and static baseline for each seed instead."),
     ] = False,
     policies: Annotated[o.Many, "Criteria (norm,taylor:per-input) or name=FOLDER.", "random"] = None,
     keep_ratios: Annotated[
@@ -49,12 +47,13 @@ def compare(
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.compare import at_keep_ratio as choose
-    from microglia.compare import compare as measure
-    from microglia.compare import contenders, draw, summarise
-    from microglia.compare.plot import check_plot
-    from microglia.ledger import Ledger
+    from microglia.experiments.compare import BASELINE, draw, entries, summarise
+    from microglia.experiments.compare import at_keep_ratio as choose
+    from microglia.experiments.compare import compare as measure
+    from microglia.experiments.compare.plot import check_plot
+    from microglia.experiments.ledger import Ledger
     from microglia.record import append_records, circumstances
+    from microglia.results import Circumstances
 
     if plot is not None:
         check_plot(plot)
@@ -62,43 +61,40 @@ def compare(
         check_writable(output_dir)
     ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
     all_seeds = numbers("--seeds", seeds, int) or [0]
-    twins = list[Any]()
-    system, own = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
-    arena, training_examples = arena_of(system, examples, generation, answer_limit, num_runs)
+    system, agents = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
+    comparison, training_examples = prepared(system, examples, generation, answer_limit, num_runs)
+    baselines = list[Any]()
     if train_pairs:
-        own, twins = pairs(arena.dial, all_seeds, Path(str(output_dir)), system.source, examples.data_dir)
-    found = contenders(
+        place = Path(str(output_dir))
+        agents, baselines = pairs(comparison.held_out, all_seeds, place, system.source, examples.data_dir)
+    compared = entries(
         policies or ["random"],
-        arena.bench,
-        own,
+        comparison.setup,
         training_examples,
+        {"agents": agents, BASELINE: baselines},
         bucket=system.gate.bucket,
-        trained=system.training.get("config"),
-        twins=twins,
+        training=system.training.get("config"),
     )
-    at = choose(arena, own[0], ratios, at_keep_ratio)
-    about = {**vars(examples), "path": generation.how()["path"], "fill": system.fill, "scope": system.scope}
-    about |= {"look": asdict(system.look), "max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
-    about |= {"base_model": system.source, "bucket": system.gate.bucket}
-    place = None if output_dir is None else output_dir / CELLS
-    ledger = Ledger(place, {**about, "data_dir": None if examples.data_dir is None else str(examples.data_dir)})
-    del about["data_dir"]
-    stopped = (
-        "nothing was kept, as --output-dir was not given"
-        if place is None
-        else f"{place} keeps the finished cells: {GO_ON}"
-    )
-    with progress("comparing", stopped) as update:
-        cells = measure(arena, found, [*ratios, at], all_seeds, ledger=ledger, progress=update)
-    around = circumstances(next(system.model.parameters()).device)
-    data = finite({**summarise(cells, at), **about, **around})
+    at = choose(comparison, agents[0], ratios, at_keep_ratio)
+    where, settings = examples.settings()
+    settings |= {"path": comparison.setup.path, "fill": system.fill, "scope": system.scope, "look": asdict(system.look)}
+    settings |= {"max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
+    settings |= {"base_model": system.source, "bucket": system.gate.bucket}
+    file = None if output_dir is None else output_dir / LEDGER
+    ledger = Ledger(file, {**where, **settings, "data_dir": examples.data_dir and str(examples.data_dir)})
+    kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
+    with progress("comparing", kept) as update:
+        runs = measure(replace(comparison, ledger=ledger, progress=update), compared, [*ratios, at], all_seeds)
+    made = Circumstances(**circumstances(next(system.model.parameters()).device))
+    result = replace(summarise(runs, at), **where, settings=settings, circumstances=made)
+    data = result.to_json()
     if output_dir is not None:
         (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
-        append_records(output_dir / RECORDS, records(data, around, examples.seed))
+        append_records(output_dir / RECORDS, records(result))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(data, plot, title=f"{Path(str(system.source)).name}, {examples.dataset}")
-    return Outcome(data, views(data))
+        draw(result, plot, title=f"{Path(str(system.source)).name}, {examples.dataset}")
+    return Outcome(data, views(result))
 
 
 def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
@@ -111,7 +107,9 @@ def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
     for name, checkpoint in zip(names, checkpoints, strict=True):
         checkpoint.check(system.model)
         if checkpoint.config.policy == "static":
-            raise ConfigError(f"{name} holds a static mask; give agents, and the mask as --policies gate={name}")
+            raise ConfigError(
+                f"{name} holds a static mask; give agents, and the mask as --policies static_baseline={name}"
+            )
         if checkpoint.config.lora and len(names) > 1:
             raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
     device = next(system.model.parameters()).device
@@ -131,11 +129,11 @@ def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple
 
 
 def pairs(
-    dial: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
+    held_out: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
 ) -> tuple[list[Any], list[Any]]:
-    """Agents and twins of all seeds, trained by the demo's recipe or taken from an earlier run."""
-    from microglia.demo import RECIPE
-    from microglia.pair import trained_pair
+    """Agents and static baselines of all seeds, trained by the demo's recipe or taken from an earlier run."""
+    from microglia.experiments.demo import RECIPE
+    from microglia.experiments.side_by_side import saved_pair
 
     made = []
     most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
@@ -143,22 +141,22 @@ def pairs(
         with progress(f"training, seed {seed}", f"{output_dir / PAIRS} keeps the finished pairs: {GO_ON}") as update:
             on_log = partial(_steps, update, most)
             place = output_dir / PAIRS / str(seed)
-            made.append(trained_pair(dial, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
-    return [pair.agents for pair in made], [pair.twin for pair in made]
+            made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
+    return [pair.agents for pair in made], [pair.static_baseline for pair in made]
 
 
 def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
     update("steps", row["step"], most)
 
 
-def arena_of(
+def prepared(
     system: Any, examples: o.Examples, generation: o.Generation, answer_limit: float | None, num_runs: int
 ) -> tuple[Any, Any]:
-    """The bench and its dial, and a function that draws training examples for criteria."""
-    from microglia.compare import Arena
+    """What is compared on, and a function that draws training examples for criteria."""
     from microglia.evaluation.bench import Bench
+    from microglia.experiments.compare import Comparison
 
-    bench = Bench(
+    setup = Bench(
         system.model,
         system.tokenizer,
         examples.task(),
@@ -169,79 +167,76 @@ def arena_of(
         answer_room=answer_limit,
         **generation.how(),
     )
-    held_out = "validation" if examples.split != "validation" else "train"
-    dial = replace(bench, examples=examples.load(split=held_out, limit=DIAL_PROMPTS), answer_room=None)
+    other = "validation" if examples.split != "validation" else "train"
+    held_out = replace(setup, examples=examples.load(split=other, limit=HELD_OUT), answer_room=None)
 
     def training_examples(count: int | None, seed: int) -> Any:
         return examples.load(split="train", limit=count, seed=seed)
 
-    return Arena(bench, dial, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
+    return Comparison(setup, held_out, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
 
 
-def records(data: dict[str, Any], around: dict[str, Any], seed: int) -> list[Any]:
+def records(result: Any) -> list[Any]:
     """One record per row, and one for what adaptivity adds."""
     from microglia.record import Record
+    from microglia.results import plain
 
-    about = {name: data[name] for name in ("dataset", "split", "path", "base_model", "max_new_tokens", "answer_room")}
+    names = ("path", "base_model", "max_new_tokens", "answer_room")
+    extra = {"dataset": result.dataset, "split": result.split, **{name: result.settings[name] for name in names}}
+    around = {"seed": result.settings["seed"], **asdict(result.circumstances)}
     rows = [
-        Record("accuracy", row["accuracy"], "ratio", n=row["prompts"], seed=seed, extra={**about, **row}, **around)
-        for row in data["rows"]
+        Record("accuracy", row.accuracy, "ratio", n=row.prompts, extra={**extra, **plain(row)}, **around)
+        for row in result.rows
     ]
-    gain = data["adaptivity"]
-    n = data["rows"][0]["prompts"]
-    return [*rows, Record("adaptivity", gain["gain"], "ratio", n=n, seed=seed, extra={**about, **gain}, **around)]
+    n, gain = result.rows[0].prompts, result.adaptivity
+    return [*rows, Record("adaptivity", gain.gain, "ratio", n=n, extra={**extra, **plain(gain)}, **around)]
 
 
-def views(data: dict[str, Any]) -> list[Any]:
+def views(result: Any) -> list[Any]:
     """The table, and what it shows in sentences."""
-    first = data["rows"][0]
-    table = Table(
-        title=f"{data['dataset']}, {data['split']}, {first['prompts']} prompts",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
-    timed = first["ms_per_token"] is not None
+    first = result.rows[0]
+    title = f"{result.dataset}, {result.split}, {first.prompts} prompts"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
-    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * timed), "p", ""):
+    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * bool(first.latency)), "p", ""):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in data["rows"]:
+    for row in result.rows:
         time = []
-        if timed:
-            time = [f"{row['ms_per_token']:.2f}", f"{row['ratio_to_dense']:.2f}×", f"{row['kv_bytes'] / 1024:,.0f}"]
-        low, high = row["ci95"]
+        if row.latency:
+            time = [f"{row.latency.ms_per_token:.2f}", f"{row.latency.ratio_to_dense:.2f}×"]
+            time.append(f"{row.latency.kv_bytes / 1024:,.0f}")
+        low, high = row.ci95
+        best = row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency
         table.add_row(
-            row["policy"],
-            f"{row['keep_ratio']:.1%}",
-            f"{100 * row['accuracy']:.1f} ({100 * low:.0f}–{100 * high:.0f})",
-            f"{row['loss']:.3f}",
-            f"{row['mean_tokens']:.0f}",
+            row.policy,
+            f"{row.keep_ratio:.1%}",
+            f"{100 * row.accuracy:.1f} ({100 * low:.0f}–{100 * high:.0f})",
+            f"{row.loss:.3f}",
+            f"{row.mean_tokens:.0f}",
             *time,
-            f"{row['agents_p_holm']:.2g}" if "agents_p_holm" in row else "",
-            "*" if row.get("pareto_latency", row["pareto_sparsity"]) else "",
+            f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
+            "*" if best else "",
         )
-    return [table, *sentences(data)]
+    return [table, *sentences(result)]
 
 
-def sentences(data: dict[str, Any]) -> list[str]:
+def sentences(result: Any) -> list[str]:
     """What adaptivity adds, and whether sparsity follows difficulty and family."""
-    gain, (low, high) = data["adaptivity"]["gain"], data["adaptivity"]["ci95"]
-    kept = data["adaptivity"]["keep_ratios"]
-    found = "supports" if low is not None and low > 0 else "does not support"
-    ends = "" if low is None else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
+    gain, (low, high) = result.adaptivity, result.adaptivity.ci95
+    agents, baseline = gain.keep_ratios["agents"], gain.keep_ratios["static_baseline"]
+    ends = "" if low != low else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
     lines = [
         "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
-        + ("small." if data["rows"][0]["ms_per_token"] is None else "fast. ms: of a step; faster: dense time ÷ this."),
-        f"Adapting to the input adds {100 * gain:+.1f} points{ends}, at {kept['agents']:.1%} of the heads against "
-        f"{kept['gate']:.1%} of the static twin's: this run {found} a gain.",
+        + ("fast. ms: of a step; faster: dense time ÷ this." if result.rows[0].latency else "small."),
+        f"Adapting to the input adds {100 * gain.gain:+.1f} points{ends}, at {agents:.1%} of the heads against "
+        f"{baseline:.1%} of the static baseline's: this run {'supports' if low > 0 else 'does not support'} a gain.",
     ]
-    follows = data["follows_difficulty"]
-    if follows["rank_correlation"] is None:
-        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
-    else:
-        rho, (low, high) = follows["rank_correlation"], follows["ci95"]
+    if follows := result.follows_difficulty:
+        rho, (low, high) = follows.rank_correlation, follows.ci95
         lines.append(f"Rank correlation of steps and sparsity: {rho:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}.")
-    families = {name: value for name, value in data["sparsity_by_family"].items() if name}
+    else:
+        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
+    families = {name: value for name, value in result.sparsity_by_family.items() if name}
     if families:
         lines.append("Heads pruned by family: " + ", ".join(f"{name} {value:.1%}" for name, value in families.items()))
     return lines

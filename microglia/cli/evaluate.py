@@ -1,13 +1,14 @@
 """`microglia evaluate`: accuracy and sparsity of a checkpoint, dense against pruned on the same prompts."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.verb import Outcome, finite, progress, verb
+from microglia.cli.verb import Outcome, progress, verb
 
 
 @verb()
@@ -32,6 +33,7 @@ def evaluate(
     from microglia import processes
     from microglia.checkpoint import check_writable
     from microglia.record import append_records, circumstances
+    from microglia.results import Circumstances
 
     if output_dir is not None:
         check_writable(output_dir)
@@ -46,64 +48,68 @@ def evaluate(
             scoring=scoring,
             progress=update,
         )
-    answers = result.pop("answers")
-    result["circumstances"] = circumstances(next(system.model.parameters()).device)
+    answers = result.answers
+    made = circumstances(next(system.model.parameters()).device)
+    result = replace(result, answers={}, circumstances=Circumstances(**made))
     if output_dir is not None and processes.is_first():
         append_records(output_dir / "records.jsonl", records(result, examples.seed))
-        _write(output_dir / f"evaluation-{examples.dataset}.json", finite(result))
+        _write(output_dir / f"evaluation-{examples.dataset}.json", result.to_json())
         _write(output_dir / f"answers-{examples.dataset}.json", answers)
-    return Outcome(result, views(result))
+    return Outcome(result.to_json(), views(result))
 
 
-def records(result: dict[str, Any], seed: int) -> list[Any]:
+def models(result: Any) -> dict[str, Any]:
+    """The summaries that there are, dense first."""
+    return {name: result[name] for name in ("dense", "pruned") if result[name] is not None}
+
+
+def records(result: Any, seed: int) -> list[Any]:
     """The measured numbers of an evaluation with their circumstances."""
     from microglia.record import Record
+    from microglia.results import plain
 
-    around = {**result["circumstances"], "seed": seed}
-    about = {name: result[name] for name in ("dataset", "split", "shots", "scoring")}
-    found = []
-    for name in ("dense", "pruned"):
-        for number in ("accuracy", "sparsity"):
-            if name in result:
-                extra = {"model": name, **about}
-                if number == "accuracy":
-                    extra["ci95"] = result[name]["accuracy_ci95"]
-                run = result[name]
-                found.append(Record(number, run[number], "ratio", n=run["prompts"], extra=extra, **around))
-    if "paired" in result:
-        extra = {**about, **finite(result["paired"])}
-        n = result["pruned"]["prompts"]
-        found.append(Record("accuracy_difference", result["paired"]["diff"], "ratio", n=n, extra=extra, **around))
-    return found
+    around = {**asdict(result.circumstances), "seed": seed}
+    settings = {name: result[name] for name in ("dataset", "split", "shots", "scoring")}
+    numbers = []
+    for name, run in models(result).items():
+        extra = {"model": name, **settings}
+        interval = {"ci95": list(run.accuracy_ci95)}
+        numbers.append(Record("accuracy", run.accuracy, "ratio", n=run.prompts, extra={**extra, **interval}, **around))
+        numbers.append(Record("sparsity", run.sparsity, "ratio", n=run.prompts, extra=extra, **around))
+    if pair := result.paired:
+        extra, n = {**settings, **plain(pair)}, result.pruned.prompts
+        numbers.append(Record("accuracy_difference", pair.diff, "ratio", n=n, extra=extra, **around))
+    return numbers
 
 
-def views(result: dict[str, Any]) -> list[Any]:
+def views(result: Any) -> list[Any]:
     """A table dense against pruned, one by difficulty, and the paired difference in a sentence."""
-    runs = {name: result[name] for name in ("dense", "pruned") if name in result}
-    table = Table("", *runs, title=f"{result['dataset']}, {result['split']}, {result['pruned']['prompts']} problems")
-    accuracies = [f"{r['accuracy']:.1%} ({_interval(r['accuracy_ci95'])})" for r in runs.values()]
+    runs = models(result)
+    table = Table("", *runs, title=f"{result.dataset}, {result.split}, {result.pruned.prompts} problems")
+    accuracies = [f"{r.accuracy:.1%} ({_interval(r.accuracy_ci95)})" for r in runs.values()]
     table.add_row("accuracy (95 % interval)", *accuracies)
-    table.add_row("sparsity", *(f"{r['sparsity']:.1%}" for r in runs.values()))
-    table.add_row("tokens per answer", *(f"{r['mean_tokens']:.1f}" for r in runs.values()))
-    table.add_row("seconds", *(f"{r['seconds']:.1f}" for r in runs.values()))
+    table.add_row("sparsity", *(f"{r.sparsity:.1%}" for r in runs.values()))
+    table.add_row("tokens per answer", *(f"{r.mean_tokens:.1f}" for r in runs.values()))
+    table.add_row("seconds", *(f"{r.seconds:.1f}" for r in runs.values()))
     parts: list[Any] = [table]
     for key in ("difficulty", "family"):
-        groups = result["pruned"][f"sparsity_by_{key}"]
+        groups = getattr(result.pruned, f"sparsity_by_{key}")
         by = Table(key, "sparsity", *(f"accuracy, {name}" for name in runs))
         for group, sparsity in groups.items():
-            by.add_row(group, f"{sparsity:.1%}", *(f"{r[f'accuracy_by_{key}'][group]:.1%}" for r in runs.values()))
+            accuracies = [f"{getattr(r, f'accuracy_by_{key}')[group]:.1%}" for r in runs.values()]
+            by.add_row(group, f"{sparsity:.1%}", *accuracies)
         if len(groups) > 1:
             parts.append(by)
-    if pair := result.get("paired"):
-        points = [100 * value for value in (pair["diff"], *pair["diff_ci95"])]
+    if pair := result.paired:
+        points = [100 * value for value in (pair.diff, *pair.ci95)]
         parts.append(
             f"pruned minus dense: {points[0]:+.1f} points, 95 % interval {points[1]:+.1f} to {points[2]:+.1f}, "
-            f"McNemar p = {pair['p_value']:.3g}"
+            f"McNemar p = {pair.p_value:.3g}"
         )
     return parts
 
 
-def _interval(ends: list[float]) -> str:
+def _interval(ends: tuple[float, float]) -> str:
     return f"{ends[0]:.1%} to {ends[1]:.1%}"
 
 

@@ -44,7 +44,7 @@ def of_prompt(
     system: Any, prompt: str, png: Path | None, site: int | None, keep_ratio: float | None, raw: bool
 ) -> Outcome:
     """Every head of every site for one prompt: signals, logit and what became of it."""
-    from microglia.report.prompt import check_picture, draw_decision
+    from microglia.cli.picture import check_picture, draw_decision
 
     if png is not None:
         check_picture(png)

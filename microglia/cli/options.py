@@ -99,6 +99,11 @@ class Examples(TaskOptions):
         """Keyword arguments that say which examples."""
         return {name: getattr(self, name) for name in ("split", "limit", "seed", "data_dir")}
 
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Dataset and split, and what else a result remembers of these options."""
+        others = {name: getattr(self, name) for name in ("limit", "seed", "shots", "question_field", "answer_field")}
+        return {"dataset": self.dataset, "split": self.split}, others
+
     def load(self, **changes: Any) -> Sequence[Any]:
         """These examples, or others of the task."""
         return self.task().load(**{**self.which(), **changes})

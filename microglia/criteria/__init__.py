@@ -2,7 +2,7 @@
 
     policy = get_criterion("taylor").policy(Calibration(model, tokenizer, task, examples))
 
-The policy goes through the same gate, dial, rectangles and compaction as the agents, so comparisons are fair.
+The policy goes through the same gate, budget, buckets and compaction as the agents, so comparisons are fair.
 """
 
 from dataclasses import fields
@@ -15,7 +15,6 @@ from microglia.criteria.cascade import Cascade
 from microglia.criteria.entropy import Entropy
 from microglia.criteria.expert import Expert
 from microglia.criteria.fluctuation import Fluctuation
-from microglia.criteria.gate import LearnedGate
 from microglia.criteria.hessian import Hessian
 from microglia.criteria.lora_gradient import LoraGradient
 from microglia.criteria.movement import Movement
@@ -24,6 +23,7 @@ from microglia.criteria.predictor import Predictor
 from microglia.criteria.random import Random
 from microglia.criteria.shapley import Shapley
 from microglia.criteria.taylor import Taylor
+from microglia.criteria.trained import Agents, StaticBaseline
 from microglia.criteria.upper_layers import UpperLayers
 from microglia.criteria.variational import Variational
 from microglia.criteria.weight import Weight
@@ -37,7 +37,8 @@ CRITERIA: dict[str, type[Criterion]] = {
     "taylor": Taylor,
     "fluctuation": Fluctuation,
     "activation_variance": ActivationVariance,
-    "gate": LearnedGate,
+    "static_baseline": StaticBaseline,
+    "agents": Agents,
     "shapley": Shapley,
     "predictor": Predictor,
     "variational": Variational,

@@ -1,6 +1,6 @@
 """Heads as experts: how often a trained router calls them, frozen into one mask."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -8,19 +8,16 @@ from torch import Tensor
 
 from microglia.criteria.base import Criterion
 from microglia.criteria.calibration import Calibration
-from microglia.criteria.trained import RECIPE, trained
+from microglia.criteria.trained import RECIPE, Agents
 from microglia.gate import Gate
-from microglia.policy import AgentPolicy
 from microglia.training import TrainingConfig
-
-ROUTER = replace(RECIPE, learning_rate=3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Expert(Criterion):
     """Share of the prompts for which trained agents keep the head; equal shares are told apart by the mean gate."""
 
-    config: TrainingConfig = ROUTER
+    config: TrainingConfig = RECIPE
     hidden_dim: int = 128
 
     name: ClassVar[str] = "expert"
@@ -29,8 +26,7 @@ class Expert(Criterion):
     departs: ClassVar[str] = "the router is the agents, per prompt and not per token; the model is frozen"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        router = AgentPolicy(calibration.geometries, hidden_dim=self.hidden_dim)
-        trained(calibration, router, self.config)
+        router = Agents(config=self.config, hidden_dim=self.hidden_dim).look_at(calibration)
         gate = Gate(bucket=calibration.bucket)
         logits = calibration.logits(router)
         keep = gate.every(logits, calibration.geometries)

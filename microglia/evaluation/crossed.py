@@ -7,7 +7,7 @@ for these seeds. Several tests at once: Holm (1979).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from microglia.errors import DataError
 from microglia.evaluation.significance import bootstrap_ci, mcnemar_exact, paired_difference
+from microglia.results import Difference
 
 Floats = NDArray[np.float64]
 
@@ -25,15 +26,6 @@ class Mean:
 
     mean: float
     ci95: tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The mean of a - b with its 95 % interval, and the p-value of no difference."""
-
-    diff: float
-    ci95: tuple[float, float]
-    p_value: float
 
 
 def crossed_mean(values: ArrayLike, *, resamples: int = 2_000, seed: int = 0) -> Mean:
@@ -83,6 +75,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         adjusted[index] = largest
     return adjusted
+
+
+def holm_corrected(tests: Sequence[Difference]) -> list[Difference]:
+    """The same tests, each with its p-value adjusted for all of them."""
+    return [replace(test, p_holm=p) for test, p in zip(tests, holm([t.p_value for t in tests]), strict=True)]
 
 
 def _pigeonhole(x: Floats, resamples: int, seed: int) -> tuple[float, float]:

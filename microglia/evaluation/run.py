@@ -19,6 +19,7 @@ from microglia.generation import generate
 from microglia.look import Look
 from microglia.policy import Policy
 from microglia.replay import GraphDecoder
+from microglia.results import Correlation, Difference, Summary
 from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt
 
@@ -79,21 +80,22 @@ class Evaluation:
     def sparsity_by_difficulty(self) -> dict[int, float]:
         return self.by("difficulty", lambda a: 1 - a.keep_ratio)
 
-    def summary(self) -> dict[str, Any]:
-        """Everything but the answers, ready for JSON."""
-        return {
-            "prompts": len(self.answers),
-            "accuracy": self.accuracy,
-            "accuracy_ci95": list(wilson_ci(sum(a.correct for a in self.answers), len(self.answers))),
-            "sparsity": self.sparsity,
-            "accuracy_by_difficulty": {str(k): v for k, v in self.accuracy_by_difficulty.items()},
-            "sparsity_by_difficulty": {str(k): v for k, v in self.sparsity_by_difficulty.items()},
-            "accuracy_by_family": self.by("family", lambda a: a.correct),
-            "sparsity_by_family": self.by("family", lambda a: 1 - a.keep_ratio),
-            "mean_tokens": self.mean_tokens,
-            "seconds": self.seconds,
-            **({"heads": self.heads} if self.heads else {}),
-        }
+    def summary(self, dense: "Evaluation | None" = None) -> Summary:
+        """Everything but the answers, with the difference to `dense` if it is given."""
+        return Summary(
+            prompts=len(self.answers),
+            accuracy=self.accuracy,
+            accuracy_ci95=wilson_ci(sum(a.correct for a in self.answers), len(self.answers)),
+            sparsity=self.sparsity,
+            accuracy_by_difficulty={str(k): v for k, v in self.accuracy_by_difficulty.items()},
+            sparsity_by_difficulty={str(k): v for k, v in self.sparsity_by_difficulty.items()},
+            accuracy_by_family=self.by("family", lambda a: a.correct),
+            sparsity_by_family=self.by("family", lambda a: 1 - a.keep_ratio),
+            mean_tokens=self.mean_tokens,
+            seconds=self.seconds,
+            heads=self.heads,
+            to_dense=None if dense is None else paired(dense, self),
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per answer."""
@@ -189,26 +191,23 @@ def evaluate(
     return Evaluation(tuple(answers[i] for i in range(len(examples))), max(seconds), heads.as_json())
 
 
-def paired(dense: Evaluation, pruned: Evaluation) -> dict[str, Any]:
-    """Accuracy of `pruned` minus `dense` on the same prompts.
-
-    Difference, paired 95 % interval, exact McNemar p-value.
-    """
+def paired(dense: Evaluation, pruned: Evaluation) -> Difference:
+    """Accuracy of `pruned` minus `dense` on the same prompts, with the exact McNemar p-value."""
     if [a.id for a in dense.answers] != [a.id for a in pruned.answers]:
         raise DataError("the two evaluations answered different examples; evaluate both on the same ones")
     ours, theirs = [a.correct for a in pruned.answers], [a.correct for a in dense.answers]
     difference = paired_difference(ours, theirs)
-    return {"diff": difference.diff, "diff_ci95": list(difference.ci95), "p_value": mcnemar_exact(ours, theirs)}
+    return Difference(difference.diff, difference.ci95, mcnemar_exact(ours, theirs))
 
 
-def follows_difficulty(pruned: Evaluation) -> dict[str, Any]:
+def follows_difficulty(pruned: Evaluation) -> Correlation | None:
     """Rank correlation of a problem's steps and its sparsity; None where every problem lost the same heads."""
     sparsity = [1 - answer.keep_ratio for answer in pruned.answers]
     steps = [answer.difficulty for answer in pruned.answers]
     if len(steps) < 3 or len(set(sparsity)) < 2 or len(set(steps)) < 2:
-        return {"rank_correlation": None, "ci95": None}
-    found = spearman_ci(steps, sparsity)
-    return {"rank_correlation": found.rho, "ci95": list(found.ci95)}
+        return None
+    correlation = spearman_ci(steps, sparsity)
+    return Correlation(correlation.rho, correlation.ci95)
 
 
 def _mean(values: Sequence[float]) -> float:

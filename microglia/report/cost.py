@@ -5,7 +5,7 @@ from typing import Any
 
 from microglia.report import charts, words
 from microglia.report.section import Figure, Section
-from microglia.report.sources import Findings
+from microglia.report.sources import Findings, Timing
 
 MIB = 2**20
 PRUNED = ("compact", "compact_total", "masked")
@@ -20,52 +20,54 @@ PEAK = (
 
 def cost(findings: Findings) -> Section:
     """Speed beside its ceiling, bytes of a decode step, and memory: charts of their own for every model measured."""
-    subjects: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in findings.timings:
-        subjects.setdefault(tuple(row.get(key) for key in SUBJECT), []).append(row)
-    figures = [figure for rows in subjects.values() for figure in _figures(rows, _subject(rows[0], list(subjects)))]
-    pruned = [row for row in findings.timings if row["variant"] in PRUNED]
+    subjects: dict[tuple[Any, ...], list[Timing]] = {}
+    for timing in findings.timings:
+        subjects.setdefault(_of(timing), []).append(timing)
+    figures = [
+        figure for timings in subjects.values() for figure in _figures(timings, _subject(timings[0], list(subjects)))
+    ]
+    pruned = [timing for timing in findings.timings if timing.row.variant in PRUNED]
     if not pruned:
         return Section("cost", "")
-    best = next((row for row in pruned if row["variant"] == "compact_total"), pruned[-1])
+    best = next((timing for timing in pruned if timing.row.variant == "compact_total"), pruned[-1])
     intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. "
-    several = len({_case(row) for row in pruned}) > 1
+    several = len({_case(timing) for timing in pruned}) > 1
     differs = _differs(findings.timings)
     parts = [_subject(best, list(subjects)), _named(best, several, differs) if several else ""]
-    intro += words.speed(best, ", ".join(part for part in parts if part))
+    intro += words.speed(best.row, ", ".join(part for part in parts if part))
     return Section("cost", "Time and memory", intro, figures)
 
 
-def _figures(rows: Sequence[dict[str, Any]], subject: str) -> list[Figure]:
-    """The charts of one model; none without pruned rows."""
-    differs = _differs(rows)
-    pruned = [row for row in rows if row["variant"] in PRUNED]
+def _figures(timings: Sequence[Timing], subject: str) -> list[Figure]:
+    """The charts of one model; none without pruned timings."""
+    differs = _differs(timings)
+    pruned = [timing for timing in timings if timing.row.variant in PRUNED]
     if not pruned:
         return []
     of = f" · {subject}" if subject else ""
-    several = len({_case(row) for row in pruned}) > 1
-    shown = [row for row in pruned if row["variant"] == "compact"] if several else pruned
+    several = len({_case(timing) for timing in pruned}) > 1
+    shown = [timing for timing in pruned if timing.row.variant == "compact"] if several else pruned
     speeds = [
         charts.Speed(
-            _named(row, several, differs),
-            row["ratio_to_dense"],
-            tuple(row["ratio_ci95"]),
-            row["ceiling"],
-            row["realised_share"],
+            _named(timing, several, differs),
+            timing.row.ratio_to_dense,
+            timing.row.ratio_ci95,
+            timing.row.ceiling,
+            timing.row.realised_share,
         )
-        for row in shown
+        for timing in shown
     ]
-    told = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
+    listed = "; ".join(f"{s.name} {s.ratio:.2f}× of at most {s.ceiling:.2f}×" for s in speeds[:8])
     figures = [
         Figure(
             f"Speed-up beside its ceiling{of}",
-            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling{of}: {told}."),
+            charts.ceilings(speeds, f"Measured decode speed-up beside its ceiling{of}: {listed}."),
             ["", "batch", "context", "kept", "ms/token", "speed-up", "95 %", "ceiling", "share", "paid back after"],
-            [_timing(row) for row in rows],
-            SPEED + (BEYOND if any((row["realised_share"] or 0) > 1 for row in shown) else ""),
+            [_timing(timing) for timing in timings],
+            SPEED + (BEYOND if any((timing.row.realised_share or 0) > 1 for timing in shown) else ""),
         )
     ]
-    both = [row for row in rows if row["variant"] in ("dense", "compact")]
+    both = [timing for timing in timings if timing.row.variant in ("dense", "compact")]
     steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
     kinds = [(0, "weights"), (1, "KV cache")]
     alt = f"Bytes that a decode step reads{of}: " + "; ".join(
@@ -76,7 +78,7 @@ def _figures(rows: Sequence[dict[str, Any]], subject: str) -> list[Figure]:
     figures.append(
         Figure(f"Bytes of a decode step{of}", charts.stacked(steps, alt + ".", "MiB"), titles, table, legend=kinds)
     )
-    if peaks := [row for row in both if row.get("peak_bytes")]:
+    if peaks := [timing for timing in both if timing.row.peak_bytes]:
         memory = _stacks(peaks, several, differs, ("peak", "peak_bytes"))
         alt = f"Peak memory of a request{of}: " + "; ".join(f"{n} {p[0][2]:,.0f} MiB" for n, p in memory[:8]) + "."
         table = [[name, f"{parts[0][2]:,.1f}"] for name, parts in memory]
@@ -85,71 +87,79 @@ def _figures(rows: Sequence[dict[str, Any]], subject: str) -> list[Figure]:
     return figures
 
 
-def _subject(row: dict[str, Any], subjects: Sequence[tuple[Any, ...]]) -> str:
+def _subject(timing: Timing, subjects: Sequence[tuple[Any, ...]]) -> str:
     """What was measured, as far as the page has several: the model, and what else tells it from the others."""
     if len(subjects) == 1:
         return ""
-    alike = [subject for subject in subjects if subject[0] == row.get("model")]
+    alike = [subject for subject in subjects if subject[0] == timing.model]
     several = {key for key, values in zip(SUBJECT, zip(*alike, strict=True), strict=True) if len(set(values)) > 1}
     parts = {
-        "model": str(row.get("model")),
-        "layers": f"{row['layers']} layers" if row.get("layers") else "",
-        "dtype": row.get("dtype") or "",
-        "device": (row.get("device") or "").partition(" (")[0],
+        "model": str(timing.model),
+        "layers": f"{timing.layers} layers" if timing.layers else "",
+        "dtype": timing.dtype or "",
+        "device": (timing.device or "").partition(" (")[0],
     }
     return ", ".join(part for key, part in parts.items() if part and key in several | {"model"})
 
 
-def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+def _of(timing: Timing) -> tuple[Any, ...]:
+    return tuple(getattr(timing, name) for name in SUBJECT)
+
+
+def _case(timing: Timing) -> tuple[Any, ...]:
     return (
-        *(row.get(key) for key in (*SUBJECT, "decides")),
-        row["batch_size"],
-        row["context"],
-        row.get("keep_ratio") if row["variant"] != "dense" else None,
+        *_of(timing),
+        timing.row.decides,
+        timing.row.batch_size,
+        timing.row.context,
+        timing.row.keep_ratio if timing.row.variant != "dense" else None,
     )
 
 
-def _differs(rows: Sequence[dict[str, Any]]) -> set[str]:
+def _differs(timings: Sequence[Timing]) -> set[str]:
     """What has to be said to tell measurements of a model apart."""
-    return {key for key in ("batch_size", "context") if len({row.get(key) for row in rows}) > 1}
+    return {key for key in ("batch_size", "context") if len({getattr(timing.row, key) for timing in timings}) > 1}
 
 
-def _named(row: dict[str, Any], several: bool, differs: set[str]) -> str:
+def _named(timing: Timing, several: bool, differs: set[str]) -> str:
     """What sets a measurement apart from the others on its chart; the table has the rest."""
     if not several:
-        return words.label(row["variant"])
+        return words.label(timing.row.variant)
     parts = {
-        "kept": "dense" if row["variant"] == "dense" else f"{row['keep_ratio']:.0%} kept",
-        "decides": "per row" if row["variant"] != "dense" and row.get("decides") == "per row" else "",
-        "batch_size": f"batch {row['batch_size']}",
-        "context": f"context {row['context']:,}",
+        "kept": "dense" if timing.row.variant == "dense" else f"{timing.row.keep_ratio:.0%} kept",
+        "decides": "per row" if timing.row.variant != "dense" and timing.row.decides == "per row" else "",
+        "batch_size": f"batch {timing.row.batch_size}",
+        "context": f"context {timing.row.context:,}",
     }
     return ", ".join(part for key, part in parts.items() if part and key in {*differs, "kept", "decides"})
 
 
 def _stacks(
-    rows: Sequence[dict[str, Any]], several: bool, differs: set[str], *parts: tuple[str, str]
+    timings: Sequence[Timing], several: bool, differs: set[str], *parts: tuple[str, str]
 ) -> list[tuple[str, list[tuple[str, int, float]]]]:
     """Bars in MiB, without the repetition of equal dense ones."""
     bars = [
-        (_named(row, several, differs), [(name, number, row[key] / MIB) for number, (name, key) in enumerate(parts)])
-        for row in rows
+        (
+            _named(timing, several, differs),
+            [(name, number, getattr(timing.row, key) / MIB) for number, (name, key) in enumerate(parts)],
+        )
+        for timing in timings
     ]
     unique = {(name, tuple(parts)): (name, parts) for name, parts in bars}
     return list(unique.values())
 
 
-def _timing(row: dict[str, Any]) -> list[str]:
-    pruned, tokens = row["variant"] != "dense", row.get("break_even_tokens")
+def _timing(timing: Timing) -> list[str]:
+    pruned, tokens = timing.row.variant != "dense", timing.row.break_even_tokens
     return [
-        words.label(row["variant"]),
-        str(row["batch_size"]),
-        f"{row['context']:,}",
-        words.percent(row["keep_ratio"], 0),
-        f"{row['ms_per_token']:.2f}",
-        f"{row['ratio_to_dense']:.3f}" if pruned else "",
-        words.interval(tuple(row["ratio_ci95"]), "{:.3f}", 1) if pruned else "",
-        f"{row['ceiling']:.3f}" if pruned else "",
-        words.percent(row["realised_share"], 0) if pruned else "",
+        words.label(timing.row.variant),
+        str(timing.row.batch_size),
+        f"{timing.row.context:,}",
+        words.percent(timing.row.keep_ratio, 0),
+        f"{timing.row.ms_per_token:.2f}",
+        f"{timing.row.ratio_to_dense:.3f}" if pruned else "",
+        words.interval(timing.row.ratio_ci95, "{:.3f}", 1) if pruned else "",
+        f"{timing.row.ceiling:.3f}" if pruned else "",
+        words.percent(timing.row.realised_share, 0) if pruned else "",
         f"{tokens} tokens" if tokens else "",
     ]

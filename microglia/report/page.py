@@ -1,4 +1,4 @@
-"""One self-contained HTML page from findings: no script, no font, no picture is fetched."""
+"""One self-contained HTML page of findings: no script, no font, no picture is fetched."""
 
 from importlib.resources import files
 from importlib.util import find_spec

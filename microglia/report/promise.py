@@ -1,4 +1,4 @@
-"""What checkpoints promise: the settings of the dial that were tried, and the limit of what each may lose."""
+"""What checkpoints promise: the settings that were tried, and the limit of what each may lose."""
 
 from microglia.report import words
 from microglia.report.section import Section
@@ -9,19 +9,18 @@ COLUMNS = ["", "heads kept", "right", "lost", "won", "points to dense", "at most
 
 def promises(findings: Findings) -> Section:
     """One line per setting of each calibration, and what was concluded, in its own words."""
-    rows, told = [], []
-    for name, promise in findings.promises.items():
-        told.append(f"{name}: {promise['sentence']}.")
-        rows += [
-            [
-                name,
-                words.percent(tried["keep_ratio"]),
-                words.percent(tried["accuracy"]),
-                str(tried["lost"]),
-                str(tried["won"]),
-                words.points(-tried["drop"]),
-                f"{100 * tried['drop_bound']:.1f}",
-            ]
-            for tried in promise.get("tried", ())
+    sentences = [f"{name}: {promise.sentence}." for name, promise in findings.promises.items()]
+    rows = [
+        [
+            name,
+            words.percent(tried.keep_ratio),
+            words.percent(tried.accuracy),
+            str(tried.lost),
+            str(tried.won),
+            words.points(-tried.drop),
+            f"{100 * tried.drop_bound:.1f}",
         ]
-    return Section("promise", "What is promised", " ".join(told), columns=COLUMNS if rows else [], rows=rows)
+        for name, promise in findings.promises.items()
+        for tried in promise.tried
+    ]
+    return Section("promise", "What is promised", " ".join(sentences), columns=COLUMNS if rows else [], rows=rows)

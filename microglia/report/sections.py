@@ -1,4 +1,4 @@
-"""The sections of the page: which figure shows which finding, with its caption, alternative text and table."""
+"""The sections of the page: which figure shows what, with its caption, alternative text and table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -9,7 +9,7 @@ from microglia.report.ablation import ablations
 from microglia.report.cost import cost
 from microglia.report.promise import promises
 from microglia.report.section import Figure, Section
-from microglia.report.sources import Findings, Result, Run
+from microglia.report.sources import Entry, Findings, Run
 
 NEAR = 0.2  # of accuracy below dense: what a reader would consider
 CURVES = (  # (title, {key of the history: name}, form)
@@ -22,14 +22,14 @@ CURVES = (  # (title, {key of the history: name}, form)
 
 def sections(findings: Findings) -> list[Section]:
     """Every section that has something to show."""
-    found: list[Section] = []
+    parts: list[Section] = []
     for number, run in enumerate(findings.runs):
         suffix = f"-{number + 1}" if len(findings.runs) > 1 else ""
-        found.append(compared(run, suffix))
-        parts = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
-        found += [replace(part, title=f"{part.title} · {run.title}") if suffix else part for part in parts]
-    found += [promises(findings), *ablations(findings), training(findings), cost(findings), origin(findings)]
-    return [s for s in found if s.figures or s.rows or s.listings]
+        parts.append(compared(run, suffix))
+        details = [fronts(run, suffix), groups(run, suffix), heads(run, suffix)]
+        parts += [replace(part, title=f"{part.title} · {run.title}") if suffix else part for part in details]
+    parts += [promises(findings), *ablations(findings), training(findings), cost(findings), origin(findings)]
+    return [s for s in parts if s.figures or s.rows or s.listings]
 
 
 def compared(run: Run, suffix: str) -> Section:
@@ -41,12 +41,10 @@ def compared(run: Run, suffix: str) -> Section:
             words.percent(r.accuracy),
             words.interval(r.ci95),
             words.percent(r.sparsity),
-            words.points(r.diff),
-            words.interval(r.diff_ci95, "{:+.1f}"),
-            words.small(r.p_value),
+            *words.difference(r.to_dense),
             "" if r.mean_tokens is None else f"{r.mean_tokens:.0f}",
         ]
-        for r in run.results
+        for r in run.entries
     ]
     used = [i for i in range(len(titles)) if i == 0 or any(row[i] for row in rows)]
     return Section(
@@ -61,14 +59,14 @@ def compared(run: Run, suffix: str) -> Section:
 def fronts(run: Run, suffix: str) -> Section:
     """Accuracy against sparsity, and against measured speed where every mark has one."""
     figures = []
-    names = [r.policy for r in run.results]
-    dense = next((r.accuracy for r in run.results if r.policy == "dense"), None)
-    if len(run.results) > 1:
-        marks = [_mark(r, r.sparsity, None, names) for r in run.results]
-        figures += _views("Accuracy and sparsity", marks, run.results, "heads pruned", "{:.0%}", dense)
-    timed = [r for r in run.results if r.timing]
+    names = [r.policy for r in run.entries]
+    dense = next((r.accuracy for r in run.entries if r.policy == "dense"), None)
+    if len(run.entries) > 1:
+        marks = [_mark(r, r.sparsity, None, names) for r in run.entries]
+        figures += _views("Accuracy and sparsity", marks, run.entries, "heads pruned", "{:.0%}", dense)
+    timed = [r for r in run.entries if r.timing]
     if len(timed) > 1:
-        marks = [_mark(r, r.timing["ratio_to_dense"], r.timing["ratio_ci95"], names) for r in timed if r.timing]
+        marks = [_mark(r, r.timing.ratio_to_dense, r.timing.ratio_ci95, names) for r in timed if r.timing]
         label = "decode speed-up, dense time ÷ this time"
         figures += _views("Accuracy and latency", marks, timed, label, "{:.2f}×", dense)
     intro = (
@@ -79,18 +77,18 @@ def fronts(run: Run, suffix: str) -> Section:
 
 
 def _views(
-    title: str, marks: Sequence[charts.Point], results: Sequence[Result], label: str, form: str, dense: float | None
+    title: str, marks: Sequence[charts.Point], entries: Sequence[Entry], label: str, form: str, dense: float | None
 ) -> list[Figure]:
     """The whole front; and the marks near the dense model once more, where others are so far below that they crowd."""
-    figures = [_front(title, marks, results, label, form, dense)]
+    figures = [_front(title, marks, entries, label, form, dense)]
     near = [i for i, m in enumerate(marks) if dense is not None and m.y >= dense - NEAR]
     if 3 <= len(near) < len(marks):
         close = f"{title}, near the dense model"
-        figures.append(_front(close, [marks[i] for i in near], [results[i] for i in near], label, form, dense))
+        figures.append(_front(close, [marks[i] for i in near], [entries[i] for i in near], label, form, dense))
     return figures
 
 
-def _mark(r: Result, x: float, x_ends: Any, names: Sequence[str]) -> charts.Point:
+def _mark(r: Entry, x: float, x_ends: Any, names: Sequence[str]) -> charts.Point:
     ends = tuple(x_ends) if x_ends else None
     return charts.Point(words.label(r.policy), x, r.accuracy, ends, r.ci95, words.style(r.policy, names))
 
@@ -98,24 +96,24 @@ def _mark(r: Result, x: float, x_ends: Any, names: Sequence[str]) -> charts.Poin
 def _front(
     title: str,
     marks: Sequence[charts.Point],
-    results: Sequence[Result],
+    entries: Sequence[Entry],
     label: str,
     form: str,
     dense: float | None,
 ) -> Figure:
-    told = "; ".join(f"{m.name} {m.y:.1%} right at {form.format(m.x)}" for m in marks[:8])
-    alt = f"{title}: accuracy upwards, {label} to the right. {told}."
+    listed = "; ".join(f"{m.name} {m.y:.1%} right at {form.format(m.x)}" for m in marks[:8])
+    alt = f"{title}: accuracy upwards, {label} to the right. {listed}."
     rows = [
         [
             words.label(r.policy),
             words.percent(r.accuracy),
             words.interval(r.ci95),
             words.percent(r.sparsity),
-            f"{r.timing['ms_per_token']:.2f}" if r.timing else "",
-            f"{r.timing['ratio_to_dense']:.3f}" if r.timing else "",
-            words.interval(tuple(r.timing["ratio_ci95"]), "{:.3f}", 1) if r.timing else "",
+            f"{r.timing.ms_per_token:.2f}" if r.timing else "",
+            f"{r.timing.ratio_to_dense:.3f}" if r.timing else "",
+            words.interval(r.timing.ratio_ci95, "{:.3f}", 1) if r.timing else "",
         ]
-        for r in results
+        for r in entries
     ]
     titles = ["", "right", "95 %", "heads pruned", "ms/token", "speed-up", "95 %"]
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
@@ -126,12 +124,12 @@ def _front(
 
 def groups(run: Run, suffix: str) -> Section:
     """Sparsity by difficulty and by family; accuracy beside it."""
-    pruned = _decided(run)
+    pruned = _agents(run)
     figures = []
     for kind, label in (("difficulty", "steps of the worked answer"), ("family", "")):
         for value in ("sparsity", "accuracy"):
             key = f"{value}_by_{kind}"
-            shown = [r for r in run.results if (r is pruned or (value == "accuracy" and r.policy == "dense"))]
+            shown = [r for r in run.entries if (r is pruned or (value == "accuracy" and r.policy == "dense"))]
             series = {words.label(r.policy): (words.STYLES.get(r.policy, 1), r.by[key]) for r in shown if r.by.get(key)}
             if not series:
                 continue
@@ -148,26 +146,26 @@ def groups(run: Run, suffix: str) -> Section:
 def _grouped(title: str, series: dict[str, tuple[int, dict[str, float]]], label: str, *, sideways: bool) -> Figure:
     names = list(dict.fromkeys(group for _, values in series.values() for group in values))
     first = next(iter(series.values()))[1]
-    told = ", ".join(f"{group}: {value:.1%}" for group, value in first.items())
+    listed = ", ".join(f"{group}: {value:.1%}" for group, value in first.items())
     rows = [[group, *(words.percent(values.get(group)) for _, values in series.values())] for group in names]
-    svg = charts.columns(series, f"{title}. {told}.", label, sideways=sideways)
+    svg = charts.columns(series, f"{title}. {listed}.", label, sideways=sideways)
     legend = [(number, name) for name, (number, _) in series.items()] if len(series) > 1 else []
     return Figure(title, svg, ["", *series], rows, legend=legend)
 
 
 def heads(run: Run, suffix: str) -> Section:
     """Site × head: how often kept, and the two signals."""
-    pruned = _decided(run)
+    pruned = _agents(run)
     if pruned is None or not pruned.heads.get("kept"):
         return Section(f"heads{suffix}", "")
     kept, figures = pruned.heads["kept"], []
     often = [(value, site, head) for site, row in enumerate(kept) for head, value in enumerate(row)]
     always, never = sum(v == 1 for v, *_ in often), sum(v == 0 for v, *_ in often)
-    told = f"Of {len(often)} heads {always} are kept for every prompt and {never} for none."
-    alt = f"How often each head is kept, site by head. {told}"
+    summary = f"Of {len(often)} heads {always} are kept for every prompt and {never} for none."
+    alt = f"How often each head is kept, site by head. {summary}"
     form = "kept for {:.1%} of the prompts"
     svg = charts.heat(kept, alt, kept, form, row_means=True, ends=("never", "always"))
-    note = told + " At the right: the site's mean."
+    note = summary + " At the right: the site's mean."
     figures.append(Figure("How often each head is kept", svg, *_matrix(kept, "{:.1%}"), note))
     if entropy := pruned.heads.get("entropy"):
         most = max(max(row) for row in entropy)
@@ -190,10 +188,9 @@ def _matrix(values: Sequence[Sequence[float]], form: str) -> tuple[list[str], li
     return titles, [[str(site), *(form.format(value) for value in row)] for site, row in enumerate(values)]
 
 
-def _decided(run: Run) -> Result | None:
-    """The result of the agents, or of whatever else pruned in this run."""
-    found = [r for r in run.results if r.policy in ("pruned", "agents")] or run.results[1:]
-    return next(iter(found), None)
+def _agents(run: Run) -> Entry | None:
+    """The entry of the agents, or of whatever else pruned in this run."""
+    return next((r for r in run.entries if r.policy in words.PRUNED), run.entries[1] if run.entries[1:] else None)
 
 
 def training(findings: Findings) -> Section:
@@ -209,7 +206,7 @@ def training(findings: Findings) -> Section:
             steps = sorted({step for _, pairs in series.values() for step, _ in pairs})
             table = {key: dict(pairs) for key, (_, pairs) in series.items()}
             rows = [
-                [f"{step:g}", *(f"{found[step]:.4g}" if step in found else "" for found in table.values())]
+                [f"{step:g}", *(f"{values[step]:.4g}" if step in values else "" for values in table.values())]
                 for step in steps
             ]
             top = (
@@ -240,20 +237,21 @@ def origin(findings: Findings) -> Section:
     """Devices, versions, commits, commands and settings."""
     rows = [
         [
-            found.get("device", ""),
-            ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items()),
-            str(found.get("commit") or "")[:12],
+            made.device,
+            ", ".join(f"{name} {version}" for name, version in made.versions.items()),
+            (made.commit or "")[:12],
         ]
-        for found in findings.circumstances
+        for made in findings.circumstances
     ]
-    listings = [("Commands", "\n".join(dict.fromkeys(f["command"] for f in findings.circumstances if "command" in f)))]
+    listings = [("Commands", "\n".join(dict.fromkeys(m.command for m in findings.circumstances if m.command)))]
     for name, config in findings.checkpoints.items():
-        told = config.get("training", {}).get("config") or {}
-        settings = [f"base model: {config['base_model']}", *(f"{key}: {value}" for key, value in told.items())]
+        options = config.get("training", {}).get("config") or {}
+        settings = [f"base model: {config['base_model']}", *(f"{key}: {value}" for key, value in options.items())]
         listings.append((f"Settings of {name}", "\n".join(settings)))
-    if findings.agents:
-        count, share = findings.agents["agent_parameters"], findings.agents["agent_share"]
-        listings.append(("Agents", f"{count:,} parameters, {share:.3%} of the model"))
+    listings += [
+        ("Agents", f"{demo.agent_parameters:,} parameters, {demo.agent_share:.3%} of the model")
+        for demo in findings.demos[-1:]
+    ]
     unique = list(dict.fromkeys(map(tuple, rows)))
     return Section(
         "origin",

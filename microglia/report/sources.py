@@ -1,99 +1,105 @@
 """What runs left behind, read into one shape: results of policies, timings, training histories, circumstances.
 
-Nothing is measured or estimated here. A figure that no file holds is None, and the page leaves it out.
+Nothing is measured or estimated here. A figure that no file holds is None, and the page leaves it out. Results say of
+what kind they are; other files are known by their names.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from microglia.errors import DataError
 from microglia.record import Record, read_records
+from microglia.results import (
+    AblationResult,
+    Adaptivity,
+    AtBudget,
+    BenchmarkResult,
+    BenchmarkRow,
+    Circumstances,
+    ComparisonResult,
+    Correlation,
+    DemoResult,
+    Difference,
+    EvaluationResult,
+    Latency,
+    Promise,
+    Summary,
+    from_json,
+    part_from_json,
+)
 
-# What else than the JSON files directly in a folder belongs to its run.
-BESIDE = ("checkpoint/microglia_config.json",)
-CHECKPOINTS = "agents/checkpoint-*/trainer_state.json"  # of a training run that has no history yet
-CIRCUMSTANCES = ("device", "versions", "commit", "command")
+HISTORY, CHECKPOINT, LEDGER = "history.json", "microglia_config.json", "ledger.jsonl"
+NO_RESULTS = ("answers", "training_config", "sha256")  # JSON files in a folder of runs that begin so
+UNFINISHED = "agents/checkpoint-*/trainer_state.json"  # of a training run that has no history yet
 TIMED = ("dense", "masked", "compact", "compact_total")
 
 
 @dataclass(frozen=True)
-class Result:
+class Entry:
     """What one policy did on the prompts of a run. `by`: sparsity or accuracy by difficulty or family; `heads`: per
-    site and head how often it was kept, and its signals; `timing`: its row of a benchmark."""
+    site and head how often it was kept, and its signals."""
 
     policy: str
     accuracy: float
     sparsity: float
     prompts: int
     ci95: tuple[float, float] | None = None
-    diff: float | None = None
-    diff_ci95: tuple[float, float] | None = None
-    p_value: float | None = None
+    to_dense: Difference | None = None
     mean_tokens: float | None = None
     by: dict[str, dict[str, float]] = field(default_factory=dict)
     heads: dict[str, list[list[float]]] = field(default_factory=dict)
-    timing: dict[str, Any] | None = None
+    timing: BenchmarkRow | Latency | None = None
 
 
 @dataclass(frozen=True)
 class Run:
-    """Policies that answered the same prompts, the dense model first where it was asked.
+    """Policies that answered the same prompts, the dense model first where it answered too.
 
-    `scarce`: what adapting adds where fewer heads are kept, with their `sparsity`.
+    `low_budget`: agents and static baseline where fewer heads are kept.
     """
 
     title: str
-    results: tuple[Result, ...]
-    adaptivity: dict[str, Any] | None = None
-    follows: dict[str, Any] | None = None
-    scarce: dict[str, Any] | None = None
+    entries: tuple[Entry, ...]
+    adaptivity: Adaptivity | None = None
+    follows: Correlation | None = None
+    low_budget: AtBudget | None = None
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One recipe of an ablation at the common keep ratio; `own`: accuracy and sparsity at what its training led to,
-    None where that was not judged."""
+class Timing:
+    """A row of a benchmark, and what was measured."""
 
-    name: str
-    accuracy: float
-    loss: float
-    own: tuple[float, float] | None
-    diff: float | None
-    diff_ci95: tuple[float, float] | None
-    p_value: float | None
+    row: BenchmarkRow
+    model: str | None = None
+    layers: int | None = None
+    dtype: str | None = None
+    device: str | None = None
 
-
-@dataclass(frozen=True)
-class Ablation:
-    """Recipes on the same prompts, the base first."""
-
-    variants: tuple[Variant, ...]
-    keep_ratio: float
-    prompts: int
-    seeds: int
+    @classmethod
+    def of(cls, row: BenchmarkRow, subject: dict[str, Any], device: str) -> "Timing":
+        return cls(row, subject.get("model"), subject.get("layers"), subject.get("dtype"), device)
 
 
 @dataclass
 class Findings:
-    """Everything that a page can show, in the order it was given."""
+    """Everything that a page can show, in the order of the files."""
 
     runs: list[Run] = field(default_factory=list)
-    timings: list[dict[str, Any]] = field(default_factory=list)
+    timings: list[Timing] = field(default_factory=list)
     histories: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     checkpoints: dict[str, dict[str, Any]] = field(default_factory=dict)
-    promises: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ablations: list[Ablation] = field(default_factory=list)
-    circumstances: list[dict[str, Any]] = field(default_factory=list)
-    agents: dict[str, Any] = field(default_factory=dict)
+    promises: dict[str, Promise] = field(default_factory=dict)
+    ablations: list[AblationResult] = field(default_factory=list)
+    circumstances: list[Circumstances] = field(default_factory=list)
+    demos: list[DemoResult] = field(default_factory=list)
 
-    def made(self, circumstances: dict[str, Any]) -> None:
+    def add_circumstances(self, circumstances: Circumstances) -> None:
         """Remember how something was measured, once."""
-        found = {name: circumstances[name] for name in CIRCUMSTANCES if circumstances.get(name)}
-        if found and found not in self.circumstances:
-            self.circumstances.append(found)
+        if circumstances != Circumstances() and circumstances not in self.circumstances:
+            self.circumstances.append(circumstances)
 
 
 def gather(paths: Sequence[Path | str]) -> Findings:
@@ -116,187 +122,175 @@ def gather(paths: Sequence[Path | str]) -> Findings:
 
 def _files(folder: Path) -> list[Path]:
     """Details before records, which fill in what is missing."""
-    found = [path for path in sorted(folder.glob("*.json")) if not path.name.startswith("answers")]
-    found += [path for name in BESIDE if (path := folder / name).is_file()]
-    if not (folder / "history.json").is_file():
-        found += sorted(folder.glob(CHECKPOINTS), key=lambda p: int(p.parent.name.rpartition("-")[2]))[-1:]
-    return found + sorted(folder.glob("*.jsonl"))
+    files = [*sorted(folder.glob("*.json")), *folder.glob(f"checkpoint/{CHECKPOINT}")]
+    if not (folder / HISTORY).is_file():
+        files += sorted(folder.glob(UNFINISHED), key=lambda p: int(p.parent.name.rpartition("-")[2]))[-1:]
+    return files + sorted(folder.glob("*.jsonl"))
 
 
 def _read(path: Path, findings: Findings) -> bool:
     """Whether `path` held something, which is then in `findings`."""
+    if path.suffix == ".jsonl":
+        return not path.name.endswith(LEDGER) and _records(read_records(path), findings)
+    if path.name.startswith(NO_RESULTS):
+        return False
     try:
-        if path.suffix == ".jsonl":
-            return _ledger_or_records(path, findings)
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{path} cannot be read as JSON ({error}); mend it or leave it out") from error
-    try:
-        return _value(value, path, findings)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(
-            f"{path} lacks what a report needs of it ({type(error).__name__}: {error}); write it again with this "
-            "version of microglia"
-        ) from error
-
-
-def _value(value: Any, path: Path, findings: Findings) -> bool:
     label = path.parent.name or path.stem
-    if isinstance(value, list) and value and isinstance(value[0], dict) and "step" in value[0]:
-        findings.histories[label] = value
-    elif not isinstance(value, dict):
-        return False
-    elif "log_history" in value:
-        findings.histories[path.parent.parent.parent.name] = value["log_history"]
-    elif "adaptivity" in value and "dense" in value:
-        _demo(value, findings)
-    elif "pruned" in value and "dataset" in value:
-        _evaluation(value, findings)
-    elif "rows" in value and "base" in value:
-        _ablation(value, findings)
-    elif "rows" in value and "variant" in value["rows"][0]:
-        about = {"device": value.get("device"), **value.get("subject", {})}
-        findings.timings += [{**about, **row} for row in value["rows"]]
-        findings.made(value)
-    elif "rows" in value and "policy" in value["rows"][0]:
-        _comparison(value, findings)
-    elif "base_model" in value and "sites" in value:
-        findings.checkpoints[label] = value
-        if (value.get("promise") or {}).get("sentence"):
-            findings.promises[label] = value["promise"]
-    elif "sentence" in value and "tried" in value:
-        findings.promises[label] = value
-    else:
-        return False
+    try:
+        if path.name == HISTORY:
+            findings.histories[label] = value
+        elif path.name == "trainer_state.json":
+            findings.histories[path.parent.parent.parent.name] = value["log_history"]
+        elif path.name == CHECKPOINT:
+            findings.checkpoints[label] = value
+            if value.get("promise"):
+                findings.promises[label] = from_json(value["promise"], f"the promise in {path}")
+        else:
+            result = from_json(value, str(path))
+            if type(result) not in KNOWN:
+                return False
+            KNOWN[type(result)](result, label, findings)
+            findings.add_circumstances(getattr(result, "circumstances", Circumstances()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not what microglia writes under that name; write it again") from error
     return True
 
 
-def _demo(value: dict[str, Any], findings: Findings) -> None:
-    timing = {row["variant"]: row for row in value.get("latency", [])}
-    masks = value["random"].get("masks", [])
-    rows = {name: value[name] for name in ("dense", "pruned", "static")}
-    rows |= {f"random {number}": mask for number, mask in enumerate(masks, 1)}
-    timed = {"dense": timing.get("dense"), "pruned": timing.get("compact_total")}
-    results = [_result(name, row, timed.get(name)) for name, row in rows.items()]
-    fewer, scarce = value.get("scarce"), None
-    if fewer:
-        results += [_result(name, fewer[name], None) for name in ("pruned", "static")]
-        scarce = {**fewer["adaptivity"], "sparsity": fewer["pruned"]["sparsity"]}
-    title = f"Demo: {value['problems']} held-out problems"
-    follows = value.get("sparsity_follows_difficulty")
-    findings.runs.append(Run(title, tuple(results), value["adaptivity"], follows, scarce))
-    findings.timings += [{"model": "reasoner", **row} for row in value.get("latency", [])]
-    findings.agents |= {name: value[name] for name in ("agent_parameters", "agent_share") if name in value}
-    findings.made(value.get("circumstances", {}))
-
-
-def _evaluation(value: dict[str, Any], findings: Findings) -> None:
-    paired = value.get("paired", {})
-    rows = {name: value[name] for name in ("dense", "pruned") if name in value}
-    results = [_result(name, row | (paired if name == "pruned" else {}), None) for name, row in rows.items()]
-    findings.runs.append(Run(_title(value), tuple(results)))
-    findings.made(value.get("circumstances", {}))
-
-
-def _comparison(value: dict[str, Any], findings: Findings) -> None:
-    results = []
-    for row in value["rows"]:
-        timed = row if row.get("ratio_to_dense") is not None else None
-        results.append(
-            Result(
-                policy=row["policy"],
-                accuracy=row["accuracy"],
-                sparsity=1 - row["keep_ratio"],
-                prompts=row["prompts"],
-                ci95=_pair(row.get("ci95")),
-                diff=row.get("diff"),
-                diff_ci95=_pair(row.get("diff_ci95")),
-                p_value=row.get("p_holm", row.get("p_value")),
-                mean_tokens=row.get("mean_tokens"),
-                timing=timed,
-            )
-        )
-    run = Run(f"Comparison: {_title(value)}", tuple(results), value.get("adaptivity"), value.get("follows_difficulty"))
+def _demo(result: DemoResult, label: str, findings: Findings) -> None:
+    timing = {row.variant: row for row in result.latency}
+    entries = [
+        _entry("dense", result.dense, timing.get("dense")),
+        _entry("pruned", result.pruned, timing.get("compact_total")),
+        _entry("static_baseline", result.static_baseline),
+        *(_entry(f"random {number}", mask) for number, mask in enumerate(result.random.masks, 1)),
+        _entry("pruned", result.low_budget.pruned),
+        _entry("static_baseline", result.low_budget.static_baseline),
+    ]
+    title = f"Demo: {result.problems} held-out problems"
+    run = Run(title, tuple(entries), result.adaptivity, result.follows_difficulty, result.low_budget)
     findings.runs.append(run)
-    findings.made(value)
+    findings.timings += [Timing(row, "reasoner") for row in result.latency]
+    findings.demos.append(result)
 
 
-def _ablation(value: dict[str, Any], findings: Findings) -> None:
-    variants = tuple(
-        Variant(
-            name=row["variant"],
-            accuracy=row["accuracy"],
-            loss=row["loss"],
-            own=(row["own_accuracy"], 1 - row["own_keep_ratio"]) if "own_accuracy" in row else None,
-            diff=row.get("diff"),
-            diff_ci95=_pair(row.get("diff_ci95")),
-            p_value=row.get("p_holm"),
+def _evaluation(result: EvaluationResult, label: str, findings: Findings) -> None:
+    entries = [_entry("dense", result.dense)] if result.dense else []
+    entries.append(_entry("pruned", result.pruned, to_dense=result.paired))
+    findings.runs.append(Run(_title(result.dataset, result.split), tuple(entries)))
+
+
+def _comparison(result: ComparisonResult, label: str, findings: Findings) -> None:
+    entries = tuple(
+        Entry(
+            policy=row.policy,
+            accuracy=row.accuracy,
+            sparsity=1 - row.keep_ratio,
+            prompts=row.prompts,
+            ci95=row.ci95,
+            to_dense=row.to_dense,
+            mean_tokens=row.mean_tokens,
+            timing=row.latency,
         )
-        for row in value["rows"]
+        for row in result.rows
     )
-    findings.ablations.append(Ablation(variants, value["at_keep_ratio"], value["prompts"], len(value["seeds"])))
-    findings.made(value)
+    title = f"Comparison: {_title(result.dataset, result.split)}"
+    findings.runs.append(Run(title, entries, result.adaptivity, result.follows_difficulty))
 
 
-def _ledger_or_records(path: Path, findings: Findings) -> bool:
-    """Records of evaluations that are not there in detail, and of benchmarks; other JSON lines are passed over."""
-    first = next((line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()), "{}")
-    if "unit" not in json.loads(first):
-        return False
-    records = read_records(path)
+def _benchmark(result: BenchmarkResult, label: str, findings: Findings) -> None:
+    findings.timings += [Timing.of(row, result.subject, result.circumstances.device) for row in result.rows]
+
+
+def _ablation(result: AblationResult, label: str, findings: Findings) -> None:
+    findings.ablations.append(result)
+
+
+def _promise(result: Promise, label: str, findings: Findings) -> None:
+    findings.promises[label] = result
+
+
+KNOWN: dict[type, Callable[[Any, str, Findings], None]] = {
+    DemoResult: _demo,
+    EvaluationResult: _evaluation,
+    ComparisonResult: _comparison,
+    BenchmarkResult: _benchmark,
+    AblationResult: _ablation,
+    Promise: _promise,
+}
+
+
+def _records(records: Sequence[Record], findings: Findings) -> bool:
+    """Records of benchmarks, and of evaluations that are not there in detail."""
+    names = {f.name for f in fields(BenchmarkRow)}
     for record in records:
-        findings.made(asdict(record))
+        made = {f.name: getattr(record, f.name) for f in fields(Circumstances)}
+        findings.add_circumstances(Circumstances(**made))
         if record.name == "decode_latency" and record.extra.get("variant") in TIMED:
-            findings.timings.append({"n": record.n, "device": record.device, **record.extra})
+            row = {name: value for name, value in record.extra.items() if name in names}
+            row = part_from_json(BenchmarkRow, row, "a record of a benchmark")
+            findings.timings.append(Timing.of(row, dict(record.extra), record.device))
     _evaluations(records, findings)
     return bool(records)
 
 
 def _evaluations(records: Iterable[Record], findings: Findings) -> None:
     """`accuracy`, `sparsity` and `accuracy_difference` of `microglia evaluate`, the last of each task."""
-    tasks: dict[tuple[Any, Any], dict[str, dict[str, Record]]] = {}
+    tasks: dict[str, dict[tuple[str, str], Record]] = {}
     for record in records:
-        task = (record.extra.get("dataset"), record.extra.get("split"))
-        if record.name in ("accuracy", "sparsity") and record.extra.get("model") in ("dense", "pruned"):
-            tasks.setdefault(task, {}).setdefault(record.extra["model"], {})[record.name] = record
-        elif record.name == "accuracy_difference" and task in tasks:
-            tasks[task].setdefault("pruned", {})["difference"] = record
-    told = {run.title for run in findings.runs}
-    for (dataset, split), models in tasks.items():
-        if (title := _title({"dataset": dataset, "split": split})) in told:
+        model = "pruned" if record.name == "accuracy_difference" else record.extra.get("model")
+        if record.name in ("accuracy", "sparsity", "accuracy_difference") and model in ("dense", "pruned"):
+            title = _title(record.extra.get("dataset"), record.extra.get("split"))
+            tasks.setdefault(title, {})[model, record.name] = record
+    shown = {run.title for run in findings.runs}
+    for title, numbers in tasks.items():
+        if title in shown:
             continue
-        results = []
-        for name in ("dense", "pruned"):
-            if not {"accuracy", "sparsity"} <= (found := models.get(name, {})).keys():
+        entries = []
+        for model in ("dense", "pruned"):
+            accuracy, sparsity = numbers.get((model, "accuracy")), numbers.get((model, "sparsity"))
+            if accuracy is None or sparsity is None:
                 continue
-            row = {**found["accuracy"].extra, **found["difference"].extra} if "difference" in found else {}
-            row |= {"accuracy_ci95": found["accuracy"].extra.get("ci95"), "accuracy": found["accuracy"].value}
-            row |= {"sparsity": found["sparsity"].value, "prompts": found["accuracy"].n}
-            results.append(_result(name, row, None))
-        findings.runs.append(Run(title, tuple(results)))
+            ends, test = accuracy.extra.get("ci95"), numbers.get((model, "accuracy_difference"))
+            names = [f.name for f in fields(Difference)]
+            difference = {name: x for name, x in test.extra.items() if name in names} if test else None
+            entries.append(
+                Entry(
+                    policy=model,
+                    accuracy=accuracy.value,
+                    sparsity=sparsity.value,
+                    prompts=accuracy.n,
+                    ci95=(ends[0], ends[1]) if ends else None,
+                    to_dense=part_from_json(Difference, difference, "a record of an evaluation") if test else None,
+                )
+            )
+        findings.runs.append(Run(title, tuple(entries)))
 
 
-def _result(policy: str, row: dict[str, Any], timing: dict[str, Any] | None) -> Result:
-    by = {name: values for name, values in row.items() if "_by_" in name and values}
-    return Result(
+def _entry(
+    policy: str,
+    summary: Summary,
+    timing: BenchmarkRow | None = None,
+    *,
+    to_dense: Difference | None = None,
+) -> Entry:
+    names = [f"{value}_by_{kind}" for value in ("accuracy", "sparsity") for kind in ("difficulty", "family")]
+    by = {name: {group: x for group, x in getattr(summary, name).items() if group} for name in names}
+    return Entry(
         policy=policy,
-        accuracy=row["accuracy"],
-        sparsity=row["sparsity"],
-        prompts=row["prompts"],
-        ci95=_pair(row.get("accuracy_ci95")),
-        diff=row.get("diff"),
-        diff_ci95=_pair(row.get("diff_ci95")),
-        p_value=row.get("p_value"),
-        mean_tokens=row.get("mean_tokens"),
-        by={name: {group: value for group, value in values.items() if group} for name, values in by.items()},
-        heads=row.get("heads") or {},
+        accuracy=summary.accuracy,
+        sparsity=summary.sparsity,
+        prompts=summary.prompts,
+        ci95=summary.accuracy_ci95,
+        to_dense=to_dense or summary.to_dense,
+        mean_tokens=summary.mean_tokens,
+        by={name: groups for name, groups in by.items() if groups},
+        heads=summary.heads,
         timing=timing,
     )
 
 
-def _title(value: dict[str, Any]) -> str:
-    return ", ".join(str(value[name]) for name in ("dataset", "split") if value.get(name))
-
-
-def _pair(ends: Any) -> tuple[float, float] | None:
-    return (ends[0], ends[1]) if ends and None not in ends else None
+def _title(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)

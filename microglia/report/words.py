@@ -1,20 +1,19 @@
 """How figures are said: the same names, signs and digits in tables, charts, alternative texts and sentences."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from microglia.report.sources import Result, Run
+from microglia.report.sources import Entry, Run
+from microglia.results import Adaptivity, BenchmarkRow, Difference
 
 LABELS = {
     "pruned": "pruned (agents)",
     "agents": "pruned (agents)",
-    "static": "static twin",
-    "gate": "static twin",
-    "compact": "compact",
+    "static_baseline": "static baseline",
     "compact_total": "compact with its decision",
     "masked": "masked only",
 }
-STYLES = {"dense": 0, "pruned": 1, "agents": 1, "static": 2, "gate": 2}  # the same colour and shape on every chart
+STYLES = {"dense": 0, "pruned": 1, "agents": 1, "static_baseline": 2}  # the same colour and shape on every chart
+PRUNED = ("pruned", "agents")
 
 
 def label(policy: str) -> str:
@@ -23,7 +22,7 @@ def label(policy: str) -> str:
 
 
 def style(policy: str, others: Sequence[str]) -> int:
-    """The number of a policy's colour: its own where it has one, else by its place among `others`."""
+    """The number of a policy's colour: a fixed one where it has one, else by its place among `others`."""
     if policy in STYLES:
         return STYLES[policy]
     if policy.startswith("random"):
@@ -42,88 +41,97 @@ def points(value: float | None) -> str:
 
 
 def interval(ends: tuple[float, float] | None, form: str = "{:.1f}", factor: float = 100) -> str:
-    return "" if ends is None else " to ".join(form.format(factor * end) for end in ends).replace("-", "−")
+    return " to ".join(form.format(factor * end) for end in known(ends) or ()).replace("-", "−")
 
 
-def small(value: float | None) -> str:
-    """A p-value."""
-    return "" if value is None else f"{value:.2g}"
+def known(ends: tuple[float, float] | None) -> tuple[float, float] | None:
+    """None for an interval of which nothing is known."""
+    return None if ends is None or ends[0] != ends[0] else ends
+
+
+def difference(test: Difference | None) -> tuple[str, str, str]:
+    """A difference of accuracies in points, its interval, and its p-value, corrected where several were tested."""
+    if test is None:
+        return "", "", ""
+    p_value = test.p_value if test.p_holm is None else test.p_holm
+    return points(test.diff), interval(test.ci95, "{:+.1f}"), f"{p_value:.2g}"
 
 
 def verdict(run: Run) -> str:
-    """What a run found, in sentences."""
-    found = {result.policy: result for result in run.results}
-    dense, pruned = found.get("dense"), _pruned(run)
+    """What a run shows, in sentences."""
+    dense, pruned = _dense(run), _pruned(run)
     if pruned is None:
         return ""
-    told = f"On {pruned.prompts:,} problems the pruned model answers {percent(pruned.accuracy)} right"
+    sentence = f"On {pruned.prompts:,} problems the pruned model answers {percent(pruned.accuracy)} right"
     if dense:
-        told += f", the dense model {percent(dense.accuracy)}"
-    if pruned.diff is not None:
-        told += f" ({points(pruned.diff)} points"
-        told += f", 95 % interval {interval(pruned.diff_ci95, '{:+.1f}')})" if pruned.diff_ci95 else ")"
-    told += f"; {percent(pruned.sparsity)} of its heads are gone."
-    return " ".join(part for part in (told, adaptivity(run)) if part)
+        sentence += f", the dense model {percent(dense.accuracy)}"
+    value, ends, _ = difference(pruned.to_dense)
+    if value:
+        sentence += f" ({value} points" + (f", 95 % interval {ends})" if ends else ")")
+    sentence += f"; {percent(pruned.sparsity)} of its heads are gone."
+    return " ".join(part for part in (sentence, adaptivity(run)) if part)
 
 
 def adaptivity(run: Run) -> str:
-    """What looking at the prompt adds over the static twin, and what it adds where fewer heads are kept."""
-    told = _gain(run.adaptivity, "Agents against their static twin at the same sparsity: ")
-    if run.scarce:
-        told += _gain(run.scarce, f" With {percent(run.scarce['sparsity'], 0)} of the heads pruned: ")
-    return told
+    """What deciding by the prompt adds to the static baseline, and what it adds where fewer heads are kept."""
+    sentence = _gain(run.adaptivity, "Agents against their static baseline at the same sparsity: ")
+    if low := run.low_budget:
+        sentence += _gain(low.adaptivity, f" With {percent(low.pruned.sparsity, 0)} of the heads pruned: ")
+    return sentence
 
 
-def _gain(found: Mapping[str, Any] | None, before: str) -> str:
-    if not found or found.get("ci95") is None or None in found["ci95"]:
+def _gain(adaptivity: Adaptivity | None, before: str) -> str:
+    if adaptivity is None or not (ends := interval(adaptivity.ci95, "{:+.1f}")):
         return ""
-    low, high = found["ci95"]
-    supports = "supports" if low > 0 else "does not support"
+    supports = "supports" if adaptivity.ci95[0] > 0 else "does not support"
     return (
-        f"{before}{points(found['gain'])} points, 95 % interval {interval((low, high), '{:+.1f}')}; "
+        f"{before}{points(adaptivity.gain)} points, 95 % interval {ends}; "
         f"this run {supports} a gain from adapting to the prompt."
     )
 
 
 def follows(run: Run) -> str:
     """Whether harder problems keep more heads."""
-    if not run.follows or run.follows.get("rank_correlation") is None:
+    if run.follows is None:
         return ""
-    rho, (low, high) = run.follows["rank_correlation"], run.follows["ci95"]
-    meaning = "harder problems keep more heads" if high < 0 else "sparsity does not fall with difficulty"
-    ends = interval((low, high), "{:+.2f}", 1)
+    rho, ends = run.follows.rank_correlation, interval(run.follows.ci95, "{:+.2f}", 1)
+    harder = run.follows.ci95[1] < 0
+    meaning = "harder problems keep more heads" if harder else "sparsity does not fall with difficulty"
     return f"Rank correlation of difficulty and sparsity: {rho:+.2f}".replace("-", "−") + f", 95 % {ends}: {meaning}."
 
 
-def speed(row: Mapping[str, Any], case: str = "") -> str:
+def speed(row: BenchmarkRow, case: str = "") -> str:
     """A decode step beside what its bytes allow; `case` says which one of several."""
-    share = row.get("realised_share")
-    told = f"A decode step is {row['ratio_to_dense']:.2f}× as fast as dense{f' ({case})' if case else ''}; "
-    told += f"its ceiling is {row['ceiling']:.2f}×"
-    if share is None:
-        return told + "."
-    return told + (f", of which {percent(share, 0)} is realised." if share > 0 else ", of which nothing is realised.")
+    sentence = f"A decode step is {row.ratio_to_dense:.2f}× as fast as dense{f' ({case})' if case else ''}; "
+    sentence += f"its ceiling is {row.ceiling:.2f}×"
+    if (share := row.realised_share) is None:
+        return sentence + "."
+    return sentence + (
+        f", of which {percent(share, 0)} is realised." if share > 0 else ", of which nothing is realised."
+    )
 
 
-def _pruned(run: Run) -> Result | None:
-    """The result that a run is about: the agents, where adaptivity was judged if there are several keep ratios."""
-    found = [r for r in run.results if r.policy in ("pruned", "agents")]
-    kept = ((run.adaptivity or {}).get("keep_ratios") or {}).get("agents")
-    return min(found, key=lambda r: abs(1 - r.sparsity - kept) if kept else 0, default=None)
+def _dense(run: Run) -> Entry | None:
+    return next((entry for entry in run.entries if entry.policy == "dense"), None)
+
+
+def _pruned(run: Run) -> Entry | None:
+    """What a run is about: the agents, where adaptivity was judged if there are several keep ratios."""
+    kept = run.adaptivity.keep_ratios["agents"] if run.adaptivity else None
+    entries = [entry for entry in run.entries if entry.policy in PRUNED]
+    return min(entries, key=lambda e: 0 if kept is None else abs(1 - e.sparsity - kept), default=None)
 
 
 def headline(run: Run) -> list[tuple[str, str, str]]:
     """(figure, what it is, beside it) for the tiles at the top."""
-    dense = next((r for r in run.results if r.policy == "dense"), None)
-    pruned = _pruned(run)
+    dense, pruned = _dense(run), _pruned(run)
     if pruned is None:
         return []
-    beside = f"dense {percent(dense.accuracy)}" if dense else ""
-    tiles = [(percent(pruned.accuracy), "right, pruned", beside)]
-    if pruned.diff is not None:
-        tiles.append((points(pruned.diff), "points to dense", interval(pruned.diff_ci95, "{:+.1f}")))
+    tiles = [(percent(pruned.accuracy), "right, pruned", f"dense {percent(dense.accuracy)}" if dense else "")]
+    value, ends, _ = difference(pruned.to_dense)
+    if value:
+        tiles.append((value, "points to dense", ends))
     tiles.append((percent(pruned.sparsity), "heads pruned", f"{pruned.prompts:,} problems"))
-    if pruned.timing:
-        ceiling = f"ceiling {pruned.timing['ceiling']:.2f}×"
-        tiles.append((f"{pruned.timing['ratio_to_dense']:.2f}×", "decode speed-up", ceiling))
+    if timing := pruned.timing:
+        tiles.append((f"{timing.ratio_to_dense:.2f}×", "decode speed-up", f"ceiling {timing.ceiling:.2f}×"))
     return tiles

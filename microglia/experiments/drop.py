@@ -23,7 +23,7 @@ from microglia.errors import ConfigError, DataError
 
 Floats = NDArray[np.float64]
 NUISANCE = 1 / 50  # share of the allowed error that is spent on bounding the share of pairs that disagree
-CELLS = 192  # parts of the nuisance's range; each contributes an upper bound of its own, so fewer are looser, not wrong
+PARTS = 192  # parts of the nuisance's range; each contributes an upper bound of its own, so fewer are looser, not wrong
 CLOSE = 1e-5  # how near the limit is searched for; it is always given from above
 
 
@@ -44,8 +44,8 @@ def drop_p_value(lost: int, won: int, prompts: int, drop: float, confidence: flo
     first, last = max(0.0, -drop), (most - drop) / 2  # of m, where p = m + drop and p + m ≤ most
     if last < first:
         return NUISANCE * error
-    edges = np.linspace(first, last, CELLS + 1)
-    # More losses make a good outcome rarer, more wins likelier: the corner bounds the cell.
+    edges = np.linspace(first, last, PARTS + 1)
+    # More losses make a good outcome rarer, more wins likelier: the corner bounds the part.
     bounds = _as_good(lost, won, prompts, edges[:-1] + drop, edges[1:], (1 - NUISANCE) * error)
     return min(1.0, float(bounds.max()) + NUISANCE * error)
 
@@ -91,10 +91,10 @@ def _as_good(lost: int, won: int, prompts: int, p: Floats, m: Floats, error: flo
     z = float(stats.norm.ppf(1 - error)) if error < 0.5 else 0.0
     rank = lost - won + z * math.sqrt(lost + won + z * z / 4)
     wins = np.arange(prompts + 1)
-    room = z * z + 4 * (rank + 2 * wins + z * z / 4)
-    root = (np.sqrt(np.maximum(room, 0)) - z) / 2
+    inner = z * z + 4 * (rank + 2 * wins + z * z / 4)
+    root = (np.sqrt(np.maximum(inner, 0)) - z) / 2
     allowed = np.floor(root**2 - wins - z * z / 4 + 1e-9)
-    allowed[(room < 0) | (root < z / 2 - 1e-9)] = -1
+    allowed[(inner < 0) | (root < z / 2 - 1e-9)] = -1
     allowed = np.minimum(allowed, prompts - wins)
     first, last = int(stats.binom.ppf(1e-13, prompts, m[0])), int(stats.binom.isf(1e-13, prompts, m[-1]))
     inside = slice(first, min(last, prompts) + 1)

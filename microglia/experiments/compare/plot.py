@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from microglia.errors import MicrogliaError
+from microglia.results import ComparisonResult, ComparisonRow
 
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -21,16 +22,16 @@ def check_plot(path: Path) -> None:
         )
 
 
-def draw(data: dict[str, Any], path: Path | str, *, title: str = "") -> Path:
-    """Write the picture of a comparison's summary. Raises MicrogliaError without matplotlib or for another format."""
+def draw(result: ComparisonResult, path: Path | str, *, title: str = "") -> Path:
+    """Write the picture of a comparison. Raises MicrogliaError without matplotlib or for another format."""
     path = Path(path)
     check_plot(path)
     from matplotlib.figure import Figure
 
-    rows = data["rows"]
-    panels = [("heads pruned, %", [100 * (1 - row["keep_ratio"]) for row in rows], "pareto_sparsity")]
-    if all(row["ratio_to_dense"] is not None for row in rows):
-        speeds = [row["ratio_to_dense"] for row in rows]
+    rows = result.rows
+    panels = [("heads pruned, %", [100 * (1 - row.keep_ratio) for row in rows], "pareto_sparsity")]
+    speeds = [row.latency.ratio_to_dense for row in rows if row.latency]
+    if len(speeds) == len(rows):
         panels.append(("measured speed-up of a decode step, ×", speeds, "pareto_latency"))
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
@@ -46,16 +47,16 @@ def draw(data: dict[str, Any], path: Path | str, *, title: str = "") -> Path:
     return path
 
 
-def _panel(axis: Any, rows: Sequence[dict[str, Any]], places: Sequence[float], front: str) -> None:
+def _panel(axis: Any, rows: Sequence[ComparisonRow], places: Sequence[float], front: str) -> None:
     points = list(zip(rows, places, strict=True))
-    dense = 100 * rows[0]["accuracy"]
+    dense = 100 * rows[0].accuracy
     axis.axhline(dense, color="0.6", linewidth=1, linestyle=":", label="dense")
-    for number, (name, part) in enumerate(groupby(points[1:], key=lambda point: point[0]["policy"])):
-        own = list(part)
-        x = [place for _, place in own]
-        y = [100 * row["accuracy"] for row, _ in own]
-        ends = [[abs(100 * row["ci95"][end] - v) for (row, _), v in zip(own, y, strict=True)] for end in (0, 1)]
+    for number, (name, part) in enumerate(groupby(points[1:], key=lambda point: point[0].policy)):
+        shown = list(part)
+        x = [place for _, place in shown]
+        y = [100 * row.accuracy for row, _ in shown]
+        ends = [[abs(100 * row.ci95[end] - v) for (row, _), v in zip(shown, y, strict=True)] for end in (0, 1)]
         axis.errorbar(x, y, yerr=ends, marker="osD^vP*X"[number % 8], markersize=4, capsize=2, linewidth=1, label=name)
-    best = sorted((place, 100 * row["accuracy"]) for row, place in points if row[front])
+    best = sorted((place, 100 * row.accuracy) for row, place in points if getattr(row, front))
     axis.plot([p for p, _ in best], [a for _, a in best], color="0.2", linewidth=0.8, linestyle="--", label="front")
     axis.grid(alpha=0.25)

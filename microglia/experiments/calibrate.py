@@ -1,0 +1,230 @@
+"""Prune as far as a promise allows: at most so much accuracy lost, with a stated confidence.
+
+Learn then Test (Angelopoulos et al. 2021): keep ratios are tested in a fixed order, from the gentlest to
+the most aggressive, each at the full error of 1 - confidence, and the first that fails ends it. Whatever the truth, a
+setting that loses more than promised is chosen with a probability of at most that error, since the first of them in
+the order would have to pass its test. Each test is the exact one of `experiments.drop`, on the same prompts.
+
+The promise holds for prompts drawn like the calibration prompts, which must not have shaped policy or thresholds.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from scipy import stats
+
+from microglia.benchmark import typical_speed
+from microglia.errors import ConfigError, DataError, MicrogliaError
+from microglia.evaluation.bench import Bench, from_json
+from microglia.evaluation.run import Evaluation
+from microglia.experiments.drop import drop_limit, drop_p_value, prompts_needed
+from microglia.experiments.ledger import Ledger
+from microglia.experiments.measure import Budget, Progress, answers
+from microglia.gate import Gate
+from microglia.policy import Policy
+from microglia.results import Promise, Tried
+from microglia.tasks.base import Example, Task
+
+KEEP_RATIOS = tuple(round(0.95 - 0.05 * step, 2) for step in range(14))  # 0.95, 0.9, …, 0.3
+EVERY_HEAD = -1e6  # a threshold that no logit falls below: the dense model
+
+
+def fixed_sequence(counts: Iterable[tuple[int, int]], prompts: int, max_drop: float, confidence: float) -> int:
+    """How many settings pass, in order, before the first that fails: the chosen one is the last of them.
+
+    `counts` gives (lost, won) of each setting, gentlest first; after the first that fails no more are taken from it.
+    """
+    passed = 0
+    for lost, won in counts:
+        if drop_p_value(lost, won, prompts, max_drop, confidence) > 1 - confidence:
+            break
+        passed += 1
+    return passed
+
+
+def calibrate(
+    setup: Bench,
+    policy: Policy,
+    gate_at: Budget,
+    *,
+    max_drop: float = 0.02,
+    confidence: float = 0.95,
+    keep_ratio: float | None = None,
+    latency_ratio: float | None = None,
+    keep_ratios: Sequence[float] = KEEP_RATIOS,
+    ledger: Ledger | None = None,
+    progress: Progress | None = None,
+) -> Promise:
+    """The most aggressive of the settings that can be promised to lose at most `max_drop`.
+
+    keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
+    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt of the setup.
+    `gate_at` turns a target keep ratio into a gate and must not depend on the setup's prompts. One dense run and one
+    run per setting, on the same prompts, until one fails. Raises ConfigError for what is out of range.
+    """
+    if keep_ratio is not None and latency_ratio is not None:
+        raise ConfigError(f"keep_ratio={keep_ratio} and latency_ratio={latency_ratio} were given; choose one of them")
+    needed, prompts, ratios = prompts_needed(max_drop, confidence), len(setup.examples), _checked(keep_ratios)
+    remembered = ledger or Ledger()
+
+    def answered(gate: Gate | None, target: float) -> Evaluation:
+        """Dense where there is no gate."""
+        label = "dense" if gate is None else f"keep ratio {target:g}"
+        work = partial(answers, setup, None if gate is None else policy, gate, label, progress)
+        return from_json(remembered.get({"gate": None if gate is None else asdict(gate)}, work))
+
+    if latency_ratio is not None:
+        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, policy, gate_at, look=setup.look)
+        keep_ratio = gentlest_reaching(latency_ratio, speed, ratios)
+    if keep_ratio is None and prompts < needed:
+        return _promise(None, None, [], max_drop, confidence=confidence, prompts=prompts, needed=needed)
+    dense, tried = answered(None, 1.0), list[Tried]()
+
+    def counts(ratios: Iterable[float]) -> Iterator[tuple[int, int]]:
+        for ratio in ratios:
+            gate = gate_at(ratio)
+            if tried and gate.threshold <= tried[-1].threshold:
+                continue  # the same decisions once more
+            tried.append(_tried(dense, answered(gate, ratio), ratio, gate, confidence))
+            yield tried[-1].lost, tried[-1].won
+
+    if keep_ratio is not None:
+        passed, limit = len(list(counts([keep_ratio]))), None
+    else:
+        passed, limit = fixed_sequence(counts(ratios), prompts, max_drop, confidence), max_drop
+    chosen = tried[passed - 1] if passed else None
+    return _promise(chosen, dense, tried, limit, confidence=confidence, prompts=prompts)
+
+
+def _promise(
+    chosen: Tried | None, dense: Evaluation | None, tried: Sequence[Tried], max_drop: float | None, **rest: Any
+) -> Promise:
+    """The chosen setting, or the dense model, in figures and in a sentence."""
+    right = dense.accuracy if dense else None
+    promise = Promise(
+        keep_ratio=chosen.keep_ratio if chosen else 1.0,
+        threshold=chosen.threshold if chosen else EVERY_HEAD,
+        drop=chosen.drop if chosen else 0.0,
+        drop_bound=min(chosen.drop_bound, math.inf if max_drop is None else max_drop) if chosen else 0.0,
+        max_drop=max_drop,
+        dense_accuracy=right,
+        accuracy=chosen.accuracy if chosen else right,
+        tried=tuple(tried),
+        **rest,
+    )
+    return replace(promise, sentence=sentence(promise))
+
+
+def sentence(promise: Promise) -> str:
+    """What is promised, for people."""
+    sure = f"with {promise.confidence:.0%} confidence"
+    if promise.needed is not None:
+        return (
+            f"{promise.prompts} prompts are too few to promise a drop of at most {_points(promise.max_drop)}: {sure} "
+            f"it takes at least {promise.needed}, and more where answers change; the model stays dense"
+        )
+    kept = f"{promise.keep_ratio:.1%} of the heads are kept; {sure} that costs at most"
+    measured = f"(measured: {_points(promise.drop)} on {promise.prompts} prompts)"
+    if promise.max_drop is None:
+        return f"{kept} {_points(promise.drop_bound)} {measured}"
+    if promise.threshold == EVERY_HEAD:
+        first = promise.tried[0]
+        more = more_prompts(first, promise.prompts, promise.max_drop, promise.confidence)
+        hint = f"about {more} prompts might do" if more else "train longer or with less pressure"
+        return (
+            f"no setting can be promised to lose at most {_points(promise.max_drop)}: keeping {first.keep_ratio:.1%} "
+            f"of the heads lost {first.lost} and won {first.won} of {promise.prompts} answers, a limit of "
+            f"{_points(first.drop_bound)}; {hint}; the model stays dense"
+        )
+    return f"{kept} {_points(promise.max_drop)} against the dense model {measured}"
+
+
+def unused_examples(
+    task: Task, split: str, trained: Mapping[str, Any] | None, at_least: int, *, limit: int | None, **load: Any
+) -> list[Example]:
+    """Examples of a split without those that a training on this task used; `load` goes to the task.
+
+    trained: the training's options, None when there was none on this task. Of the validation split it used as many as
+    it evaluated on, and at least `at_least`, for its budget. Raises ConfigError for the split that was trained on,
+    DataError when nothing is left.
+    """
+    if trained is None or split not in ("train", "validation"):
+        return task.load(split, limit=limit, **load)
+    if split == "train":
+        raise ConfigError("split='train' was given, but the policy was trained on it; give validation or test")
+    most, seed = max(at_least, trained.get("eval_limit", 0)), trained.get("seed", 0)
+    used = {example.id for example in task.load(split, limit=most, **{**load, "seed": seed})}
+    wanted = None if limit is None else limit + len(used)
+    left = [example for example in task.load(split, limit=wanted, **load) if example.id not in used][:limit]
+    if not left:
+        raise DataError(f"training looked at all examples of the split {split}; give another --split or more data")
+    return left
+
+
+def gentlest_reaching(
+    ratio: float, speed: Callable[[float], float], keep_ratios: Sequence[float] = KEEP_RATIOS
+) -> float:
+    """The largest keep ratio at which `speed` (dense time ÷ pruned time) reaches `ratio`, by bisection.
+
+    Raises ConfigError for a ratio of 1 or less, MicrogliaError when not even the smallest keep ratio reaches it.
+    """
+    if not ratio > 1:
+        raise ConfigError(f"latency_ratio={ratio} was given; it is dense time ÷ pruned time and must be above 1")
+    ratios = _checked(keep_ratios)
+    best = speed(ratios[-1])
+    if best < ratio:
+        raise MicrogliaError(
+            f"a latency ratio of {ratio} was wanted, but keeping {ratios[-1]:.0%} of the heads reaches {best:.2f} "
+            "here; give a smaller one, allow smaller keep ratios, or time larger batches and longer prompts"
+        )
+    slow, fast = -1, len(ratios) - 1  # the first setting that is fast enough lies in (slow, fast]
+    while fast - slow > 1:
+        middle = (slow + fast) // 2
+        if speed(ratios[middle]) >= ratio:
+            fast = middle
+        else:
+            slow = middle
+    return ratios[fast]
+
+
+def more_prompts(tried: Tried, prompts: int, max_drop: float, confidence: float) -> int | None:
+    """Roughly how many prompts would do if lost and won answers went on in the same proportions; None if none would."""
+    lost, won, margin = tried.lost / prompts, tried.won / prompts, max_drop - tried.drop
+    if margin <= 0:
+        return None
+    more = max(prompts, float(stats.norm.ppf(confidence)) ** 2 * (lost + won) / margin**2)
+    if more > 20 * prompts:
+        return round(more)
+    while drop_limit(round(lost * more), round(won * more), round(more), confidence) > max_drop:
+        more *= 1.05
+    return round(more)
+
+
+def _tried(dense: Evaluation, pruned: Evaluation, target: float, gate: Gate, confidence: float) -> Tried:
+    pairs = [(a.correct, b.correct) for a, b in zip(dense.answers, pruned.answers, strict=True)]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    return Tried(
+        target=target,
+        threshold=gate.threshold,
+        keep_ratio=1 - pruned.sparsity,
+        accuracy=pruned.accuracy,
+        lost=lost,
+        won=won,
+        drop=(lost - won) / len(pairs),
+        drop_bound=drop_limit(lost, won, len(pairs), confidence),
+    )
+
+
+def _checked(keep_ratios: Sequence[float]) -> list[float]:
+    """Gentlest first. Raises ConfigError for none, or one outside (0, 1)."""
+    if not keep_ratios or not all(0 < ratio < 1 for ratio in keep_ratios):
+        raise ConfigError(f"keep_ratios={list(keep_ratios)} was given; give at least one, each between 0 and 1")
+    return sorted(set(keep_ratios), reverse=True)
+
+
+def _points(share: float | None) -> str:
+    points = f"{100 * (share or 0):.3g}"
+    return f"{points} point" if points == "1" else f"{points} points"

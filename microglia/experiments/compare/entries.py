@@ -1,0 +1,118 @@
+"""What is compared: trained policies and criteria by name, always with the agents and their static baseline."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from microglia.checkpoint import Checkpoint
+from microglia.criteria import Calibration, get_criterion
+from microglia.errors import ConfigError
+from microglia.evaluation.bench import Bench
+from microglia.policy import Policy
+from microglia.tasks.base import Example
+from microglia.training import TrainingConfig
+from microglia.training.static_baseline import baseline_config
+
+AGENTS, BASELINE, PER_INPUT = "agents", "static_baseline", ":per-input"
+CALIBRATION_PROMPTS = 128  # of a criterion that is not trained as the agents were
+
+Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a seed
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A name in tables, and the policy that a seed makes.
+
+    identity: what tells its policies from others of that name, for a ledger; of each policy where they are counted.
+    count: how many policies there are, of which `make` then gives the first, second, …; None when any seed makes one.
+    """
+
+    name: str
+    identity: Any
+    make: Callable[[int], Policy]
+    count: int | None = None
+
+    def identity_of(self, place: int) -> Any:
+        """What tells the policy of a seed from others; it does not depend on which other seeds there are."""
+        return self.identity if self.count is None else self.identity[place]
+
+
+def parsed(words: Sequence[str]) -> dict[str, list[str]]:
+    """`["norm,taylor=RUN"]` → names and their folders, once per seed; agents first, the static baseline second."""
+    names: dict[str, list[str]] = {AGENTS: [], BASELINE: []}
+    for word in (word.strip() for text in words for word in text.split(",")):
+        name, folder_given, folder = word.partition("=")
+        if name:
+            names.setdefault(name, []).extend([folder] if folder_given else [])
+    return names
+
+
+def entries(
+    words: Sequence[str],
+    setup: Bench,
+    examples: Examples,
+    policies: Mapping[str, Sequence[Policy]],
+    *,
+    bucket: int | None,
+    training: Mapping[str, Any] | None = None,
+) -> list[Entry]:
+    """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
+
+    examples: what criteria are calibrated on. training: options of the agents' training, by which the static baseline
+    is trained too.
+    """
+    options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
+    found = []
+    for name, folders in parsed(words).items():
+        if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
+            found.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
+        else:
+            found.append(criterion(name, setup, examples, bucket=bucket, **options.get(name, {})))
+    return found
+
+
+def policy_in(folder: str, name: str, model: Any) -> Policy:
+    """The policy of a checkpoint. Raises CheckpointError for another model's."""
+    if not Path(folder).is_dir():
+        raise ConfigError(
+            f"{name}={folder} was given; give name=FOLDER with a checkpoint folder, or a criterion's name"
+        )
+    checkpoint = Checkpoint.from_pretrained(folder)
+    checkpoint.check(model)
+    if checkpoint.config.lora:
+        raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
+    return checkpoint.policy.to(next(model.parameters()).device).eval()
+
+
+def criterion(word: str, setup: Bench, examples: Examples, *, bucket: int | None, **options: Any) -> Entry:
+    """A criterion by its name, `:per-input` behind it if it shall decide for each prompt.
+
+    Raises ConfigError for an unknown name.
+    """
+    chosen = get_criterion(word.removesuffix(PER_INPUT), **options)
+    limit = options["config"].limit if "config" in options else CALIBRATION_PROMPTS
+    identity = {"criterion": word, "prompts": limit, **{name: asdict(value) for name, value in options.items()}}
+
+    def make(seed: int) -> Policy:
+        calibration = Calibration(
+            setup.model,
+            setup.tokenizer,
+            setup.task,
+            examples(limit, seed),
+            look=setup.look,
+            bucket=bucket,
+            batch_size=16,
+            seed=seed,
+        )
+        return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
+
+    return Entry(word, identity, make)
+
+
+def config_of(training: Mapping[str, Any]) -> TrainingConfig:
+    """The options of a training as a checkpoint holds them."""
+    known = {f.name for f in fields(TrainingConfig)}
+    options: dict[str, Any] = {name: x for name, x in training.items() if name in known}
+    options |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}  # JSON has no tuples
+    return TrainingConfig(**options)

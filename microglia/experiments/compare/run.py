@@ -1,0 +1,118 @@
+"""Measure every entry at every keep ratio and seed, on the same prompts and through the same code."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, partial
+from typing import Any
+
+from microglia.benchmark import typical_rows, typical_subject
+from microglia.errors import ConfigError
+from microglia.evaluation.bench import Bench
+from microglia.experiments.compare.entries import Entry
+from microglia.experiments.compare.summary import DENSE, TIMED, Run
+from microglia.experiments.ledger import Ledger
+from microglia.experiments.measure import Budget, Measured, Progress, budget, measure
+from microglia.gate import Gate, keep_ratio
+from microglia.policy import Policy
+from microglia.results import BenchmarkRow, Latency, part_from_json, plain
+from microglia.sites import find_sites
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """setup: the prompts that are answered; held_out: others, on which keep ratios become thresholds.
+
+    gate: the agents' own, whose bucket all share. num_runs: of the timing, 0 for none.
+    """
+
+    setup: Bench
+    held_out: Bench
+    gate: Gate
+    num_runs: int = 20
+    ledger: Ledger = field(default_factory=Ledger)
+    progress: Progress | None = None
+
+    def make(self, entry: Entry, seed: int) -> tuple[Policy, Budget]:
+        """The policy of a seed, or of a place where they are counted, and its budget."""
+        for done in (0, 1):
+            if self.progress:
+                self.progress(f"making {entry.name}", done, 1)
+            if not done:
+                policy = entry.make(seed).to(next(self.setup.model.parameters()).device).eval()
+        return policy, budget(self.held_out, policy, self.gate)
+
+    def trained_keep_ratio(self, policy: Policy) -> float:
+        """What a policy keeps at the decision that it was trained to."""
+        geometries = [site.geometry for site in find_sites(self.setup.model)]
+        return float(keep_ratio(self.gate.every(self.held_out.logits(policy), geometries)).mean())
+
+
+def compare(
+    comparison: Comparison, entries: Sequence[Entry], keep_ratios: Sequence[float], seeds: Sequence[int]
+) -> list[Run]:
+    """One run for the dense model, then one per entry, keep ratio and seed; timed for the first seed.
+
+    An entry that has one policy for all seeds is measured once. Raises ConfigError for no or unfit ratios or seeds.
+    """
+    _check(entries, keep_ratios, seeds)
+    work = partial(measure, comparison.setup, None, None, comparison.progress)
+    runs = [Run(DENSE, 1.0, seeds[0], Measured.from_json(comparison.ledger.get({"run": DENSE}, work)))]
+    for entry in entries:
+        known: dict[Any, dict[str, Any]] = {}  # a score that no seed changes is measured once
+        for place, seed in enumerate(seeds[: entry.count]):
+            make = cache(partial(comparison.make, entry, seed if entry.count is None else place))
+            for ratio in sorted(set(keep_ratios), reverse=True):
+                key = {"policy": entry.name, "is": entry.identity_of(place), "target": ratio}
+                answers = partial(_answers, comparison, make, ratio, known)
+                row = comparison.ledger.get({"run": "answers", **key, "seed": seed}, answers)
+                run = Run(entry.name, ratio, seed, Measured.from_json(row))
+                if place == 0 and comparison.num_runs:
+                    key |= {"run": "time", "runs": comparison.num_runs}
+                    rows = comparison.ledger.get(key, partial(_timing, comparison, make, ratio))
+                    run = replace(run, timing={n: part_from_json(Latency, row, n) for n, row in rows.items()})
+                runs.append(run)
+    return runs
+
+
+def _check(entries: Sequence[Entry], keep_ratios: Sequence[float], seeds: Sequence[int]) -> None:
+    if not keep_ratios or not all(0 < ratio < 1 for ratio in keep_ratios):
+        raise ConfigError(f"keep_ratios={list(keep_ratios)} was given; give at least one, each between 0 and 1")
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds={list(seeds)} was given; give at least one and none twice")
+    for entry in entries:
+        if entry.count not in (None, 1, len(seeds)):
+            raise ConfigError(
+                f"{entry.name} has {entry.count} policies but {len(seeds)} seeds were given; give one policy, or one "
+                "per seed"
+            )
+
+
+Make = Callable[[], tuple[Policy, Budget]]
+
+
+def _answers(comparison: Comparison, make: Make, ratio: float, known: dict[Any, dict[str, Any]]) -> dict[str, Any]:
+    policy, gate_at = make()
+    same = policy.fingerprint(), gate_at(ratio)
+    if same not in known:
+        known[same] = measure(comparison.setup, policy, gate_at(ratio), comparison.progress)
+    return known[same]
+
+
+def _timing(comparison: Comparison, make: Make, ratio: float) -> dict[str, Any]:
+    policy, gate_at = make()
+    setup = comparison.setup
+    subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, policy, gate_at, look=setup.look)
+    rows = typical_rows(setup.model, subject, ratio, num_runs=comparison.num_runs)
+    return {variant: plain(_latency(rows[variant])) for variant in TIMED}
+
+
+def _latency(row: BenchmarkRow) -> Latency:
+    return Latency(**{f.name: getattr(row, f.name) for f in fields(Latency)})
+
+
+def at_keep_ratio(comparison: Comparison, policy: Policy, keep_ratios: Sequence[float], wanted: float | None) -> float:
+    """Where adaptivity is judged: what is wanted, else what the agents keep by themselves, if they prune at all."""
+    if wanted is not None:
+        return wanted
+    kept = round(comparison.trained_keep_ratio(policy), 2)
+    return kept if 0 < kept < 1 else min(keep_ratios, key=lambda ratio: abs(ratio - kept))

@@ -1,0 +1,157 @@
+"""What a comparison says: rows with intervals, paired tests, the Pareto front, and what adapting to the input adds."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from microglia.errors import DataError
+from microglia.evaluation.crossed import crossed_difference, holm_corrected
+from microglia.evaluation.run import Evaluation, follows_difficulty
+from microglia.experiments.compare.entries import AGENTS, BASELINE
+from microglia.experiments.measure import Measured, figures, losses, right
+from microglia.results import Adaptivity, ComparisonResult, ComparisonRow, Difference, Latency
+
+DENSE = "dense"
+TIMED = ("dense", "compact")  # variants of a timing
+
+
+@dataclass(frozen=True)
+class Run:
+    """One policy at one target keep ratio with one seed. timing: of `TIMED` variants on a typical prompt."""
+
+    policy: str
+    target: float
+    seed: int
+    measured: Measured
+    timing: dict[str, Latency] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The runs of one policy at one target, over seeds."""
+
+    runs: Sequence[Run]
+
+    @property
+    def key(self) -> tuple[str, float]:
+        return self.runs[0].policy, self.runs[0].target
+
+    @cached_property
+    def right(self) -> Any:
+        return right([run.measured for run in self.runs])
+
+    @cached_property
+    def losses(self) -> Any:
+        return losses([run.measured for run in self.runs])
+
+    @property
+    def keep_ratio(self) -> float:
+        return float(np.mean([1 - run.measured.answers.sparsity for run in self.runs]))
+
+    @property
+    def typical(self) -> Evaluation:
+        """Every prompt's mean keep ratio over seeds, on the first seed's answers."""
+        first = self.runs[0].measured.answers
+        kept = np.mean([[a.keep_ratio for a in run.measured.answers.answers] for run in self.runs], 0)
+        answers = (replace(a, keep_ratio=k) for a, k in zip(first.answers, kept.tolist(), strict=True))
+        return replace(first, answers=tuple(answers))
+
+    @property
+    def ids(self) -> list[str]:
+        return [answer.id for answer in self.runs[0].measured.answers.answers]
+
+    @property
+    def timing(self) -> dict[str, Latency]:
+        return next((run.timing for run in self.runs if run.timing), {})
+
+    def row(self, to_dense: Difference | None = None, agents_to_this: Difference | None = None) -> ComparisonRow:
+        policy, target = self.key
+        return ComparisonRow(
+            policy=policy,
+            target=target,
+            **asdict(figures([run.measured for run in self.runs])),
+            mean_tokens=float(np.mean([run.measured.answers.mean_tokens for run in self.runs])),
+            prompts=self.right.shape[1],
+            seeds=tuple(run.seed for run in self.runs),
+            latency=self.timing.get("compact"),
+            pareto_sparsity=False,
+            to_dense=to_dense,
+            agents_to_this=agents_to_this,
+        )
+
+
+def summarise(runs: Sequence[Run], at: float) -> ComparisonResult:
+    """The result of a comparison.
+
+    at: the target keep ratio at which agents and their static baseline are set against each other.
+    Raises DataError when the runs answered different prompts, or agents or static baseline are missing there.
+    """
+    parts: dict[tuple[str, float], list[Run]] = {}
+    for run in runs:
+        parts.setdefault((run.policy, run.target), []).append(run)
+    dense, *pruned = (Group(part) for part in parts.values())
+    if any(group.ids != dense.ids for group in pruned):
+        raise DataError("the runs answered different prompts; compare policies on the same ones")
+    groups = {group.key: group for group in pruned}
+    for name in (AGENTS, BASELINE):
+        if (name, at) not in groups:
+            raise DataError(f"there is no run of {name} at the keep ratio {at:g}; measure it there")
+    agents = {target: group for (name, target), group in groups.items() if name == AGENTS}
+    gains = {t: adaptivity(agents[t], g) for (name, t), g in groups.items() if name == BASELINE and t in agents}
+    typical = agents[at].typical
+    return ComparisonResult(
+        rows=tuple(_rows(dense, groups, agents)),
+        adaptivity=gains[at],
+        by_keep_ratio=tuple(gains.values()),
+        follows_difficulty=follows_difficulty(typical),
+        sparsity_by_difficulty={str(k): v for k, v in typical.sparsity_by_difficulty.items()},
+        sparsity_by_family=typical.by("family", lambda a: 1 - a.keep_ratio),
+    )
+
+
+def adaptivity(agents: Group, baseline: Group) -> Adaptivity:
+    """What deciding by the input adds to the same loss, steps and data without input, in accuracy and in loss."""
+    test = crossed_difference(agents.right, baseline.right)
+    return Adaptivity(
+        gain=test.diff,
+        ci95=test.ci95,
+        p_value=test.p_value,
+        target=agents.key[1],
+        keep_ratios={AGENTS: agents.keep_ratio, BASELINE: baseline.keep_ratio},
+        loss=crossed_difference(agents.losses, baseline.losses),
+    )
+
+
+def _rows(dense: Group, groups: dict[tuple[str, float], Group], agents: dict[float, Group]) -> Sequence[ComparisonRow]:
+    """All rows with their tests, corrected for their number, and marked where no other row beats them."""
+    to_dense = holm_corrected([crossed_difference(group.right, dense.right) for group in groups.values()])
+    others = [key for key in groups if key[0] != AGENTS and key[1] in agents]
+    against = holm_corrected([crossed_difference(agents[key[1]].right, groups[key].right) for key in others])
+    from_agents = dict(zip(others, against, strict=True))
+    rows = [_dense_row(dense, list(groups.values()))]
+    for (key, group), test in zip(groups.items(), to_dense, strict=True):
+        rows.append(group.row(to_dense=test, agents_to_this=from_agents.get(key)))
+    sparse = _pareto(rows, [1 - row.keep_ratio for row in rows])
+    rows = [replace(row, pareto_sparsity=best) for row, best in zip(rows, sparse, strict=True)]
+    speeds = [row.latency.ratio_to_dense for row in rows if row.latency]
+    if len(speeds) < len(rows):
+        return rows
+    return [replace(row, pareto_latency=best) for row, best in zip(rows, _pareto(rows, speeds), strict=True)]
+
+
+def _dense_row(dense: Group, pruned: Sequence[Group]) -> ComparisonRow:
+    """The dense row; its time is the median over the benchmarks of the others, in each of which it took part."""
+    timed = [group.timing["dense"] for group in pruned if group.timing]
+    if not timed:
+        return dense.row()
+    median = float(np.median([latency.ms_per_token for latency in timed]))
+    return replace(dense.row(), latency=replace(timed[0], ms_per_token=median, keep_ratio=1.0))
+
+
+def _pareto(rows: Sequence[ComparisonRow], gains: Sequence[float]) -> list[bool]:
+    """Whether no other row is at least as good in accuracy and in the gain, and better in one of them."""
+    points = [(row.accuracy, gain) for row, gain in zip(rows, gains, strict=True)]
+    return [not any(a >= x and g >= y and (a, g) != (x, y) for a, g in points) for x, y in points]

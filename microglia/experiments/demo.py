@@ -1,0 +1,139 @@
+"""The main job on real problems in ten minutes: agents, their static baseline and random masks on the reasoner."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from microglia.benchmark import Plan, benchmark, text_subject
+from microglia.checkpoint import check_writable
+from microglia.evaluation.bench import Bench
+from microglia.evaluation.run import Evaluation, follows_difficulty, paired
+from microglia.experiments.measure import budget
+from microglia.experiments.side_by_side import BASELINE, PairRecipe, save, train_pair
+from microglia.gate import Gate
+from microglia.models import REASONER, load_model
+from microglia.policy import Policy, StaticPolicy
+from microglia.results import Adaptivity, AtBudget, BenchmarkResult, DemoResult, RandomMasks
+from microglia.sites import find_sites
+from microglia.tasks import get_task
+from microglia.training import TrainingConfig
+from microglia.training.static_baseline import LEARNING_RATE
+
+RANDOM_MASKS = 2  # each answers its share of the problems; they hardly ever stop by themselves, which takes long
+KEEP_RATIO = 0.75  # the lowest that `calibrate --max-drop 0.01` promised on 1,000 validation problems
+LOW_BUDGET = 0.5  # and once more with fewer heads, agents against static baseline
+HELD_OUT = 200  # validation problems on which keep ratios become thresholds
+
+
+FIRST = TrainingConfig(
+    max_steps=100,
+    batch_size=32,
+    limit=3200,
+    learning_rate=LEARNING_RATE,
+    keep_ratio=0.5,
+    ramp=0.7,
+    save_steps=10_000,
+)
+SECOND = replace(FIRST, max_steps=150, limit=4800, ramp=0.0, learning_rate=1e-2, noise=(0.3, 0.0))
+RECIPE = PairRecipe(FIRST, SECOND)
+
+
+def demo(
+    output_dir: Path | str = "runs/demo",
+    *,
+    recipe: PairRecipe = RECIPE,
+    problems: int = 500,
+    batch_size: int = 100,
+    max_new_tokens: int = 144,
+    seed: int = 0,
+    tell: Callable[[str], None] = print,
+    progress: Callable[[str, int, int], None] | None = None,
+    quiet: bool = False,
+) -> DemoResult:
+    """Train; answer the same held-out problems dense, pruned, with the static baseline and with random masks of the
+    same sparsity; write `summary.json`, the answers and both checkpoints to `output_dir`."""
+    started, folder = time.monotonic(), Path(output_dir)
+    check_writable(folder)
+    model, tokenizer = load_model(REASONER)
+    task, geometries = get_task("arithmetic"), [site.geometry for site in find_sites(model)]
+    held_out = Bench(model, tokenizer, task, task.load("validation", limit=HELD_OUT, seed=seed))
+    pair = train_pair(held_out, recipe, seed, tell=tell, quiet=quiet)
+
+    policies = {"pruned": pair.agents, "static baseline": pair.static_baseline}
+    masks = {f"random {i + 1}": StaticPolicy.random(geometries, seed=seed + i) for i in range(RANDOM_MASKS)}
+    budgets = {name: budget(held_out, policy, Gate()) for name, policy in {**policies, **masks}.items()}
+    variants: dict[str, tuple[Policy | None, Gate]] = {"dense": (None, Gate())}
+    variants |= {name: (policy, budgets[name](KEEP_RATIO)) for name, policy in {**policies, **masks}.items()}
+    variants |= {f"{name}, low budget": (policy, budgets[name](LOW_BUDGET)) for name, policy in policies.items()}
+
+    examples = task.load("test", limit=problems, seed=seed)
+    setup = replace(held_out, examples=examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    share = replace(setup, examples=examples[: len(examples) // RANDOM_MASKS])
+    runs: dict[str, Evaluation] = {}
+    for name, (policy, gate) in variants.items():
+        update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
+        runs[name] = (share if name in masks else setup).answers(policy, gate, update)
+        tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
+    tell("measuring time and memory")
+    latency = _latency(held_out, *variants["pruned"], seed)
+    parameters = sum(p.numel() for p in pair.agents.parameters())
+    result = DemoResult(
+        **compared(runs),
+        latency=latency.rows,
+        agent_parameters=parameters,
+        agent_share=parameters / sum(p.numel() for p in model.parameters()),
+        seconds=time.monotonic() - started,
+        problems=problems,
+        seed=seed,
+        circumstances=latency.circumstances,
+    )
+    (folder / "summary.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
+    (folder / "history.json").write_text(json.dumps(pair.history, indent=2) + "\n")
+    (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
+    training = {"dataset": task.name, "config": asdict(recipe.of_seed(seed).second)}
+    for name, place in {"pruned": "checkpoint", "static baseline": BASELINE}.items():
+        save(held_out, policies[name], folder / place, variants[name][1], base_model=REASONER, training=training)
+    return result
+
+
+def _latency(setup: Bench, policy: Policy | None, gate: Gate, seed: int) -> BenchmarkResult:
+    """Decode steps of one prompt."""
+    assert policy is not None
+    plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
+    texts = [prompt + "\n" for prompt in setup.prompts]
+    subject = text_subject(policy, lambda _: gate, setup.tokenizer, texts, look=setup.look)
+    return benchmark(setup.model, subject, plan, {"model": REASONER, "seed": seed})
+
+
+def compared(runs: dict[str, Evaluation]) -> dict[str, Any]:
+    """The figures of the demo from its evaluations; every difference is paired on the same problems."""
+    dense, pruned, baseline = runs["dense"], runs["pruned"], runs["static baseline"]
+    low, low_baseline = runs["pruned, low budget"], runs["static baseline, low budget"]
+    random = [run for name, run in runs.items() if name.startswith("random")]
+    return {
+        "dense": dense.summary(),
+        "pruned": pruned.summary(dense),
+        "static_baseline": baseline.summary(dense),
+        "random": RandomMasks(
+            accuracy=sum(run.accuracy for run in random) / len(random),
+            sparsity=sum(run.sparsity for run in random) / len(random),
+            masks=tuple(run.summary() for run in random),
+        ),
+        "adaptivity": adaptivity(baseline, pruned, KEEP_RATIO),
+        "low_budget": AtBudget(
+            pruned=low.summary(dense),
+            static_baseline=low_baseline.summary(dense),
+            adaptivity=adaptivity(low_baseline, low, LOW_BUDGET),
+        ),
+        "follows_difficulty": follows_difficulty(pruned),
+    }
+
+
+def adaptivity(baseline: Evaluation, agents: Evaluation, target: float) -> Adaptivity:
+    """What deciding by the prompt adds to the static baseline, in shares of right answers."""
+    test = paired(baseline, agents)
+    kept = {"agents": 1 - agents.sparsity, "static_baseline": 1 - baseline.sparsity}
+    return Adaptivity(gain=test.diff, ci95=test.ci95, p_value=test.p_value, target=target, keep_ratios=kept)
