@@ -13,57 +13,63 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from microglia.results import from_json
+
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin", "random": "random masks"}
+LABELS = {
+    "dense": "dense",
+    "pruned": "pruned (agents)",
+    "static_baseline": "static baseline",
+    "random": "random masks",
+}
 
 
 def demo() -> str:
     """The demo's table and what it says of adaptivity."""
     if not (ROOT / "results" / "demo.json").is_file():
         return "The demo's figures are not recorded yet; `make demo` finds them on your machine."
-    record = json.loads((ROOT / "results" / "demo.json").read_text())
+    record = from_json(json.loads((ROOT / "results" / "demo.json").read_text()), "results/demo.json")
+    low, follows = record.low_budget, record.follows_difficulty
     rows = [
         "| | right | heads pruned | difference to dense | answer tokens |",
         "|---|---|---|---|---|",
         *(_demo_row(LABELS[name], record[name]) for name in LABELS),
-        *(_demo_row(f"{LABELS[name]}, fewer heads", record["scarce"][name]) for name in ("pruned", "static")),
+        _demo_row(f"{LABELS['pruned']}, fewer heads", low.pruned),
+        _demo_row(f"{LABELS['static_baseline']}, fewer heads", low.static_baseline),
     ]
-    follows = record["sparsity_follows_difficulty"]
-    by_steps = ", ".join(f"{steps}: {value:.0%}" for steps, value in record["pruned"]["sparsity_by_difficulty"].items())
-    made = record["circumstances"]
+    by_steps = ", ".join(f"{steps}: {value:.0%}" for steps, value in record.pruned.sparsity_by_difficulty.items())
     return "\n".join(
         [
-            f"`make demo`, {record['problems']} held-out problems of 1 to 8 steps, the embedded reasoner, "
-            f"{made['device']}:",
+            f"`make demo`, {record.problems} held-out problems of 1 to 8 steps, the embedded reasoner, "
+            f"{record.circumstances.device}:",
             "",
             *rows,
             "",
-            "Agents against their static twin (same loss, no input) at the same sparsity: "
-            f"{_adds(record)}, and {_adds(record['scarce'])}. "
-            f"Heads pruned by number of steps: {by_steps} (rank correlation {follows['rank_correlation']:+.2f}, "
-            f"interval {follows['ci95'][0]:+.2f} to {follows['ci95'][1]:+.2f}). "
-            f"The agents have {record['agent_parameters']:,} parameters, {record['agent_share']:.2%} of the model.",
+            "Agents against their static baseline (same loss, no input) at the same sparsity: "
+            f"{_adds(record.adaptivity)}, and {_adds(low.adaptivity)}. "
+            f"Heads pruned by number of steps: {by_steps} (rank correlation {follows.rank_correlation:+.2f}, "
+            f"interval {follows.ci95[0]:+.2f} to {follows.ci95[1]:+.2f}). "
+            f"The agents have {record.agent_parameters:,} parameters, {record.agent_share:.2%} of the model.",
         ]
     )
 
 
-def _adds(record: dict[str, Any]) -> str:
-    """What looking at the prompt adds, with its interval."""
-    gain, (low, high) = record["adaptivity"]["gain"], record["adaptivity"]["ci95"]
-    found = "a gain" if low > 0 else "a loss" if high < 0 else "neither a gain nor a loss that the interval supports"
+def _adds(adaptivity: Any) -> str:
+    """What deciding by the prompt adds, with its interval."""
+    gain, (low, high) = adaptivity.gain, adaptivity.ci95
+    meaning = "a gain" if low > 0 else "a loss" if high < 0 else "neither a gain nor a loss that the interval supports"
     return (
-        f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] with {record['static']['sparsity']:.0%} of "
-        f"the heads pruned, {found}"
+        f"{100 * gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}] with "
+        f"{1 - adaptivity.keep_ratios['static_baseline']:.0%} of the heads pruned, {meaning}"
     )
 
 
-def _demo_row(label: str, row: dict[str, Any]) -> str:
+def _demo_row(label: str, row: Any) -> str:
     difference = ""
-    if "diff" in row:
-        low, high = row["diff_ci95"]
-        difference = f"{100 * row['diff']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
-    tokens = f"{row['mean_tokens']:.0f}" if "mean_tokens" in row else ""
-    return f"| {label} | {row['accuracy']:.1%} | {row['sparsity']:.1%} | {difference} | {tokens} |"
+    if test := getattr(row, "to_dense", None):
+        difference = f"{100 * test.diff:+.1f} points [{100 * test.ci95[0]:+.1f}, {100 * test.ci95[1]:+.1f}]"
+    tokens = f"{row.mean_tokens:.0f}" if hasattr(row, "mean_tokens") else ""
+    return f"| {label} | {row.accuracy:.1%} | {row.sparsity:.1%} | {difference} | {tokens} |"
 
 
 def latency() -> str:
