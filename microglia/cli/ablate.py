@@ -42,7 +42,7 @@ def ablate(
     generation: Annotated[o.Generation, Fields(without=("execution",))],
     loading: o.Unquantised = o.Loading(model="reasoner"),
 ) -> Outcome:
-    """Train with one thing changed at a time and compare; what is finished is not done again.
+    """Train with one thing changed at a time and compare; finished runs are not repeated.
 
     microglia ablate --vary beta=0,0.01 --vary fill=zero,mean --seeds 0,1,2 --limit 500
     """

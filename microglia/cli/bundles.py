@@ -15,6 +15,7 @@ from typer.models import ParameterInfo
 
 from microglia.errors import ConfigError
 
+NARROW = 12  # characters of choices that stand in the column of types; more of them would leave no room for the help
 PAIR = tuple[float, float]  # START,END; one number keeps the end, or is both where the default does not move
 
 
@@ -72,8 +73,13 @@ def as_option(annotation: Any) -> tuple[Any, Any]:
     kind, *notes = get_args(annotation) if get_origin(annotation) is Annotated else (annotation,)
     if notes and isinstance(notes[0], ParameterInfo):
         return kind, copy(notes[0])
-    text, default = (*notes, None, True)[:2] if notes else (None, True)
-    return kind, typer.Option(help=text, show_default=True if default is None else default)
+    text, default = [*notes, True][:2] if notes else (None, True)
+    words = next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is Literal), ())
+    if len("|".join(words)) <= NARROW:
+        return kind, typer.Option(help=text, show_default=default)
+    if not all(word in str(text) for word in words):
+        text = f"{text} One of {', '.join(words)}."
+    return kind, typer.Option(help=text, show_default=default, metavar="<name>")
 
 
 def pair(name: str, text: str, default: tuple[float, float]) -> tuple[float, float]:
@@ -104,9 +110,7 @@ def command_line(
         for parameter in parameters:
             option = get_args(parameter.annotation)[1]
             if parameter.name in shown:
-                option.rich_help_panel = None  # so that the few stand together, in narrow columns
-                if get_origin(get_args(parameter.annotation)[0]) is Literal:
-                    option.metavar = "<name>"
+                option.rich_help_panel = None  # so that the few stand together
             old, option.hidden = option.hidden, parameter in rest
             if old:
                 rest.remove(parameter)

@@ -40,7 +40,7 @@ def calibrate(
     generation: o.Generation,
     loading: o.Unquantised,
 ) -> Outcome:
-    """Prune as much as is promised to be safe.
+    """Prune as much as a promise about the accuracy allows.
 
     microglia calibrate --model-path checkpoints --max-drop 0.02 --confidence 0.95
 

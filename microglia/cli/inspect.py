@@ -25,7 +25,7 @@ def inspect(
     raw: o.Raw = False,
     loading: o.Loading,
 ) -> Outcome:
-    """Show a model's sites and geometry without loading its weights, a checkpoint's agents, or one prompt's heads.
+    """Show a model's attention layers (no weights are loaded), a checkpoint, or which heads a prompt keeps and why.
 
     microglia inspect Qwen/Qwen2.5-3B-Instruct
 

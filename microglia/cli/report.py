@@ -15,7 +15,7 @@ def report(
     output: Annotated[Path, "Page to write."] = Path("report.html"),
     title: Annotated[str | None, "Title of the page.", "What the microglia kept"] = None,
 ) -> Outcome:
-    """Write one HTML page of records: accuracy, fronts, heads, training, time and memory. Needs no network.
+    """Write one HTML page from the records of runs. Needs no network.
 
     microglia report runs/demo --output report.html
 

@@ -37,7 +37,7 @@ def serve(
     loading: o.Loading,
     settings: dict[str, Any],
 ) -> Outcome:
-    """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.
+    """Serve the pruned model to OpenAI's clients until Ctrl-C; running answers are finished first.
 
     microglia serve checkpoints --port 8000
     """
