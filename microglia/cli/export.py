@@ -82,8 +82,8 @@ def export(
             )
     about = {"base_model": system.source, "template": system.template, "accuracy": accuracy}
     exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, about=about)
-    data = {**exported.summary(), **chosen.summary(), **about}
-    return Outcome(data, views(data))
+    result = exported.result(chosen, **about)
+    return Outcome(result.to_json(), views(result))
 
 
 def check_plan(kind: str, prompt: str | None) -> None:
@@ -117,31 +117,31 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None)
     return KeepPlan.of_prompt(logits, geometries, system.gate)
 
 
-def views(data: dict[str, Any]) -> list[Any]:
+def views(result: Any) -> list[Any]:
     """What was written, how it compares, and what is lost."""
-    kept = f"{data['keep_ratio']:.1%} for every prompt"
+    kept = f"{result.keep_ratio:.1%} for every prompt"
     rows = {
-        "written": f"{data['folder']} ({', '.join(data['files'][:4])}{', …' if len(data['files']) > 4 else ''})",
-        "heads kept": f"{kept}, by plan {data['plan']} over {data['prompts']} prompts",
-        "parameters": f"{data['parameters']:,} of {data['dense_parameters']:,}",
-        "weights": f"{data['bytes'] / 2**20:,.1f} of {data['dense_bytes'] / 2**20:,.1f} MiB",
-        "read back": "not compared" if data["difference"] is None else f"largest difference {data['difference']:.3g}",
-        "accuracy": "of the frozen model, below" if data["accuracy"] else NOT_MEASURED,
-        "lost": "\n".join(data["lost"]),
+        "written": f"{result.folder} ({', '.join(result.files[:4])}{', …' if len(result.files) > 4 else ''})",
+        "heads kept": f"{kept}, by plan {result.plan} over {result.prompts} prompts",
+        "parameters": f"{result.parameters:,} of {result.dense_parameters:,}",
+        "weights": f"{result.bytes / 2**20:,.1f} of {result.dense_bytes / 2**20:,.1f} MiB",
+        "read back": "not compared" if result.difference is None else f"largest difference {result.difference:.3g}",
+        "accuracy": "of the frozen model, below" if result.accuracy else NOT_MEASURED,
+        "lost": "\n".join(result.lost),
     }
-    return [facts(rows), *([accuracy_table(data["accuracy"])] if data["accuracy"] else [])]
+    return [facts(rows), *([accuracy_table(result.accuracy)] if result.accuracy else [])]
 
 
-def accuracy_table(accuracy: dict[str, Any]) -> Table:
+def accuracy_table(accuracy: Any) -> Table:
     """Dense, adaptive and frozen side by side, and the paired difference of the frozen model to the dense one."""
     names = ("dense", "adaptive", "frozen")
-    pair = [100 * value for value in (accuracy["paired"]["diff"], *accuracy["paired"]["diff_ci95"])]
+    pair = [100 * value for value in (accuracy.paired.diff, *accuracy.paired.ci95)]
     table = Table(
         "",
         *names,
-        title=f"{accuracy['dataset']}, {accuracy['dense']['prompts']} problems",
+        title=f"{accuracy.dataset}, {accuracy.dense.prompts} problems",
         caption=f"frozen minus dense: {pair[0]:+.1f} points, 95 % interval {pair[1]:+.1f} to {pair[2]:+.1f}",
     )
-    table.add_row("accuracy", *(f"{accuracy[name]['accuracy']:.1%}" for name in names))
-    table.add_row("sparsity", *(f"{accuracy[name]['sparsity']:.1%}" for name in names))
+    table.add_row("accuracy", *(f"{getattr(accuracy, name).accuracy:.1%}" for name in names))
+    table.add_row("sparsity", *(f"{getattr(accuracy, name).sparsity:.1%}" for name in names))
     return table

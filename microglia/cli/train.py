@@ -51,6 +51,7 @@ def train(
     """
     from microglia import processes
     from microglia.look import Look
+    from microglia.results import TrainingRun
     from microglia.system import MicrogliaPruningSystem
 
     for name, value in {"scope": scope, "norm": norm}.items():
@@ -92,24 +93,24 @@ def train(
         raise Interrupted(kept(output_dir)) from None
     saved = system.checkpoint().config
     parameters = sum(p.numel() for p in result.policy.parameters())
-    data = {
-        "output_dir": str(output_dir),
-        "base_model": saved.base_model,
-        "dataset": task.dataset,
-        "seconds": result.seconds,
-        "agent_parameters": parameters,
-        "agent_share": parameters / saved.base_parameters,
-        "training": saved.training,
-    }
+    run = TrainingRun(
+        output_dir=str(output_dir),
+        base_model=saved.base_model,
+        dataset=task.dataset,
+        seconds=result.seconds,
+        agent_parameters=parameters,
+        agent_share=parameters / saved.base_parameters,
+        training=dict(saved.training),
+    )
     last = saved.training["last"]
     rows = {
         "checkpoint": output_dir,
         "keep ratio, task loss": ", ".join(f"{last[name]:.3f}" for name in ("keep_ratio", "task") if name in last),
-        "agents": f"{parameters:,} parameters, {data['agent_share']:.2%} of the model",
+        "agents": f"{parameters:,} parameters, {run.agent_share:.2%} of the model",
         "time": f"{result.seconds:.0f} s",
         "next": f"microglia evaluate --model-path {output_dir} --dataset {task.dataset}",
     }
-    return Outcome(data, [facts(rows)])
+    return Outcome(run.to_json(), [facts(rows)])
 
 
 def kept(output_dir: Path) -> str:

@@ -11,6 +11,7 @@ from microglia.evaluation.run import Evaluation, evaluate, paired
 from microglia.export.frozen import frozen
 from microglia.export.plan import KeepPlan
 from microglia.policy import Policy
+from microglia.results import FrozenAccuracy
 from microglia.tasks import Example, Task
 
 
@@ -26,7 +27,7 @@ def accuracy_kept(
     max_new_tokens: int = 256,
     batch_size: int = 32,
     **adaptive: Any,
-) -> dict[str, Any]:
+) -> FrozenAccuracy:
     """Summaries of `dense`, `adaptive` and `frozen` on the same examples; frozen paired with each of the others.
 
     `adaptive` options (gate, look, fill, scope) are those of the policy. The frozen model reads the prompt with its
@@ -43,9 +44,9 @@ def accuracy_kept(
         answered = run("frozen", None)
     answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in answered.answers)
     runs["frozen"] = replace(answered, answers=answers)
-    return {
-        "dataset": task.name,
-        **{name: run.summary() for name, run in runs.items()},
-        "paired": paired(runs["dense"], runs["frozen"]),
-        "paired_adaptive": paired(runs["adaptive"], runs["frozen"]),
-    }
+    return FrozenAccuracy(
+        dataset=task.name,
+        **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
+        paired=paired(runs["dense"], runs["frozen"]),
+        paired_adaptive=paired(runs["adaptive"], runs["frozen"]),
+    )

@@ -17,6 +17,7 @@ from microglia.export.plan import KeepPlan
 from microglia.export.to_gguf import write_gguf
 from microglia.export.to_hf import write_hf
 from microglia.export.to_onnx import write_onnx
+from microglia.results import ExportResult
 
 WRITERS = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
 FORMATS = tuple(WRITERS)
@@ -48,9 +49,10 @@ class Exported:
     difference: float | None
     lost: tuple[str, ...]
 
-    def summary(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return {**vars(self), "folder": str(self.folder), "files": list(self.files), "lost": list(self.lost)}
+    def result(self, plan: KeepPlan, **about: Any) -> ExportResult:
+        """What the verb returns and the folder keeps; `about` are base_model, template and accuracy."""
+        figures = {**vars(self), "folder": str(self.folder), **plan.summary(), **about}
+        return ExportResult(microglia=__version__, **figures)
 
 
 def check_format(name: str) -> None:
@@ -106,7 +108,7 @@ def export(
         difference=found["difference"],
         lost=(*LOST["all"], *LOST[format], *found["lost"]),
     )
-    record = {"microglia": __version__, **exported.summary(), **plan.summary(), **(about or {})}
+    record = exported.result(plan, **(about or {})).to_json()
     write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
     return exported
 
