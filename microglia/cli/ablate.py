@@ -10,59 +10,41 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
+from microglia.cli.bundles import Fields
 from microglia.cli.numbers import numbers
-from microglia.cli.verb import Interrupted, Outcome, progress, verb
+from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import ConfigError
 
 LEDGER, RECORDS, SUMMARY = "ledger.jsonl", "records.jsonl", "ablation.json"
 HELD_OUT = 200  # prompts on which the keep ratio becomes a threshold
-Many = list[str] | None
 
 
-@verb
+@verb()
 def ablate(
     *,
-    model: o.Model = "reasoner",
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="Folder for runs and records.")] = Path(
-        "runs/ablation"
-    ),
+    output_dir: Annotated[Path, "Folder for runs and records."] = Path("runs/ablation"),
     vary: Annotated[
-        Many,
-        typer.Option(
-            "--vary",
-            help="beta=0,0.1; repeat it for more.",
-            show_default="alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
-        ),
+        o.Many,
+        "What to vary: beta=0,0.1; repeat it for more.",
+        "alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
     ] = None,
     base: Annotated[
-        Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
+        o.Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
     ] = None,
     full_grid: Annotated[
         bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
     ] = False,
-    seeds: Annotated[Many, typer.Option("--seeds", help="Of the trainings: 0,1,2.", show_default="0")] = None,
-    keep_ratio: Annotated[float, typer.Option("--keep-ratio", help="All are compared at it.")] = 0.75,
-    own: Annotated[
-        bool, typer.Option("--own/--no-own", help="Judge each at the keep ratio of its own training as well.")
-    ] = True,
-    dataset: o.Dataset = "arithmetic",
-    data_dir: o.DataDir = None,
-    shots: o.Shots = 0,
-    question_field: o.QuestionField = None,
-    answer_field: o.AnswerField = None,
-    split: Annotated[str, typer.Option(help="Prompts to judge on; not those of a final report.")] = "validation",
-    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of the prompts to judge on.")] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    answer_room: o.AnswerRoom = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    seeds: Annotated[o.Many, "Seeds of the trainings: 0,1,2.", "0"] = None,
+    keep_ratio: Annotated[float, "Keep ratio at which all are compared."] = 0.75,
+    own: Annotated[bool, "Judge each at the keep ratio of its own training as well."] = True,
+    answer_limit: o.AnswerLimit = None,
+    examples: o.Examples = o.Examples(split="validation"),
+    generation: Annotated[o.Generation, Fields(without=("execution",))],
+    loading: o.Unquantised = o.Loading(model="reasoner"),
 ) -> Outcome:
-    """Train with one thing changed at a time and compare; what is finished is not done again.
+    """Train with one thing changed at a time and compare; finished runs are not repeated.
 
-    microglia ablate --vary features=both,norm,entropy --vary beta=0,0.01 --seeds 0,1,2 --limit 500
+    microglia ablate --vary beta=0,0.01 --vary fill=zero,mean --seeds 0,1,2 --limit 500
     """
     from microglia.checkpoint import check_writable
     from microglia.evaluation.bench import Bench
@@ -81,40 +63,29 @@ def ablate(
     factors = pairs("--vary", vary) or FACTORS
     variants(recipe, factors, full_grid=full_grid)  # what is wrong with them is better known before loading a model
     check_writable(output_dir)
-    how, task = o.loading(device, dtype, trust_remote_code), o.task(dataset, shots, question_field, answer_field)
-    lm, tokenizer = load_model(model or "reasoner", **how)
+    model, task, how = loading.model or "reasoner", examples.task(), loading.arguments()
+    lm, tokenizer = load_model(model, **how)
     usual = {max(1, site.geometry.heads // 8) for site in find_sites(lm)}
     usual_bucket = usual.pop() if len(usual) == 1 else None
     wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
-    held_out = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
-    setup = Bench(lm, tokenizer, task, held_out, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    setup = replace(setup, answer_room=answer_room)
-    others = task.load("train", limit=HELD_OUT, seed=seed + 1, data_dir=data_dir)
-    settings: dict[str, Any] = {"model": model, "limit": limit, "seed": seed, "shots": shots}
-    settings |= {"max_new_tokens": max_new_tokens, "answer_room": answer_room}
-    settings |= {"question_field": question_field, "answer_field": answer_field}
-    place = {"dataset": dataset, "split": split}
-    ledger = Ledger(output_dir / LEDGER, {**place, **settings, "data_dir": str(data_dir or "")})
+    setup = Bench(lm, tokenizer, task, examples.load(), answer_room=answer_limit, **generation.how())
+    others = examples.load(split="train", limit=HELD_OUT, seed=examples.seed + 1)
+    where, settings = examples.settings()
+    settings |= {"model": loading.model, "answer_room": answer_limit, "max_new_tokens": setup.max_new_tokens}
     ablation = Ablation(
-        lambda: load_model(model or "reasoner", **how),
+        lambda: load_model(model, **how),
         setup,
         replace(setup, examples=others),
         keep_ratio,
         output_dir / "runs",
-        data_dir,
+        examples.data_dir,
         own,
-        ledger,
+        Ledger(output_dir / LEDGER, {**where, **settings, "data_dir": str(examples.data_dir or "")}),
     )
-    try:
-        with progress("ablating") as update:
-            all_seeds = numbers("--seeds", seeds, int) or [0]
-            result = measure(replace(ablation, progress=update), wanted, all_seeds)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; {output_dir / LEDGER} keeps the finished runs: go on with the same command"
-        ) from None
+    with progress("ablating", f"{output_dir / LEDGER} keeps the finished runs: {GO_ON}") as update:
+        result = measure(replace(ablation, progress=update), wanted, numbers("--seeds", seeds, int) or [0])
     made = Circumstances(**circumstances(lm.device))
-    result = replace(result, dataset=dataset, split=split, settings=settings, circumstances=made)
+    result = replace(result, **where, settings=settings, circumstances=made)
     data = result.to_json()
     (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this ablation, as the summary is
     append_records(output_dir / RECORDS, records(result))
@@ -122,7 +93,7 @@ def ablate(
     return Outcome(data, views(result))
 
 
-def pairs(option: str, given: Many) -> dict[str, list[Any]]:
+def pairs(option: str, given: o.Many) -> dict[str, list[Any]]:
     """`["beta=0,0.1", "lora=none"]` → `{"beta": [0, 0.1], "lora": ["none"]}`; `default` as a bucket is heads / 8."""
     values_of: dict[str, list[Any]] = {}
     for text in given or ():

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.number_lists import numbers
-from microglia.cli.verb import Outcome, progress, verb
+from microglia.cli.bundles import Fields
+from microglia.cli.numbers import numbers
+from microglia.cli.verb import Outcome, progress, table, verb
 from microglia.errors import ConfigError
 
 MIB = 2**20
@@ -18,45 +18,27 @@ DEFAULT_SHAPE, DEFAULT_LAYERS = "phi3-mini", 4  # bound by memory like the whole
 TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: some 100,000 tokens
 
 
-@verb
+@verb()
 def benchmark(
     *,
     model_path: o.CheckpointPath = None,
     random_weights: Annotated[
         str | None,
-        typer.Option(
-            "--random-weights",
-            help="Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
-            show_default="phi3-mini, 4 layers",
-        ),
+        "Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
+        "phi3-mini, 4 layers",
     ] = None,
-    layers: Annotated[
-        int | None, typer.Option("--layers", min=1, help="Only so many layers of it.", show_default="all")
-    ] = None,
-    keep_ratio: Annotated[
-        list[str] | None,
-        typer.Option("--keep-ratio", help="One or several: 0.75,0.5.", show_default="0.75, or the checkpoint's own"),
-    ] = None,
-    batch_sizes: Annotated[list[str] | None, typer.Option("--batch-sizes", help="1,8", show_default="1")] = None,
-    context: Annotated[
-        list[str] | None, typer.Option("--context", help="Tokens of the prompt.", show_default="128,1024")
-    ] = None,
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="Length of an answer.")] = 64,
-    num_runs: Annotated[int, typer.Option("--num-runs", min=1, help="Repetitions.")] = 20,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of its layers.", show_default="all")] = None,
+    keep_ratio: Annotated[o.Many, "One or several keep ratios: 0.75,0.5.", "0.75, or as the checkpoint decides"] = None,
+    batch_sizes: Annotated[o.Many, "Batch sizes: 1,8.", "1"] = None,
+    context: Annotated[o.Many, "Lengths of the prompt in tokens.", "128,1024"] = None,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer in tokens.")] = 64,
+    num_runs: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 20,
     per_row: Annotated[
         bool, typer.Option("--per-row", help="Every row of a batch decides for itself; otherwise all rows together.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", help="File of records to append to, e.g. results/cpu.jsonl.")
-    ] = None,
-    model: o.Model = None,
+    output: Annotated[Path | None, "File of records to append to, e.g. results/cpu.jsonl.", "none"] = None,
     seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help=", ".join(o.DTYPES) + ".", show_default="bfloat16 for random weights")
-    ] = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    loading: Annotated[o.Loading, Fields(defaults={"dtype": "bfloat16 for random weights"})],
 ) -> Outcome:
     """Measure latency and memory, each beside its ceiling.
 
@@ -81,14 +63,13 @@ def benchmark(
         new_tokens=new_tokens,
         num_runs=num_runs,
     )
-    how = o.loading(device, dtype, trust_remote_code, quantize)
     if model_path is None:
-        lm, subject, about = of_shape(random_weights, layers, how, per_row, seed)
+        lm, subject, about = of_shape(random_weights, layers, loading.arguments(), per_row, seed)
     else:
-        lm, subject, about = of_checkpoint(model_path, model, how, per_row, seed)
+        lm, subject, about = of_checkpoint(model_path, loading, per_row, seed)
     about |= {"dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
-    if quantize is not None:
-        about["dtype"] += f", weights {quantize}"
+    if loading.quantize is not None:
+        about["dtype"] += f", weights {loading.quantize}"
     with progress("measuring") as update:
         report = measure(lm, subject, plan, about, update)
     if output is not None:
@@ -114,13 +95,13 @@ def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row
     return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": "random"}
 
 
-def of_checkpoint(folder: str, model: str | None, how: dict[str, Any], per_row: bool, seed: int) -> tuple:
+def of_checkpoint(folder: str, loading: o.Loading, per_row: bool, seed: int) -> tuple:
     """Model, subject and description for a trained checkpoint, on arithmetic problems."""
     from microglia.benchmark import text_subject
     from microglia.sites import causal_lm
     from microglia.tasks.arithmetic import ArithmeticTask
 
-    system = o.load(folder, model, **how)
+    system = loading.system(folder)
 
     def gate_at(ratio: float | None) -> Any:
         if ratio is not None:
@@ -140,7 +121,7 @@ def views(report: Any) -> list[Any]:
     parts: list[Any] = [f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances.device}"]
     for start in range(0, len(report.rows), len(VARIANTS)):
         rows = report.rows[start : start + len(VARIANTS)]
-        parts += ["", table(rows), summary(rows)]
+        parts += ["", variants(rows), summary(rows)]
     parts += [
         "",
         "speed-up: dense time ÷ this time, median of interleaved pairs. ceiling: its best possible value, by bytes.",
@@ -151,14 +132,11 @@ def views(report: Any) -> list[Any]:
     return parts
 
 
-def table(rows: list[Any]) -> Table:
+def variants(rows: list[Any]) -> Table:
     """The four variants of one combination."""
     row = rows[-1]
     title = f"batch {row.batch_size}, context {row.context:,}, {row.keep_ratio:.0%} of the heads, decided {row.decides}"
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    view.add_column("", no_wrap=True)
-    for name in ("ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB"):
-        view.add_column(name, justify="right", no_wrap=True)
+    view = table(title, "", "ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB")
     for row in rows:
         share = "" if row.realised_share is None else f"{row.realised_share:.0%}" + "*" * (row.realised_share > 1)
         speed = [f"{row.ratio_to_dense:.3f}", "{:.3f}–{:.3f}".format(*row.ratio_ci95), f"{row.ceiling:.3f}", share]

@@ -9,45 +9,38 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.number_lists import numbers
-from microglia.cli.verb import Interrupted, Outcome, progress, verb
+from microglia.cli.bundles import Fields
+from microglia.cli.numbers import numbers
+from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import CheckpointError
 
 LEDGER, RECORDS = "calibration-ledger.jsonl", "calibration.jsonl"
 
 
-@verb
+Examples = Annotated[o.Examples, Fields(without=("shots", "question_field", "answer_field"))]
+
+
+@verb()
 def calibrate(
     *,
     model_path: o.CheckpointPath = None,
-    max_drop: Annotated[float, typer.Option("--max-drop", help="Largest accuracy loss, 0.02 is two points.")] = 0.02,
-    confidence: Annotated[float, typer.Option("--confidence", help="Of the promise.")] = 0.95,
+    max_drop: Annotated[float, "Largest loss of accuracy; 0.02 is two points."] = 0.02,
+    confidence: Annotated[float, "Confidence of the promise."] = 0.95,
     keep_ratio: Annotated[
-        float | None, typer.Option("--keep-ratio", help="Set the dial to this instead and say what it may lose.")
+        float | None, "Set this keep ratio instead, and say what it may lose.", "by the promise"
     ] = None,
     latency_ratio: Annotated[
-        float | None, typer.Option("--latency-ratio", help="Or to this: dense time ÷ pruned time of a decode step.")
+        float | None, "Or reach this speed-up of a decode step, dense time divided by pruned time.", "by the promise"
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--settings", help="Keep ratios to try.", show_default="0.95,0.9,…,0.3")
+    settings_to_try: Annotated[
+        o.Many, typer.Option("--settings", help="Keep ratios to try.", show_default="0.95,0.9,…,0.3")
     ] = None,
-    dataset: o.Dataset = "arithmetic",
-    data_dir: o.DataDir = None,
-    split: Annotated[str, typer.Option(help="Which part of the data; not the one trained on.")] = "validation",
-    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    path: o.PrunedPath = "compact",
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Where the result goes.", show_default="the checkpoint itself")
-    ] = None,
-    model: o.Model = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    output_dir: Annotated[Path | None, "Folder for the result.", "the checkpoint itself"] = None,
+    examples: Examples = o.Examples(split="validation"),
+    generation: o.Generation,
+    loading: o.Unquantised,
 ) -> Outcome:
-    """Prune as much as is promised to be safe.
+    """Prune as much as a promise about the accuracy allows.
 
     microglia calibrate --model-path checkpoints --max-drop 0.02 --confidence 0.95
 
@@ -57,37 +50,27 @@ def calibrate(
     from microglia.experiments.calibrate import KEEP_RATIOS
     from microglia.record import append_records
 
-    ratios = numbers("--settings", settings, float) or KEEP_RATIOS
+    ratios = numbers("--settings", settings_to_try, float) or KEEP_RATIOS
     folder = output_dir or Path(model_path or "")
     if output_dir is None and model_path is not None and not folder.is_dir():
         raise CheckpointError(f"{model_path} is no folder to save the result in; say --output-dir FOLDER")
-    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code))
+    system = loading.system(model_path)
     check_writable(folder)
-    try:
-        with progress("answering") as update:
-            promise = system.calibrate(
-                dataset,
-                max_drop=max_drop,
-                confidence=confidence,
-                keep_ratio=keep_ratio,
-                latency_ratio=latency_ratio,
-                keep_ratios=ratios,
-                split=split,
-                limit=limit,
-                seed=seed,
-                data_dir=data_dir,
-                path=path,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                ledger=folder / LEDGER,
-                progress=update,
-            )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; {folder / LEDGER} keeps the finished settings: go on with the same command"
-        ) from None
+    with progress("answering", f"{folder / LEDGER} keeps the finished settings: {GO_ON}") as update:
+        promise = system.calibrate(
+            examples.dataset,
+            max_drop=max_drop,
+            confidence=confidence,
+            keep_ratio=keep_ratio,
+            latency_ratio=latency_ratio,
+            keep_ratios=ratios,
+            **examples.which(),
+            **generation.how(),
+            ledger=folder / LEDGER,
+            progress=update,
+        )
     save(str(model_path), folder, system)
-    append_records(folder / RECORDS, records(promise, next(system.model.parameters()).device, seed))
+    append_records(folder / RECORDS, records(promise, next(system.model.parameters()).device, examples.seed))
     data = replace(promise, settings={**promise.settings, "output_dir": str(folder)}).to_json()
     return Outcome(data, [*([table(promise)] if promise.tried else []), promise.sentence])
 

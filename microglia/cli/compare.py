@@ -12,64 +12,42 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.numbers import numbers
-from microglia.cli.verb import Interrupted, Outcome, progress, verb
+from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import ConfigError
 
 LEDGER, RECORDS, SUMMARY, PAIRS = "ledger.jsonl", "records.jsonl", "comparison.json", "pairs"
 HELD_OUT = 200  # held-out prompts on which each keep ratio becomes a threshold
-Many = list[str] | None
 
 
-@verb
+@verb()
 def compare(
     *,
-    model_path: Annotated[
-        Many, typer.Option("--model-path", "--checkpoint", help="Checkpoint with agents; one, or one per seed.")
-    ] = None,
+    model_path: Annotated[o.Many, "Checkpoint with agents; one, or one per seed."] = None,
     train_pairs: Annotated[
         bool,
         typer.Option("--train-pairs", help="Train agents and static baseline for each seed instead."),
     ] = False,
-    policies: Annotated[
-        Many,
-        typer.Option("--policies", help="Criteria (norm,taylor:per-input) or name=FOLDER.", show_default="random"),
-    ] = None,
+    policies: Annotated[o.Many, "Criteria (norm,taylor:per-input) or name=FOLDER.", "random"] = None,
     keep_ratios: Annotated[
-        Many, typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5")
+        o.Many,
+        typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5"),
     ] = None,
-    at_keep_ratio: Annotated[
-        float | None,
-        typer.Option("--at-keep-ratio", help="Where adaptivity is judged.", show_default="what the agents keep"),
-    ] = None,
-    seeds: Annotated[Many, typer.Option("--seeds", help="Of the policies: 0,1,2.", show_default="0")] = None,
-    dataset: o.Dataset = "arithmetic",
-    data_dir: o.DataDir = None,
-    shots: o.Shots = 0,
-    question_field: o.QuestionField = None,
-    answer_field: o.AnswerField = None,
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Prompts.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    answer_room: o.AnswerRoom = None,
-    path: o.PrunedPath = "compact",
-    num_runs: Annotated[int, typer.Option("--num-runs", min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", help="Folder for runs (to go on after an interruption) and records.")
-    ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Picture to write: .png, .svg or .pdf.")] = None,
-    model: o.Model = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    at_keep_ratio: Annotated[float | None, "Keep ratio at which adaptivity is judged.", "what the agents keep"] = None,
+    seeds: Annotated[o.Many, "Seeds of the policies: 0,1,2.", "0"] = None,
+    num_runs: Annotated[int, typer.Option(min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
+    output_dir: Annotated[Path | None, "Folder for records, and to go on from after an interruption.", "none"] = None,
+    plot: Annotated[Path | None, "Picture to write: .png, .svg or .pdf."] = None,
+    answer_limit: o.AnswerLimit = None,
+    examples: o.Examples,
+    generation: o.Generation,
+    loading: o.Unquantised,
 ) -> Outcome:
     """Compare agents with their static baseline and with criteria on the same prompts.
 
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.experiments.compare import BASELINE, draw, make_entries, summarise
+    from microglia.experiments.compare import BASELINE, draw, entries, summarise
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
@@ -83,57 +61,48 @@ def compare(
         check_writable(output_dir)
     ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
     all_seeds = numbers("--seeds", seeds, int) or [0]
-    how, baselines = o.loading(device, dtype, trust_remote_code), list[Any]()
-    system, agents = fresh(model_path, model, output_dir, how) if train_pairs else load(model_path, model, how)
-    task = o.task(dataset, shots, question_field, answer_field)
-    comparison, examples = prepared(system, task, data_dir, split, limit, seed, path, batch_size, max_new_tokens)
-    comparison = replace(comparison, setup=replace(comparison.setup, answer_room=answer_room), num_runs=num_runs)
+    system, agents = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
+    comparison, training_examples = prepared(system, examples, generation, answer_limit, num_runs)
+    baselines = list[Any]()
     if train_pairs:
-        agents, baselines = pairs(comparison.held_out, all_seeds, Path(str(output_dir)), system.source, data_dir)
-    compared = make_entries(
+        place = Path(str(output_dir))
+        agents, baselines = pairs(comparison.held_out, all_seeds, place, system.source, examples.data_dir)
+    compared = entries(
         policies or ["random"],
         comparison.setup,
-        examples,
+        training_examples,
         {"agents": agents, BASELINE: baselines},
         bucket=system.gate.bucket,
         training=system.training.get("config"),
     )
     at = choose(comparison, agents[0], ratios, at_keep_ratio)
-    settings = {"limit": limit, "seed": seed, "path": path, "fill": system.fill, "scope": system.scope}
-    settings |= {"look": asdict(system.look), "max_new_tokens": max_new_tokens, "answer_room": answer_room}
-    settings |= {"base_model": system.source, "bucket": system.gate.bucket, "shots": shots}
-    settings |= {"question_field": question_field, "answer_field": answer_field}
-    depends = {"dataset": dataset, "split": split, "data_dir": None if data_dir is None else str(data_dir), **settings}
-    ledger = Ledger(None if output_dir is None else output_dir / LEDGER, depends)
-    try:
-        with progress("comparing") as update:
-            comparison = replace(comparison, ledger=ledger, progress=update)
-            runs = measure(comparison, compared, [*ratios, at], all_seeds)
-    except KeyboardInterrupt:
-        if output_dir is None:
-            raise Interrupted("interrupted; nothing was kept, as --output-dir was not given") from None
-        raise Interrupted(
-            f"interrupted; {output_dir / LEDGER} keeps the finished runs: go on with the same command"
-        ) from None
+    where, settings = examples.settings()
+    settings |= {"path": comparison.setup.path, "fill": system.fill, "scope": system.scope, "look": asdict(system.look)}
+    settings |= {"max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
+    settings |= {"base_model": system.source, "bucket": system.gate.bucket}
+    file = None if output_dir is None else output_dir / LEDGER
+    ledger = Ledger(file, {**where, **settings, "data_dir": examples.data_dir and str(examples.data_dir)})
+    kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
+    with progress("comparing", kept) as update:
+        runs = measure(replace(comparison, ledger=ledger, progress=update), compared, [*ratios, at], all_seeds)
     made = Circumstances(**circumstances(next(system.model.parameters()).device))
-    result = summarise(runs, at)
-    result = replace(result, dataset=dataset, split=split, settings=settings, circumstances=made)
+    result = replace(summarise(runs, at), **where, settings=settings, circumstances=made)
     data = result.to_json()
     if output_dir is not None:
         (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
         append_records(output_dir / RECORDS, records(result))
         (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     if plot is not None:
-        draw(result, plot, title=f"{Path(str(system.source)).name}, {dataset}")
+        draw(result, plot, title=f"{Path(str(system.source)).name}, {examples.dataset}")
     return Outcome(data, views(result))
 
 
-def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
     """The system of the first checkpoint, and the agents of all of them."""
     from microglia.checkpoint import Checkpoint
 
     names = [name for text in folders or () for name in text.split(",") if name]
-    system = o.load(names[0] if names else None, model, **how)
+    system = loading.system(names[0] if names else None)
     checkpoints = [Checkpoint.from_pretrained(name) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         checkpoint.check(system.model)
@@ -147,7 +116,7 @@ def load(folders: Many, model: str | None, how: dict[str, Any]) -> tuple[Any, li
     return system, [system.policy, *(checkpoint.policy.to(device).eval() for checkpoint in checkpoints[1:])]
 
 
-def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[str, Any]) -> tuple[Any, list[Any]]:
+def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple[Any, list[Any]]:
     """A system whose agents are still to be trained. Raises ConfigError for options that exclude each other."""
     from microglia.system import MicrogliaPruningSystem
 
@@ -156,7 +125,7 @@ def fresh(folders: Many, model: str | None, output_dir: Path | None, how: dict[s
             "--train-pairs trains agents instead of loading them and keeps them in a folder; leave --model-path out "
             "and give --output-dir"
         )
-    return MicrogliaPruningSystem(model or "reasoner", **how), []
+    return MicrogliaPruningSystem(loading.model or "reasoner", **loading.arguments()), []
 
 
 def pairs(
@@ -168,24 +137,11 @@ def pairs(
 
     made = []
     most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
-    try:
-        for seed in seeds:
-            with progress(f"training, seed {seed}") as update:
-                made.append(
-                    saved_pair(
-                        held_out,
-                        RECIPE,
-                        seed,
-                        output_dir / PAIRS / str(seed),
-                        base_model=source,
-                        data_dir=data_dir,
-                        on_log=partial(_steps, update, most),
-                    )
-                )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"interrupted; {output_dir / PAIRS} keeps the finished pairs: go on with the same command"
-        ) from None
+    for seed in seeds:
+        with progress(f"training, seed {seed}", f"{output_dir / PAIRS} keeps the finished pairs: {GO_ON}") as update:
+            on_log = partial(_steps, update, most)
+            place = output_dir / PAIRS / str(seed)
+            made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
     return [pair.agents for pair in made], [pair.static_baseline for pair in made]
 
 
@@ -194,15 +150,7 @@ def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
 
 
 def prepared(
-    system: Any,
-    task: Any,
-    data_dir: Path | None,
-    split: str,
-    limit: int | None,
-    seed: int,
-    path: str,
-    batch_size: int,
-    max_new_tokens: int,
+    system: Any, examples: o.Examples, generation: o.Generation, answer_limit: float | None, num_runs: int
 ) -> tuple[Any, Any]:
     """What is compared on, and a function that draws training examples for criteria."""
     from microglia.evaluation.bench import Bench
@@ -211,22 +159,21 @@ def prepared(
     setup = Bench(
         system.model,
         system.tokenizer,
-        task,
-        task.load(split, limit=limit, seed=seed, data_dir=data_dir),
+        examples.task(),
+        examples.load(),
         system.look,
         system.fill,
         system.scope,
-        path,
-        batch_size,
-        max_new_tokens,
+        answer_room=answer_limit,
+        **generation.how(),
     )
-    other = "validation" if split != "validation" else "train"
-    held_out = replace(setup, examples=task.load(other, limit=HELD_OUT, seed=seed, data_dir=data_dir))
+    other = "validation" if examples.split != "validation" else "train"
+    held_out = replace(setup, examples=examples.load(split=other, limit=HELD_OUT), answer_room=None)
 
-    def examples(count: int | None, at: int) -> Any:
-        return task.load("train", limit=count, seed=at, data_dir=data_dir)
+    def training_examples(count: int | None, seed: int) -> Any:
+        return examples.load(split="train", limit=count, seed=seed)
 
-    return Comparison(setup, held_out, replace(system.gate, threshold=0.0)), examples
+    return Comparison(setup, held_out, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
 
 
 def records(result: Any) -> list[Any]:

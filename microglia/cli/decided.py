@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
+
+from microglia.cli.verb import table
 
 SIGNS = {
     "kept": ("█", "bold green"),
@@ -21,19 +21,15 @@ def overview(decision: dict[str, Any]) -> list[Any]:
     heads = sum(len(site["keep"]) for site in sites)
     kept = sum(sum(site["keep"]) for site in sites)
     signals = list(sites[0]["signals"])
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("site", justify="right")
-    table.add_column("heads", no_wrap=True)
-    table.add_column("kept", justify="right", no_wrap=True)
-    for name in signals:
-        table.add_column(f"{name}: kept, pruned", justify="right", no_wrap=True)
+    view = table(None, "site", "heads", "kept", *(f"{name}: kept, pruned" for name in signals), padding=(0, 1))
+    view.columns[0].justify, view.columns[1].justify = "right", "left"
     for number, site in enumerate(sites):
         means = [_kept_and_pruned(site["signals"][name], site["keep"]) for name in signals]
-        table.add_row(str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means)
+        view.add_row(str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means)
     return [
         f"Prompt of {decision['tokens']} tokens: {kept} of {heads} heads kept ({decision['keep_ratio']:.1%}); "
         f"{decision['asked']} were asked for.",
-        table,
+        view,
         legend({outcome for site in sites for outcome in site["outcome"]}),
     ]
 
@@ -41,14 +37,9 @@ def overview(decision: dict[str, Any]) -> list[Any]:
 def of_site(decision: dict[str, Any], number: int) -> list[Any]:
     """One site, head by head: its signals, how unusual they are, its logit, and what became of it."""
     site = decision["sites"][number]
-    table = Table(title=f"site {number}, {site['name']}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("head", justify="right")
-    for name in site["signals"]:
-        table.add_column(name, justify="right", no_wrap=True)
-        if name in site["unusual"]:
-            table.add_column("unusual", justify="right", no_wrap=True)
-    table.add_column("logit", justify="right", no_wrap=True)
-    table.add_column("decision", no_wrap=True)
+    names = [column for name in site["signals"] for column in (name, *["unusual"] * (name in site["unusual"]))]
+    view = table(f"site {number}, {site['name']}", "head", *names, "logit", "decision", padding=(0, 1))
+    view.columns[0].justify, view.columns[-1].justify = "right", "left"
     for head, outcome in enumerate(site["outcome"]):
         cells: list[Any] = []
         for name, values in site["signals"].items():
@@ -56,9 +47,9 @@ def of_site(decision: dict[str, Any], number: int) -> list[Any]:
             if name in site["unusual"]:
                 cells.append(f"{site['unusual'][name][head]:+.1f} σ")
         cells += [f"{site['logit'][head]:+.2f}", Text(outcome, style=SIGNS[outcome][1])]
-        table.add_row(str(head), *cells)
+        view.add_row(str(head), *cells)
     return [
-        table,
+        view,
         f"A head is asked for when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations from the "
         "prompts of the training.",
     ]

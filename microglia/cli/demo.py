@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from microglia.cli import options as o
-from microglia.cli.verb import Interrupted, Outcome, progress, tell, verb
+from microglia.cli.verb import Outcome, progress, tell, verb
 
 ROWS = {
     "dense": "dense",
@@ -19,12 +19,10 @@ ROWS = {
 }
 
 
-@verb
+@verb()
 def demo(
     *,
-    output_dir: Annotated[Path, typer.Option(help="Folder for the summary, the answers and the checkpoint.")] = Path(
-        "runs/demo"
-    ),
+    output_dir: Annotated[Path, "Folder for the summary, the answers and the checkpoint."] = Path("runs/demo"),
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
     seed: o.Seed = 0,
 ) -> Outcome:
@@ -34,11 +32,8 @@ def demo(
     """
     from microglia.experiments.demo import demo as run
 
-    try:
-        with progress("answering") as update:
-            result = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; nothing was kept, run the demo again to start anew") from None
+    with progress("answering", "nothing was kept, run the demo again to start anew") as update:
+        result = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
     return Outcome(result.to_json(), (comparison(result), picture(result), cost(result), verdict(result)))
 
 

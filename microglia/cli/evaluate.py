@@ -3,41 +3,28 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import typer
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.verb import Interrupted, Outcome, progress, verb
+from microglia.cli.verb import Outcome, progress, verb
 
 
-@verb
+@verb()
 def evaluate(
     *,
     model_path: o.CheckpointPath = None,
-    dataset: o.Dataset = "arithmetic",
-    output_dir: Annotated[Path | None, typer.Option("--output-dir", help="Folder for records and answers.")] = None,
-    data_dir: o.DataDir = None,
-    split: Annotated[str, typer.Option(help="Which part of the data.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Examples.", show_default="all")] = None,
-    shots: o.Shots = 0,
-    scoring: Annotated[
-        str, typer.Option(help="generation; likelihood or likelihood-per-character of the choices.")
-    ] = "generation",
-    question_field: o.QuestionField = None,
-    answer_field: o.AnswerField = None,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    max_new_tokens: o.MaxNewTokens = 256,
-    path: o.PrunedPath = "compact",
+    output_dir: Annotated[Path | None, "Folder for records and answers.", "none"] = None,
     keep_ratio: o.KeepRatio = None,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Answer with the dense model too.")] = True,
-    model: o.Model = None,
-    seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    scoring: Annotated[
+        Literal["generation", "likelihood", "likelihood-per-character"],
+        "Judge generated answers, or the likelihood of each choice.",
+    ] = "generation",
+    dense: Annotated[bool, "Answer with the dense model too."] = True,
+    examples: o.Examples,
+    generation: o.Generation,
+    loading: o.Loading,
 ) -> Outcome:
     """Compare the pruned with the dense model on the same problems.
 
@@ -50,33 +37,24 @@ def evaluate(
 
     if output_dir is not None:
         check_writable(output_dir)
-    task = o.task(dataset, shots, question_field, answer_field)
-    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
-    try:
-        with progress("evaluating") as update:
-            result = system.evaluate(
-                task,
-                split=split,
-                limit=limit,
-                seed=seed,
-                data_dir=data_dir,
-                path=path,
-                keep_ratio=keep_ratio,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                dense=dense,
-                scoring=scoring,
-                progress=update,
-            )
-    except KeyboardInterrupt:
-        raise Interrupted("interrupted; no result was written, start again, with a smaller --limit perhaps") from None
+    task, system = examples.task(), loading.system(model_path)
+    with progress("evaluating", "no result was written, start again, with a smaller --limit perhaps") as update:
+        result = system.evaluate(
+            task,
+            **examples.which(),
+            **generation.how(),
+            keep_ratio=keep_ratio,
+            dense=dense,
+            scoring=scoring,
+            progress=update,
+        )
     answers = result.answers
     made = circumstances(next(system.model.parameters()).device)
     result = replace(result, answers={}, circumstances=Circumstances(**made))
     if output_dir is not None and processes.is_first():
-        append_records(output_dir / "records.jsonl", records(result, seed))
-        _write(output_dir / f"evaluation-{dataset}.json", result.to_json())
-        _write(output_dir / f"answers-{dataset}.json", answers)
+        append_records(output_dir / "records.jsonl", records(result, examples.seed))
+        _write(output_dir / f"evaluation-{examples.dataset}.json", result.to_json())
+        _write(output_dir / f"answers-{examples.dataset}.json", answers)
     return Outcome(result.to_json(), views(result))
 
 

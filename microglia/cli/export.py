@@ -1,46 +1,43 @@
 """`microglia export`: one keep plan frozen into a smaller model for other runtimes."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.table import Table
 
 from microglia.cli import options as o
+from microglia.cli.bundles import Fields
 from microglia.cli.verb import Outcome, facts, progress, verb
 from microglia.errors import ConfigError
 
 NOT_MEASURED = "not measured, and not the checkpoint's; say --evaluate N to compare on N test problems"
 
 
-@verb
+TASK = Fields(without=("shots", "question_field", "answer_field"), defaults={"dataset": "what it was trained on"})
+
+
+@verb()
 def export(
     checkpoint: Annotated[str | None, typer.Argument(help="Folder that `train` wrote, or a hub id.")] = None,
     *,
-    format: Annotated[str, typer.Option(help="hf, onnx or gguf.")] = "hf",
-    plan: Annotated[str, typer.Option(help="mean, task or prompt: on what is decided, once.")] = "mean",
-    output_dir: Annotated[Path, typer.Option("--output-dir", help="An empty or a new folder.")] = Path("exported"),
-    prompt: Annotated[str | None, typer.Option(help="The question of --plan prompt.")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Task of --plan task and of --evaluate.", show_default="what it was trained on")
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Prompts of --plan task.")] = 64,
-    keep_ratio: Annotated[
-        float | None, typer.Option(help="Share of heads to keep.", show_default="as the checkpoint decides")
-    ] = None,
-    evaluate: Annotated[int, typer.Option(min=0, help="Test examples on which to compare with the dense model.")] = 0,
-    max_new_tokens: o.MaxNewTokens = 256,
-    batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    check: Annotated[bool, typer.Option("--check/--no-check", help="Read the export back and compare.")] = True,
+    format: Annotated[Literal["hf", "onnx", "gguf"], "Format of the files."] = "hf",
+    plan: Annotated[
+        Literal["mean", "task", "prompt"], "Keep what is kept on average, for a task, or for one prompt."
+    ] = "mean",
+    output_dir: Annotated[Path, "An empty or a new folder."] = Path("exported"),
+    prompt: Annotated[str | None, "The question of --plan prompt."] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of prompts of --plan task.")] = 64,
+    keep_ratio: o.KeepRatio = None,
+    evaluate: Annotated[
+        int, typer.Option(min=0, help="Number of test examples on which to compare with the dense model.")
+    ] = 0,
+    check: Annotated[bool, "Read the export back and compare."] = True,
     model_path: o.CheckpointPath = None,
-    model: o.Model = None,
-    data_dir: o.DataDir = None,
     seed: o.Seed = 0,
-    device: o.Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of the weights, loaded and written.", show_default="as stored; onnx: float32")
-    ] = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    task_options: Annotated[o.TaskOptions, TASK] = o.TaskOptions(dataset=""),
+    generation: Annotated[o.Generation, Fields(without=("execution",))],
+    loading: Annotated[o.Loading, Fields(without=("quantize",), defaults={"dtype": "as stored; onnx: float32"})],
 ) -> Outcome:
     """Freeze one keep plan into a smaller model: for transformers, lm-eval and vLLM, ONNX Runtime or llama.cpp.
 
@@ -50,24 +47,23 @@ def export(
     """
     from microglia.export import accuracy_kept
     from microglia.export import export as write
-    from microglia.export.run import check_folder, check_format
+    from microglia.export.run import check_folder
     from microglia.tasks import get_task
 
-    check_format(format)
     check_plan(plan, prompt)
     check_folder(output_dir)
-    how = o.loading(device, dtype or ("float32" if format == "onnx" else None), trust_remote_code)
-    system = o.load(checkpoint or model_path, model, **{**how, "dtype": how["dtype"] or "auto"})
-    task = get_task(dataset or system.training.get("dataset", "arithmetic"))
+    dtype = loading.dtype or ("float32" if format == "onnx" else "auto")
+    system = loading.system(checkpoint or model_path, dtype=dtype)
+    task = get_task(task_options.dataset or system.training.get("dataset", "arithmetic"))
     if plan == "task":
-        found = task.load("validation", limit=limit, seed=seed, data_dir=data_dir)
+        found = task.load("validation", limit=limit, seed=seed, data_dir=task_options.data_dir)
         questions = [example.question for example in found]
     else:
         questions = [] if prompt is None else [prompt]
     chosen = keep_plan(system, plan, questions, keep_ratio)
     accuracy = None
     if evaluate:
-        examples = task.load("test", limit=evaluate, seed=seed, data_dir=data_dir)
+        examples = task.load("test", limit=evaluate, seed=seed, data_dir=task_options.data_dir)
         with progress("evaluating") as update:
             accuracy = accuracy_kept(
                 system.model,
@@ -77,8 +73,8 @@ def export(
                 chosen,
                 system.policy,
                 progress=update,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=generation.batch_size,
                 gate=system.gate,
                 look=system.look,
                 fill=system.fill,
@@ -91,11 +87,7 @@ def export(
 
 
 def check_plan(kind: str, prompt: str | None) -> None:
-    """Raise ConfigError for a plan that does not exist, and for a prompt too many or too few."""
-    from microglia.export import PLANS
-
-    if kind not in PLANS:
-        raise ConfigError(f"plan={kind!r} is unknown; choose one of {', '.join(PLANS)}")
+    """Raise ConfigError for a plan with a prompt too many or too few."""
     if (prompt is not None) != (kind == "prompt"):
         raise ConfigError(
             f"plan={kind!r} was given {'no' if prompt is None else 'a'} prompt; --prompt goes with --plan prompt"

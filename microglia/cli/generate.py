@@ -6,34 +6,31 @@ from typing import Annotated
 import typer
 
 from microglia.cli import options as o
+from microglia.cli.bundles import Fields
 from microglia.cli.verb import Outcome, verb
 from microglia.errors import DataError
 
 
-@verb
+@verb()
 def generate(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Questions; without any, one is read from stdin.", show_default=False)
     ] = None,
     *,
     model_path: o.CheckpointPath = None,
-    max_new_tokens: o.MaxNewTokens = 256,
-    path: o.GenerationPath = "compact",
     keep_ratio: o.KeepRatio = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The prompt is complete: no template around it.")] = False,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    raw: o.Raw = False,
+    generation: Annotated[o.Generation, Fields(without=("batch_size",))],
+    loading: o.Loading,
 ) -> Outcome:
     """Answer one question or several.
 
     microglia generate "What is 15% of 240?" --model-path checkpoints
     """
     questions = prompts or [_from_stdin()]
-    system = o.load(model_path, model, **o.loading(device, dtype, trust_remote_code, quantize))
-    texts = system.generate(questions, max_new_tokens, path=path, keep_ratio=keep_ratio, raw=raw)
+    system = loading.system(model_path)
+    how = generation.how()
+    texts = system.generate(questions, how["max_new_tokens"], path=how["path"], keep_ratio=keep_ratio, raw=raw)
     rows = [
         {"prompt": question, "text": text, "sparsity": sparsity}
         for question, text, sparsity in zip(questions, texts, system.get_sparsities(), strict=True)

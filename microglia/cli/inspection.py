@@ -12,26 +12,20 @@ from microglia.cli.verb import Outcome, facts, verb
 from microglia.errors import ConfigError, MicrogliaError, first_line
 
 
-@verb
+@verb()
 def inspect(
     what: Annotated[
         str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint folder.", show_default="reasoner")
     ] = "reasoner",
     *,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Of a checkpoint: which heads this prompt keeps, and why.")
-    ] = None,
-    png: Annotated[Path | None, typer.Option("--png", help="Picture of that: .png, .svg or .pdf.")] = None,
-    site: Annotated[int | None, typer.Option("--site", min=0, help="One site of it, head by head.")] = None,
+    prompt: Annotated[str | None, "Which heads of a checkpoint this prompt keeps, and why."] = None,
+    png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
+    site: Annotated[int | None, typer.Option(min=0, help="One site of it, head by head.")] = None,
     keep_ratio: o.KeepRatio = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The prompt is complete: no template around it.")] = False,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    raw: o.Raw = False,
+    loading: o.Loading,
 ) -> Outcome:
-    """Show a model's sites and geometry without loading its weights, a checkpoint's agents, or one prompt's heads.
+    """Show a model's attention layers (no weights are loaded), a checkpoint, or which heads a prompt keeps and why.
 
     microglia inspect Qwen/Qwen2.5-3B-Instruct
 
@@ -40,11 +34,10 @@ def inspect(
     from microglia.checkpoint import CONFIG
 
     if prompt is not None:
-        system = o.load(what, model, **o.loading(device, dtype, trust_remote_code, quantize))
-        return of_prompt(system, prompt, png, site, keep_ratio, raw)
+        return of_prompt(loading.system(what), prompt, png, site, keep_ratio, raw)
     if png is not None or site is not None:
         raise ConfigError("--png and --site show what a prompt keeps; say --prompt TEXT too")
-    return of_checkpoint(what) if (Path(what) / CONFIG).is_file() else of_model(what, trust_remote_code)
+    return of_checkpoint(what) if (Path(what) / CONFIG).is_file() else of_model(what, loading.trust_remote_code)
 
 
 def of_prompt(

@@ -1,8 +1,11 @@
 """The `microglia` command. A verb is a function in its own file and a line in VERBS."""
 
-from typing import Annotated
+import re
+import sys
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from microglia import __version__
 from microglia.cli.ablate import ablate
@@ -16,34 +19,38 @@ from microglia.cli.generate import generate
 from microglia.cli.inspection import inspect
 from microglia.cli.report import report
 from microglia.cli.serve import serve
+from microglia.cli.settings import present_name
 from microglia.cli.train import train
+from microglia.cli.verb import WRONG, tell
 
-VERBS = (
-    demo,
-    train,
-    evaluate,
-    calibrate,
-    compare,
-    ablate,
-    generate,
-    benchmark,
-    inspect,
-    export,
-    serve,
-    report,
-)
+VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark, inspect, export, serve, report)
 
 
-def hyphenated(name: str) -> str:
-    """`--base_model`, as the original scripts spell it, is `--base-model`."""
-    return name.replace("_", "-")
+class OneSentence(TyperGroup):
+    """Wrong options end in one sentence, as all wrong requests do."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """The exit code, or the exit itself in standalone mode, as in typer."""
+        standalone = extra.pop("standalone_mode", True)
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # typer's errors have no public class in common
+                raise
+            words = " ".join(error.format_message().split())
+            tell("microglia: " + re.sub(r"Value error, | \(env var: 'None'\)", "", words))  # of some versions of typer
+            code = WRONG
+        if standalone:
+            sys.exit(code)
+        return code
 
 
 app = typer.Typer(
     help="Input-adaptive attention-head pruning: every head reads the prompt, those kept write the answer.",
+    cls=OneSentence,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    context_settings={"token_normalize_func": hyphenated, "help_option_names": ["-h", "--help"]},
+    context_settings={"token_normalize_func": present_name, "help_option_names": ["-h", "--help"]},
 )
 for command in VERBS:
     app.command()(command)

@@ -1,111 +1,160 @@
-"""Options that several verbs have, with the names of the original scripts (`--base_model`) beside the short ones."""
+"""Options that several verbs have, as bundles: what belongs together is handed over as one value."""
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
+from microglia.cli.bundles import Fields
 from microglia.errors import ConfigError
+from microglia.tasks import TASKS, get_task
 
-DTYPES = ("float32", "bfloat16", "float16")
+Many = list[str] | None  # numbers or names, separated by commas, repeated, or both
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "--base-model", help="Hub id, local folder, or reasoner, the model that ships with microglia."
-    ),
-]
 CheckpointPath = Annotated[
-    str | None,
-    typer.Option("--model-path", "--checkpoint", help="Checkpoint: a folder that `train` wrote, or a hub id."),
+    str | None, typer.Option("--model-path", help="Checkpoint: a folder that `train` wrote, or a hub id.")
 ]
-Dataset = Annotated[
-    str,
-    typer.Option(
-        "--dataset",
-        help="Task: arithmetic (generated, needs no network), gsm8k, svamp, math, math-500, bbh, bbh-logic, arc-easy, "
-        "arc-challenge, or jsonl, your own file.",
-    ),
-]
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", help="Local folder with the task's files, or a JSONL file.", show_default="the hub"),
-]
-AnswerRoom = Annotated[
+AnswerLimit = Annotated[
     float | None,
-    typer.Option(
-        "--answer-room",
-        help="Cut answers longer than so many times their worked answer; saves time where masks ramble.",
-        show_default="never",
-    ),
-]
-Shots = Annotated[int, typer.Option("--shots", min=0, help="Solved examples at the start of every prompt.")]
-QuestionField = Annotated[
-    str | None, typer.Option("--question-field", help="Of --dataset jsonl.", show_default="question")
-]
-AnswerField = Annotated[str | None, typer.Option("--answer-field", help="Of --dataset jsonl.", show_default="answer")]
-GenerationPath = Annotated[
-    str,
-    typer.Option(
-        "--path",
-        help="compact (heads are gone), graph (the same, captured, for GPUs), masked (no time saved) or dense.",
-    ),
-]
-PrunedPath = Annotated[
-    str,
-    typer.Option(
-        "--path", help="compact (heads are gone), graph (the same, captured, for GPUs) or masked (no time saved)."
-    ),
+    "Stop an answer at so many times the length of its worked answer, which saves time on hurt models.",
+    "no limit",
 ]
 KeepRatio = Annotated[
-    float | None, typer.Option("--keep-ratio", help="Share of heads to keep on average; prompts still differ.")
+    float | None, "Share of heads to keep on average; prompts still differ.", "as the checkpoint decides"
 ]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of everything that is drawn.")]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, …", show_default="cuda if there is one")
-]
-Dtype = Annotated[
-    str | None, typer.Option("--dtype", help=", ".join(DTYPES) + ".", show_default="float32 on a CPU, else as stored")
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option("--quantize", help="int8 or int4: weight-only, by torchao.", show_default="as stored"),
-]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")]
+Raw = Annotated[bool, typer.Option("--raw", help="The prompt is complete: put no template around it.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Seed = Annotated[int, "Seed of everything that is drawn."]
 
 
-def loading(
-    device: str | None, dtype: str | None, trust_remote_code: bool, quantize: str | None = None
-) -> dict[str, Any]:
-    """Keyword arguments of the system for these; ConfigError for a device or type that does not exist."""
-    import torch
+@dataclass(frozen=True)
+class Loading:
+    """The base model, and how it is loaded."""
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
-    try:
-        usable = device is None or torch.empty(0, device=device).numel() == 0
-    except (RuntimeError, AssertionError, NotImplementedError):
-        usable = False
-    if not usable or device == "meta":
-        raise ConfigError(
-            f"device={device!r} cannot be used here; leave it out, or choose cpu or a device that torch sees"
-        )
-    return {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code, "quantize": quantize}
+    panel: ClassVar = "Model"
+    model: Annotated[
+        str | None, "Hub id, local folder, or reasoner, which comes with microglia.", "the checkpoint's"
+    ] = None
+    device: Annotated[str | None, "Device: cpu, cuda, cuda:1, …", "cuda if there is one"] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, "Type of the weights.", "float32 on a CPU, else as stored"
+    ] = None
+    quantize: Annotated[Literal["int8", "int4"] | None, "Quantise the weights, by torchao.", "as stored"] = None
+    trust_remote_code: Annotated[bool, "Run code that comes with a hub model."] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of the system, without the model. Raises ConfigError for a device that does not exist."""
+        import torch
+
+        try:
+            usable = self.device is None or torch.empty(0, device=self.device).numel() == 0
+        except (RuntimeError, AssertionError, NotImplementedError):
+            usable = False
+        if not usable or self.device == "meta":
+            raise ConfigError(
+                f"device={self.device!r} cannot be used here; leave it out, or choose cpu or a device that torch sees"
+            )
+        return {name: value for name, value in asdict(self).items() if name != "model"}
+
+    def system(self, checkpoint: str | None, **changes: Any) -> Any:
+        """The system of a checkpoint, on another base model if one is given."""
+        from microglia.system import MicrogliaPruningSystem
+
+        if checkpoint is None:
+            raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
+        return MicrogliaPruningSystem.from_pretrained(checkpoint, self.model, **{**self.arguments(), **changes})
 
 
-def load(model_path: str | None, model: str | None, **how: Any) -> Any:
-    """The system of a checkpoint, on another base model if one is given."""
-    from microglia.system import MicrogliaPruningSystem
-
-    if model_path is None:
-        raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
-    return MicrogliaPruningSystem.from_pretrained(model_path, model, **how)
+Unquantised = Annotated[Loading, Fields(without=("quantize",))]
 
 
-def task(dataset: str, shots: int, question_field: str | None, answer_field: str | None) -> Any:
-    """The task of these options."""
-    from microglia.tasks import get_task
+@dataclass(frozen=True)
+class TaskOptions:
+    """A task and where its files are."""
 
-    given = {"shots": shots, "question_field": question_field, "answer_field": answer_field}
-    return get_task(dataset, **{name: value for name, value in given.items() if value is not None})
+    panel: ClassVar = "Task"
+    dataset: Annotated[str, f"Task: {', '.join(TASKS)} (your own file)."] = "arithmetic"
+    data_dir: Annotated[Path | None, "Folder with its files, or a file.", "the hub"] = None
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples at the start of every prompt.")] = 0
+    question_field: Annotated[str | None, "Field of a jsonl file with the question.", "question"] = None
+    answer_field: Annotated[str | None, "Field of a jsonl file with the answer.", "answer"] = None
+
+    def task(self) -> Any:
+        """The task of these options."""
+        given = {"shots": self.shots or None, "question_field": self.question_field, "answer_field": self.answer_field}
+        return get_task(self.dataset, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Examples(TaskOptions):
+    """Examples of a task."""
+
+    split: Annotated[str, "Part of the data: train, validation or test."] = "test"
+    limit: Annotated[int | None, "Number of examples.", "all"] = None
+    seed: Annotated[int, "Seed of everything that is drawn."] = 0
+
+    def which(self) -> dict[str, Any]:
+        """Keyword arguments that say which examples."""
+        return {name: getattr(self, name) for name in ("split", "limit", "seed", "data_dir")}
+
+    def settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Dataset and split, and what else a result remembers of these options."""
+        others = {name: getattr(self, name) for name in ("limit", "seed", "shots", "question_field", "answer_field")}
+        return {"dataset": self.dataset, "split": self.split}, others
+
+    def load(self, **changes: Any) -> Sequence[Any]:
+        """These examples, or others of the task."""
+        return self.task().load(**{**self.which(), **changes})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated."""
+
+    panel: ClassVar = "Generation"
+    execution: Annotated[
+        Literal["dense", "masked", "compact", "captured"],
+        "dense: not pruned. masked: pruned, but no time is saved. compact: pruned heads are sliced out. captured: "
+        "compact, in captured steps (CUDA graphs).",
+    ] = "compact"
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 32
+
+    def how(self) -> dict[str, Any]:
+        """Keyword arguments of the library, with its names of the executions."""
+        path = "graph" if self.execution == "captured" else self.execution
+        return {"path": path, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+
+
+@dataclass(frozen=True)
+class PrunerOptions:
+    """What decides, by which signals, and how heads are pruned."""
+
+    panel: ClassVar = "Pruner"
+    policy: Annotated[Literal["agents", "mixture"], "agents (an MLP per layer) or mixture (of learned masks)."] = (
+        "agents"
+    )
+    hidden_dim: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Hidden size of an MLP, or the number of masks of a mixture.", show_default="128; 16 masks"
+        ),
+    ] = None
+    signals: Annotated[str, "Statistics of the prompt that the policy reads: norm, entropy or both, by commas."] = (
+        "norm,entropy"
+    )
+    window: Annotated[
+        int, typer.Option(min=0, help="Last prompt tokens over which the entropy is taken; 0 takes all.")
+    ] = 64
+    bucket: Annotated[int | None, "Counts of kept heads are rounded up to multiples of it.", "heads / 8"] = None
+    fill: Annotated[
+        Literal["zero", "mean"], "What stands for the output of a pruned head: zero, or its mean over the prompt."
+    ] = "zero"
+
+    @property
+    def features(self) -> str:
+        """The signals by their name in the library."""
+        names = self.signals.replace(" ", "").split(",")
+        return "both" if sorted(names) == ["entropy", "norm"] else ",".join(names)

@@ -8,14 +8,14 @@ import typer
 from microglia.cli.verb import Outcome, facts, verb
 
 
-@verb
+@verb()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders that microglia wrote, or files of records.")],
     *,
-    output: Annotated[Path, typer.Option("--output", help="Page to write.")] = Path("report.html"),
-    title: Annotated[str | None, typer.Option(help="Of the page.", show_default="What the microglia kept")] = None,
+    output: Annotated[Path, "Page to write."] = Path("report.html"),
+    title: Annotated[str | None, "Title of the page.", "What the microglia kept"] = None,
 ) -> Outcome:
-    """Write one HTML page of records: accuracy, fronts, heads, training, time and memory. Needs no network.
+    """Write one HTML page from the records of runs. Needs no network.
 
     microglia report runs/demo --output report.html
 

@@ -2,8 +2,9 @@
 
 import os
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,39 +15,29 @@ from microglia.errors import MicrogliaError
 API_KEY = "MICROGLIA_API_KEY"
 
 
-@verb
+@verb()
 def serve(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint: a folder that `train` wrote, or a hub id.")],
     *,
-    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs an API key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
-    name: Annotated[
-        str | None, typer.Option(help="The model's name in requests.", show_default="the checkpoint's")
-    ] = None,
-    api_key: Annotated[
-        str | None, typer.Option(help="What clients must send as bearer.", show_default=f"${API_KEY}")
-    ] = None,
+    host: Annotated[str, "Address to listen on; anything but loopback needs an API key."] = "127.0.0.1",
+    port: Annotated[int, "Port to listen on; 0 takes a free one."] = 8000,
+    name: Annotated[str | None, "Name of the model in requests.", "the checkpoint's"] = None,
+    api_key: Annotated[str | None, "Bearer token that clients must send.", f"${API_KEY}"] = None,
     keep_ratio: o.KeepRatio = None,
-    max_batch: Annotated[int, typer.Option(help="Prompts that are answered together.")] = 16,
-    max_waiting: Annotated[int, typer.Option(help="Prompts in the queue; more get 429.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
-    max_prompt_tokens: Annotated[
-        int | None, typer.Option(help="Longest prompt.", show_default="the model's context")
-    ] = None,
-    max_body_bytes: Annotated[int, typer.Option(help="Largest request.")] = 1 << 20,
+    max_batch: Annotated[int, "Prompts that are answered together."] = 16,
+    max_waiting: Annotated[int, "Prompts in the queue; more are refused with 429."] = 64,
+    max_new_tokens: Annotated[int, "Longest answer in tokens."] = 1024,
+    max_prompt_tokens: Annotated[int | None, "Longest prompt in tokens.", "the model's context"] = None,
+    max_body_bytes: Annotated[int, "Largest request in bytes."] = 1 << 20,
     batch_by: Annotated[
-        str, typer.Option(help="settings, or decision: under load, prompts that keep as many heads together.")
+        Literal["settings", "decision"],
+        "settings: in order of arrival. decision: under load, prompts that keep as many heads together.",
     ] = "settings",
-    grace: Annotated[
-        float | None, typer.Option(help="Seconds for running answers at the end.", show_default="all they need")
-    ] = None,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    quantize: o.Quantize = None,
-    trust_remote_code: o.TrustRemoteCode = False,
+    grace: Annotated[float | None, "Seconds that running answers get at the end.", "all they need"] = None,
+    loading: o.Loading,
+    settings: dict[str, Any],
 ) -> Outcome:
-    """Serve chat and text completions to OpenAI's clients, until Ctrl-C; running answers are finished first.
+    """Serve the pruned model to OpenAI's clients until Ctrl-C; running answers are finished first.
 
     microglia serve checkpoints --port 8000
     """
@@ -58,20 +49,11 @@ def serve(
         raise MicrogliaError(
             f"microglia serve needs {error.name}, which is not installed; pip install 'microglia[serve]'"
         ) from error
-    config = ServingConfig(
-        name=name if name is not None else Path(checkpoint).name or checkpoint,
-        host=host,
-        port=port,
-        api_key=api_key if api_key is not None else os.environ.get(API_KEY) or None,
-        max_batch=max_batch,
-        max_waiting=max_waiting,
-        max_new_tokens=max_new_tokens,
-        max_prompt_tokens=max_prompt_tokens,
-        max_body_bytes=max_body_bytes,
-        batch_by=batch_by,
-        grace=grace,
-    )
-    system = o.load(checkpoint, model, **o.loading(device, dtype, trust_remote_code, quantize))
+    given = {field.name: settings[field.name] for field in fields(ServingConfig)}
+    given["name"] = name if name is not None else Path(checkpoint).name or checkpoint
+    given["api_key"] = api_key if api_key is not None else os.environ.get(API_KEY) or None
+    config = ServingConfig(**given)
+    system = loading.system(checkpoint)
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)
     app = create_app(pruned_model(system), config)

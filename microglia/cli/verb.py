@@ -13,15 +13,21 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from microglia.cli.bundles import command_line
+from microglia.cli.settings import Config
 from microglia.errors import ConfigError, MicrogliaError
 
 WRONG, INTERRUPTED = 2, 130  # exit codes; 2 is also what typer uses for wrong options
+GO_ON = "go on with the same command"  # the end of sentences about interruptions
 SHARED = {"train", "evaluate"}  # the verbs that several processes do together
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show what the libraries underneath say, and tracebacks.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show tracebacks and warnings.")]
+COMMON = {"config": (Config, None), "as_json": (AsJson, False), "verbose": (Verbose, False)}
+NOT_SETTINGS = {"config", "help_all"}
 
 
 @dataclass(frozen=True)
@@ -36,47 +42,60 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a sentence that says what was kept and how to go on."""
 
 
-def verb(function: Callable[..., Outcome]) -> Callable[..., None]:
-    """A typer command from a function that returns an Outcome; adds --json and --verbose."""
+def verb(*, shown: Sequence[str] | None = None) -> Callable[[Callable[..., Outcome]], Callable[..., None]]:
+    """Make a typer command of a function that returns an Outcome; adds --config, --json and --verbose.
 
-    @functools.wraps(function)
-    def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
-        try:
-            if several() and function.__name__ not in SHARED:
-                raise ConfigError(f"{function.__name__} works in one process; start it without torchrun")
-            with redirect_stdout(sys.stderr), quiet(verbose):
-                outcome = function(**options)
-        except MicrogliaError as error:
-            if verbose:
-                raise
-            tell(f"microglia: {error}")
-            raise typer.Exit(WRONG) from None
-        except KeyboardInterrupt as stop:
-            tell(f"microglia: {str(stop) or 'interrupted; nothing was written'}")
-            raise typer.Exit(INTERRUPTED) from None
-        if several():
-            from microglia import processes
+    shown: where a verb has many options, those that --help shows; --help-all shows all of them.
+    """
 
-            first = processes.is_first()
-            processes.leave()
-            if not first:
-                return
-        if as_json:
-            sys.stdout.write(json.dumps(finite(outcome.data), ensure_ascii=False, allow_nan=False) + "\n")
-        else:
-            for part in outcome.view:
-                Console(file=sys.stdout).print(part)
+    def decorate(function: Callable[..., Outcome]) -> Callable[..., None]:
+        bundles, parameters = command_line(function, COMMON, shown)
+        takes_settings = "settings" in inspect.signature(function).parameters
 
-    signature = inspect.signature(function)
-    shared = {"as_json": AsJson, "verbose": Verbose}
-    added = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a) for n, a in shared.items()
-    ]
-    command.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *added], return_annotation=None
-    )
-    command.__annotations__ = {**function.__annotations__, **shared, "return": None}
-    return command
+        @functools.wraps(function)
+        def command(*, as_json: bool, verbose: bool, **options: Any) -> None:
+            def outcome() -> Outcome:
+                if several() and function.__name__ not in SHARED:
+                    raise ConfigError(f"{function.__name__} works in one process; start it without torchrun")
+                given = {name: value for name, value in options.items() if name not in NOT_SETTINGS}
+                settings = {"settings": dict(given)} if takes_settings else {}
+                values = {name: bundle.take(given) for name, bundle in bundles.items()}
+                return function(**given, **values, **settings)
+
+            run(outcome, as_json, verbose)
+
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
+
+    return decorate
+
+
+def run(call: Callable[[], Outcome], as_json: bool, verbose: bool) -> None:
+    """Show what `call` returns; its errors are sentences on stderr."""
+    try:
+        with redirect_stdout(sys.stderr), quiet(verbose):
+            outcome = call()
+    except MicrogliaError as error:
+        if verbose:
+            raise
+        tell(f"microglia: {error}")
+        raise typer.Exit(WRONG) from None
+    except KeyboardInterrupt as stop:
+        tell(f"microglia: {str(stop) or 'interrupted; nothing was written'}")
+        raise typer.Exit(INTERRUPTED) from None
+    if several():
+        from microglia import processes
+
+        first = processes.is_first()
+        processes.leave()
+        if not first:
+            return
+    if as_json:
+        sys.stdout.write(json.dumps(finite(outcome.data), ensure_ascii=False, allow_nan=False) + "\n")
+    else:
+        for part in outcome.view:
+            Console(file=sys.stdout).print(part)
 
 
 def several() -> bool:
@@ -90,8 +109,11 @@ def tell(sentence: str) -> None:
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per name on stderr, where that is a terminal; yields `update(name, done, total)`."""
+def progress(description: str, interrupted: str | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar per name on stderr, where that is a terminal; yields `update(name, done, total)`.
+
+    interrupted: what Ctrl-C inside says was kept, and how to go on.
+    """
     from rich.progress import Progress
 
     silent = os.environ.get("RANK", "0") != "0"
@@ -103,7 +125,12 @@ def progress(description: str) -> Iterator[Callable[[str, int, int], None]]:
                 tasks[name] = bars.add_task(f"{description}: {name}", total=total)
             bars.update(tasks[name], completed=done)
 
-        yield update
+        try:
+            yield update
+        except KeyboardInterrupt:
+            if interrupted is None:
+                raise
+            raise Interrupted(f"interrupted; {interrupted}") from None
 
 
 @contextmanager
@@ -125,6 +152,15 @@ def quiet(verbose: bool) -> Iterator[None]:
         finally:
             logging.disable(logging.NOTSET)
             transformers_logging.enable_progress_bar()
+
+
+def table(title: str | None, left: str, *columns: str, padding: Any = 0) -> Table:
+    """An empty table without a frame: the first column on the left, figures on the right."""
+    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding)
+    view.add_column(left, no_wrap=True)
+    for name in columns:
+        view.add_column(name, justify="right", no_wrap=True)
+    return view
 
 
 def facts(rows: dict[str, Any], title: str | None = None) -> Table:

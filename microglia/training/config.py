@@ -1,21 +1,11 @@
 """The options of a training run: one frozen value, checked here and saved as JSON beside the result."""
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from microglia.errors import ConfigError, check_choice
-from microglia.training.schedule import SCHEDULES
-
-Estimator = Literal["straight-through", "soft"]
-Lora = Literal["none", "first", "joint"]
-CHOICES: dict[str, Collection[str]] = {
-    "schedule": SCHEDULES,
-    "estimator": get_args(Estimator),
-    "lora": get_args(Lora),
-}
-
 
 # Fields, what their values must fulfil (written so that NaN does not), and how an error says so.
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -37,56 +27,61 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Defaults are the recipe that the demo uses; see docs/recipe.md for what was tried.
+    """Defaults are the recipe that the demo uses; see docs/results.md for what was tried.
 
-    epochs, max_steps: passes over the examples, or optimiser steps when max_steps is positive.
-    limit: number of training examples, None for all (generated tasks need it).
-    alpha: weight of mean(keep), from start to end along `schedule` (linear, cosine, exponential).
-    beta: weight of the gates' binary entropy, which is minimised: it drives gates to 0 or 1.
-    estimator: straight-through (hard forward) or soft (the original's recipe).
-    temperature: of the gates' sigmoid, start and end. noise: scale of logistic noise on the logits, start and end.
-    keep_ratio: when given, a Lagrange multiplier steers the mean keep to it and alpha is not used.
-    ramp: share of the steps in which that target comes down from 1; 0 asks for it from the start.
-    distill: weight of KL(dense ‖ pruned) on answer tokens.
-    lora: none; first (adapters on the dense task for `lora_steps`, then frozen); joint (trained with the agents).
-        Adapters learn at `lora_learning_rate`, agents at `learning_rate`.
-    batch_size: examples of a step, all processes together. bf16: mixed precision; decisions and losses stay float32.
-    shard: divide the layers of the base model among the processes (FSDP2), when it is larger than one device.
-    patience: evaluations without improvement until training stops, 0 to train to the end.
+    The sentence beside a field is its description everywhere: here and in `microglia train --help-all`.
     """
 
-    epochs: float = 3.0
-    max_steps: int = -1
-    batch_size: int = 16
-    learning_rate: float = 3e-3
-    limit: int | None = None
-    alpha: tuple[float, float] = (0.01, 0.3)
-    schedule: str = "linear"
-    beta: float = 0.01
-    estimator: Estimator = "straight-through"
-    temperature: tuple[float, float] = (1.0, 1.0)
-    noise: tuple[float, float] = (1.0, 0.0)
-    keep_ratio: float | None = None
-    ramp: float = 0.5
-    distill: float = 0.0
-    lora: Lora = "none"
-    lora_rank: int = 8
-    lora_steps: int = 100
-    lora_learning_rate: float = 3e-4
-    warmup_steps: int = 20
-    seed: int = 0
-    patience: int = 0
-    eval_steps: int = 100
-    eval_limit: int = 128
-    save_steps: int = 100
-    report_to: str = "none"
-    gradient_checkpointing: bool = False
-    bf16: bool = False
-    shard: bool = False
+    epochs: Annotated[float, "Passes over the examples."] = 3.0
+    max_steps: Annotated[int, "Steps, instead of epochs if positive."] = -1
+    batch_size: Annotated[int, "Examples per step, over all processes."] = 16
+    learning_rate: Annotated[float, "Agents' learning rate."] = 3e-3
+    limit: Annotated[int | None, "Training examples; all if not given."] = None
+    alpha: Annotated[
+        tuple[float, float], "Weight of the sparsity loss (the mean keep probability) at the start and at the end."
+    ] = (0.01, 0.3)
+    schedule: Annotated[Literal["linear", "cosine", "exponential"], "How alpha moves from its start to its end."] = (
+        "linear"
+    )
+    beta: Annotated[float, "Weight of the gates' binary entropy, whose minimum is at 0 and 1."] = 0.01
+    estimator: Annotated[
+        Literal["straight-through", "soft"],
+        "Gradient estimator: straight-through (hard gates in the forward pass) or soft (as in the original project).",
+    ] = "straight-through"
+    temperature: Annotated[tuple[float, float], "Temperature of the gates' sigmoid at the start and at the end."] = (
+        1.0,
+        1.0,
+    )
+    noise: Annotated[
+        tuple[float, float], "Scale of the logistic noise on the gates' logits at the start and at the end."
+    ] = (1.0, 0.0)
+    keep_ratio: Annotated[float | None, "Target share of heads; replaces alpha."] = None
+    ramp: Annotated[
+        float, "Share of the steps over which the target keep ratio falls from 1; 0 applies it from the first step."
+    ] = 0.5
+    distill: Annotated[float, "Weight of the KL divergence from the dense model's distribution on answer tokens."] = 0.0
+    lora: Annotated[
+        Literal["none", "first", "joint"],
+        "none, first (before the agents), joint.",
+    ] = "none"
+    lora_rank: Annotated[int, "Rank of the LoRA adapters."] = 8
+    lora_steps: Annotated[int, "Steps of LoRA training on the dense model, with --lora first."] = 100
+    lora_learning_rate: Annotated[float, "Learning rate of the LoRA adapters."] = 3e-4
+    warmup_steps: Annotated[int, "Steps until the full learning rate is reached."] = 20
+    seed: Annotated[int, "Seed of all that is drawn."] = 0
+    patience: Annotated[int, "Evaluations without improvement after which training stops; 0 trains to the end."] = 0
+    eval_steps: Annotated[int, "Steps between two evaluations on validation examples."] = 100
+    eval_limit: Annotated[int, "Number of validation examples."] = 128
+    save_steps: Annotated[int, "Steps between two states from which a run can be resumed."] = 100
+    report_to: Annotated[str, "Where metrics are logged as well: tensorboard, wandb or trackio."] = "none"
+    gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
+    bf16: Annotated[bool, "Mixed precision; decisions and losses stay float32."] = False
+    shard: Annotated[bool, "Divide the layers of the base model among the processes of torchrun (FSDP2)."] = False
 
     def __post_init__(self) -> None:
-        for name, options in CHOICES.items():
-            check_choice(name, getattr(self, name), options)
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                check_choice(name, getattr(self, name), get_args(kind))
         for names, allowed, requirement in RANGES:
             for name in names.split():
                 if not allowed(value := getattr(self, name)):

@@ -1,20 +1,21 @@
 """The command line: JSON alone on stdout, sentences for errors, the original scripts' spellings, exit codes."""
 
-import inspect
 import json
 import os
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import get_args
 
 import pytest
+import typer.main
+import yaml
 from typer.testing import CliRunner
 
 import microglia
 from microglia.cli.main import VERBS, app
-from microglia.cli.train import kept, train
+from microglia.cli.options import PrunerOptions
+from microglia.cli.train import SHOWN, kept
 from microglia.errors import MicrogliaError
 from microglia.record import read_records
 from microglia.system import MicrogliaPruningSystem
@@ -22,8 +23,10 @@ from microglia.training import TrainingConfig
 from tests.tiny_folder import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-# What TrainingConfig has as a pair or under another name.
-ELSEWHERE = {"epochs": {"num_epochs"}, "alpha": {"alpha_min", "alpha_max"}}
+# Fields of TrainingConfig whose option has another name, and those that go.
+NAMES = {"epochs": "num_epochs", "gate": "estimator"}
+GONE = {"scope", "fill"}
+SHORT = "--max-steps 2 --limit 4 --batch-size 2 --eval-limit 2 --hidden-dim 16".split()
 
 
 def run(*arguments: object, **options):
@@ -153,21 +156,33 @@ def test_each_script_calls_its_verb(name):
         ("evaluate --model-path RUN --dataset gsm9k", "there is no task 'gsm9k'; choose one of arithmetic"),
         ("evaluate --model-path RUN --question-field q", "task arithmetic has no option question_field; it has shots"),
         ("evaluate --model-path RUN --limit 1 --scoring likelihood", "has no choices to score"),
-        ("evaluate --model-path RUN --scoring guess", "scoring='guess' is unknown; choose generation, likelihood"),
+        (
+            "evaluate --model-path RUN --scoring guess",
+            "'--scoring': 'guess' is not one of 'generation', 'likelihood'",
+        ),
         ("evaluate --model-path RUN --split best", "has no split 'best'"),
         ("evaluate --model-path RUN --dataset gsm8k --data-dir TINY", "there is no file"),
         ("evaluate --model-path RUN --output-dir RUN/README.md", "nothing can be written to"),
-        ("evaluate --model-path RUN --path fast --limit 1", "path='fast' is unknown"),
+        (
+            "evaluate --model-path RUN --path fast --limit 1",
+            "'fast' is not one of 'dense', 'masked', 'compact', 'captured'",
+        ),
         ("evaluate --model-path RUN --device quantum", "device='quantum' cannot be used here"),
-        ("evaluate --model-path RUN --dtype int3", "dtype='int3' is unknown; choose one of float32"),
+        ("evaluate --model-path RUN --dtype int3", "Invalid value for '--dtype': 'int3' is not one of 'float32'"),
         ("generate --model-path RUN", "prompt 0 of 1 is empty"),
         ("generate hello --model-path RUN --keep-ratio 7", "keep_ratio=7.0 was given; it must be above 0"),
         ("inspect nowhere/model/at/all", "neither a checkpoint folder nor a causal language model"),
         ("train --model TINY --output-dir RUN --limit 4 --max-steps 2", "already holds checkpoints of a run"),
         ("train --model TINY --output-dir NEW --resume", "holds no run to resume"),
-        ("train --model TINY --output-dir NEW --schedule zigzag", "schedule='zigzag' is unknown; choose one of linear"),
-        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents or mixture"),
+        ("train --model TINY --output-dir NEW --schedule zigzag", "'--schedule': 'zigzag' is not one of 'linear'"),
+        ("train --model TINY --policy gru", "'--policy': 'gru' is not one of 'agents', 'mixture'"),
         ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
+        ("train --model TINY --alpha 0.1,much", "alpha=0.1,much was given; give one number, or start and end as"),
+        ("train --model TINY --features colour", "features='colour' is unknown"),
+        ("train --model TINY --scope answer", "--scope was dropped, 0.1.0 is the last version with it; leave it out"),
+        ("train --model TINY --norm hidden", "--norm was dropped, 0.1.0 is the last version with it; leave it out"),
+        ("train --keep 0.5", "No such option: --keep"),
+        ("trian", "No such command 'trian'"),
     ],
 )
 def test_a_wrong_request_ends_in_one_sentence(arguments, sentence, model, trained, tmp_path):
@@ -234,23 +249,125 @@ def test_version_and_help_are_there_and_light():
     assert done.stdout == "False\n"  # so help and completion answer at once
 
 
-def test_train_offers_every_training_option_and_shows_its_default():
-    config = TrainingConfig()
-    values = {
-        **vars(config),
-        "num_epochs": config.epochs,
-        "alpha_min": config.alpha[0],
-        "alpha_max": config.alpha[1],
-        "temperature": config.temperature[0],
-        "noise": config.noise[0],
-        "limit": "all",
+def options_of(verb: str) -> dict:
+    """The options of a verb by name."""
+    return {option.name: option for option in typer.main.get_command(app).commands[verb].params}
+
+
+def test_train_shows_the_few_options_that_people_set():
+    shown = run("train", "--help", env={"COLUMNS": "80"}).stdout
+    names = [line.split()[1] for line in shown.splitlines() if line.startswith("│ --")]
+    assert names[: len(SHOWN)] == ["--" + name.replace("_", "-") for name in SHOWN]
+    assert {"--config", "--help-all", "--json"} <= {*names}
+    assert len(names) <= 20
+    assert len(shown.splitlines()) <= 48
+    assert max(len(line) for line in shown.splitlines()) <= 80
+
+
+def test_help_all_shows_every_field_of_the_training_and_of_the_pruner_with_its_default():
+    shown = " ".join(run("train", "--help-all", env={"COLUMNS": "200"}).stdout.split())
+    options = options_of("train")
+    for field in fields(TrainingConfig):
+        if field.name in GONE:
+            continue
+        option = options[NAMES.get(field.name, field.name)]
+        assert f"{option.opts[0]} " in shown
+        assert option.help.startswith(field.type.__metadata__[0])
+        value = ",".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        assert (option.name, option.default) == (option.name, value)
+    for field in fields(PrunerOptions):
+        assert f"--{field.name.replace('_', '-')} " in shown
+    for old in ("--alpha-min", "--scope", "--norm", "--features", "--base-model"):
+        assert old not in shown
+
+
+@pytest.mark.parametrize("verb", [verb.__name__ for verb in VERBS])
+def test_every_option_has_a_sentence_and_old_names_are_hidden(verb):
+    for option in options_of(verb).values():
+        if not getattr(option, "hidden", False) or option.name in TrainingConfig.__dataclass_fields__.keys() - GONE:
+            assert (option.name, option.help[-1:]) == (option.name, ".") or option.help.endswith("…")
+    shown = run(verb, "--help").stdout
+    assert not {"--path", "--answer-room", "--features", "--base-model", "--checkpoint"} & {*shown.split()}
+
+
+def test_the_settings_of_a_run_repeat_it_and_flags_override_them(model, tmp_path):
+    flags = "--alpha_min 0.02 --temperature 2 --noise 0.5 --features entropy --window 8 --lora joint --seed 3".split()
+    first = only_json(run("train", "--model", model, "--output-dir", tmp_path / "a", *SHORT, *flags, "--json"))
+    settings = yaml.safe_load((tmp_path / "a" / "train.yaml").read_text())
+    wanted = {name.replace("_", "-") for name in options_of("train")} - {
+        "json",
+        "as-json",
+        "verbose",
+        "help",
+        "help-all",
     }
-    parameters = inspect.signature(train).parameters
-    wanted = set().union(*(ELSEWHERE.get(f.name, {f.name}) for f in fields(TrainingConfig)))
-    assert sorted(wanted - parameters.keys()) == []
-    for name in wanted:
-        default, shown = parameters[name].default, get_args(parameters[name].annotation)[1].show_default
-        if isinstance(shown, str):
-            assert (name, shown, default) == (name, str(values[name]), None)
-        else:
-            assert (name, default) == (name, values[name])
+    missing = wanted - settings.keys() - {"config", "resume", "alpha-min", "alpha-max", "scope", "norm"}
+    assert {name for name in missing if options_of("train")[name.replace("-", "_")].default is not None} == set()
+    again = ["--config", tmp_path / "a" / "train.yaml", "--output-dir", tmp_path / "b"]
+    second = only_json(run("train", *again, "--json"))
+    assert second["training"]["config"] == first["training"]["config"]
+    assert second["training"]["config"]["temperature"] == [2.0, 2.0]
+    assert second["training"]["config"]["noise"] == [0.5, 0.0]
+    saved = [MicrogliaPruningSystem.from_pretrained(tmp_path / name) for name in "ab"]
+    assert saved[0].policy.fingerprint() == saved[1].policy.fingerprint()
+    assert [(s.policy.features, s.look.window) for s in saved] == [("entropy", 8)] * 2
+    third = only_json(run("train", *again[:2], "--output-dir", tmp_path / "c", "--seed", 4, "--lora", "none", "--json"))
+    changed = {n for n, v in third["training"]["config"].items() if v != first["training"]["config"][n]}
+    assert changed == {"seed", "lora"}
+
+
+def test_a_refused_run_leaves_the_settings_of_the_run_that_is_there(trained, model):
+    before = (trained[0] / "train.yaml").read_text()
+    assert run("train", "--model", model, "--output-dir", trained[0], *SHORT).exit_code == 2
+    assert (trained[0] / "train.yaml").read_text() == before
+
+
+def test_any_verb_reads_a_file_of_options_in_yaml_or_toml(trained, tmp_path):
+    (tmp_path / "a.toml").write_text(f'model_path = "{trained[0]}"\nmax-new-tokens = 2\npath = "masked"\n')
+    (tmp_path / "a.yaml").write_text(f"checkpoint: {trained[0]}\nmax_new_tokens: 2\nexecution: masked\n")
+    found = [
+        only_json(run("generate", "1 + 1 =", "--config", tmp_path / f"a.{kind}", "--json")) for kind in ("toml", "yaml")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("keep-ration: 0.5", "sets keep-ration, which is no option of train; did you mean keep-ratio"),
+        ("zebra: red", "sets zebra, which is no option of train; see microglia train --help"),
+        ("- 1", "holds no options; write one `name: value` in each line"),
+        ("a: [", "cannot be read (while parsing"),
+        ("schedule: zigzag", "'--schedule': 'zigzag' is not one of 'linear'"),
+        ("config: other.yaml", "sets config, which is no option of train"),
+        (None, "cannot be read (No such file or directory); give a YAML or TOML file of options"),
+    ],
+)
+def test_a_wrong_file_of_options_ends_in_one_sentence(text, sentence, tmp_path):
+    file = tmp_path / "train.yaml"
+    if text is not None:
+        file.write_text(text)
+    result = run("train", "--config", file)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("microglia: ")
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        ("evaluate --path graph", "execution", "captured"),
+        ("evaluate --checkpoint x", "model_path", "x"),
+        ("evaluate --base_model x", "model", "x"),
+        ("compare --answer-room 1.5", "answer_limit", 1.5),
+        ("train --features norm", "signals", "norm"),
+        ("train --gate soft", "estimator", "soft"),
+        ("train --num_epochs 2", "num_epochs", 2.0),
+        ("train --alpha_max 2", "alpha_max", 2.0),
+    ],
+)
+def test_old_names_still_work(words, name, value):
+    verb, *rest = words.split()
+    group = typer.main.get_command(app)
+    parent = group.make_context("microglia", [], resilient_parsing=True)
+    assert group.commands[verb].make_context(verb, rest, parent=parent).params[name] == value

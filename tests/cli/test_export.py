@@ -68,8 +68,8 @@ def test_the_task_plan_reads_its_prompts_and_shows_a_table(checkpoint, tmp_path)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("CHECKPOINT --format zip", "format='zip' is unknown; choose one of hf, onnx, gguf"),
-        ("CHECKPOINT --plan best", "plan='best' is unknown; choose one of mean, task, prompt"),
+        ("CHECKPOINT --format zip", "'--format': 'zip' is not one of 'hf', 'onnx', 'gguf'"),
+        ("CHECKPOINT --plan best", "'--plan': 'best' is not one of 'mean', 'task', 'prompt'"),
         ("CHECKPOINT --plan prompt", "plan='prompt' was given no prompt"),
         ("CHECKPOINT --prompt hello", "plan='mean' was given a prompt"),
         ("CHECKPOINT --output-dir CHECKPOINT", "not an earlier export, and would be mixed with it"),

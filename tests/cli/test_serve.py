@@ -60,7 +60,7 @@ def test_a_process_serves_until_a_signal(checkpoint, name):
         ("nowhere/", "there is no checkpoint folder nowhere/"),
         ("x --host 0.0.0.0", "can be reached from other machines and there is no API key"),
         ("x --max-batch 0", "max_batch=0 was given; it must be at least 1"),
-        ("x --batch-by luck", "batch_by='luck' is unknown; choose settings or decision"),
+        ("x --batch-by luck", "'--batch-by': 'luck' is not one of 'settings', 'decision'"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_sentence(flags, sentence, monkeypatch):
