@@ -67,7 +67,10 @@ DAMAGES = {
     "no agents": (lambda f: (f / AGENTS).unlink(), r"lacks agents\.safetensors; copy the whole folder again"),
     "agents a folder": (lambda f: ((f / AGENTS).unlink(), (f / AGENTS).mkdir()), r"cannot be read \(Is a directory\)"),
     "no safetensors": (not_safetensors, r"agents\.safetensors is not safetensors"),
-    "key missing": (lambda f: swap_agents(f, lambda t: t.pop("statistics.1.mean")), r"not fit .*: statistics\.1\.mean is miss"),
+    "key missing": (
+        lambda f: swap_agents(f, lambda t: t.pop("statistics.1.mean")),
+        r"not fit .*: statistics\.1\.mean is miss",
+    ),
     "key unknown": (lambda f: swap_agents(f, lambda t: t.update(x=torch.ones(1))), r"x is unknown"),
     "wrong shape": (
         lambda f: swap_agents(f, lambda t: t.update({"statistics.0.std": torch.ones(3)})),

@@ -35,8 +35,10 @@ MAKERS = {
 # What 0.1.0 called the tensors of each kind on two sites, beside the calibration's.
 STATISTICS = {"mean_0", "mean_1", "std_0", "std_1"}
 NAMES = {
-    "agents": STATISTICS | {f"agents.{i}.network.{j}.{part}" for i in (0, 1) for j in (0, 2) for part in ("weight", "bias")},
-    "mixture": STATISTICS | {f"agents.{i}.{part}" for i in (0, 1) for part in ("masks", "router.weight", "router.bias")},
+    "agents": STATISTICS
+    | {f"agents.{i}.network.{j}.{part}" for i in (0, 1) for j in (0, 2) for part in ("weight", "bias")},
+    "mixture": STATISTICS
+    | {f"agents.{i}.{part}" for i in (0, 1) for part in ("masks", "router.weight", "router.bias")},
     "static": {"logits.0", "logits.1"},
     "signal": set(),
     "predictor": {"mean", "std"} | {f"agent.network.{j}.{part}" for j in (0, 2) for part in ("weight", "bias")},
@@ -175,7 +177,10 @@ def test_a_configuration_of_0_1_is_read_with_the_checksum_of_itself(model):
     ("changes", "sentence"),
     [
         ({"scope": "all"}, r"was trained with scope='all', a mode .* no longer has; use it with microglia 0\.1\.0, or"),
-        ({"norm": "hidden"}, r"was trained with norm='hidden', a mode .* use it with microglia 0\.1\.0, or train again"),
+        (
+            {"norm": "hidden"},
+            r"was trained with norm='hidden', a mode .* use it with microglia 0\.1\.0, or train again",
+        ),
         ({"features": "x"}, r"has the wrong features='x'; copy or save the checkpoint again"),
         ({"features": []}, r"has the wrong features=\[\]"),
         ({"features": "gone"}, r"has the wrong features=None"),
@@ -185,7 +190,6 @@ def test_a_configuration_of_0_1_is_read_with_the_checksum_of_itself(model):
         ({"sites": None}, r"has the wrong sites=None"),
         ({"sites": [1]}, r"site 0 holds a int in place of an object"),
         ({"sites": [{"name": "a", "layer": 0, "heads": 8}]}, r"\{'heads': 8\} is not one of units='head'"),
-        ({"signals": ["norm"]}, r"has the unknown signals"),
         ({"policy": "signal"}, r"signals='norm,entropy' is not one signal"),
         ({"policy": "oracle"}, r"policy='oracle' is unknown; choose agents"),
         ({"fill": "gone"}, r"lacks fill"),

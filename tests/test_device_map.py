@@ -5,11 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from microglia.errors import ConfigError
-from microglia.policy import AgentPolicy
-from microglia.sites import find_sites
 from microglia.system import MicrogliaPruningSystem
 from microglia.training import TrainingConfig
-from tests.tiny import tiny_model
 from tests.tiny_folder import character_tokenizer, checkpoint_for, save_tiny_model
 from tests.training.test_training import tiny_run
 
@@ -28,8 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", MAPS)
-@pytest.mark.parametrize("path", ["masked", "compact"])
-def test_a_spread_model_answers_like_a_whole_one(folder, tmp_path, kind, path):
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_a_spread_model_answers_like_a_whole_one(folder, tmp_path, kind, execution):
     tokenizer = character_tokenizer()
     whole = AutoModelForCausalLM.from_pretrained(folder)
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map=MAPS[kind], offload_folder=tmp_path / "offload")
@@ -38,15 +35,15 @@ def test_a_spread_model_answers_like_a_whole_one(folder, tmp_path, kind, path):
     found = []
     for model in (whole, spread):
         system = MicrogliaPruningSystem.from_pretrained(tmp_path / "checkpoint", model, tokenizer=tokenizer)
-        answers = system.generate(PROMPTS, 8, path=path)
-        found.append((answers, system.get_sparsities(), system.decide(PROMPTS[0]).keep_ratio))
+        answers = system.generate(PROMPTS, 8, execution=execution)
+        found.append((answers, system.get_sparsities(), system.explain(PROMPTS[0]).keep_ratio))
     assert found[1] == found[0]
     assert 0 < found[0][2] < 1
 
 
 def test_a_model_with_a_device_map_is_trained(folder, tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
-    policies = [tiny_run(tmp_path / str(i), FEW, model=model)[1].policy for i, model in enumerate((None, spread))]
+    policies = [tiny_run(tmp_path / str(i), FEW, model=model)[1].pruner.policy for i, model in enumerate((None, spread))]
     for a, b in zip(*(policy.state_dict().values() for policy in policies), strict=True):
         torch.testing.assert_close(a, b)
 
@@ -55,6 +52,5 @@ def test_an_offloaded_model_is_not_trained(folder, tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(
         folder, device_map=MAPS["a layer on disk"], offload_folder=tmp_path / "offload"
     )
-    policy = AgentPolicy([site.geometry for site in find_sites(tiny_model("llama"))])
     with pytest.raises(ConfigError, match=r"weights of this model are offloaded.* with shard=True"):
-        tiny_run(tmp_path / "run", FEW, model=spread, policy=policy)
+        tiny_run(tmp_path / "run", FEW, model=spread)

@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture
 def calls(monkeypatch):
     """Every name that is looked up and every address that is connected to; none gets through."""
-    seen = []
+    made = []
 
     def refused(*arguments, **_):
-        seen.append(arguments)
+        made.append(arguments)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     monkeypatch.setattr(socket.socket, "connect", refused)
-    return seen
+    return made
 
 
 def test_a_local_model_is_trained_saved_loaded_and_asked_without_a_network(calls, tmp_path):
@@ -43,9 +43,9 @@ def test_a_local_model_is_trained_saved_loaded_and_asked_without_a_network(calls
 
 OFFLINE = """
 import json, socket
-seen = []
+calls = []
 def refused(*arguments, **_):
-    seen.append(str(arguments[0]))
+    calls.append(str(arguments[0]))
     raise OSError("no network")
 socket.getaddrinfo = refused
 from microglia.checkpoint import Checkpoint
@@ -58,7 +58,7 @@ for attempt in (load_model, Checkpoint.from_pretrained, lambda name: get_task("g
         attempt("microglia-tests/nowhere")
     except MicrogliaError as error:
         said.append(str(error))
-print(json.dumps([len(said), seen]))
+print(json.dumps([len(said), calls]))
 """
 
 
@@ -76,8 +76,8 @@ def test_code_that_comes_with_a_model_does_not_run_unasked(tmp_path, monkeypatch
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "strange.py").write_text("import os\nos.mkdir('exploded')\n")
-    told = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.C", "AutoModelForCausalLM": "strange.M"}}
-    (tmp_path / "model" / "config.json").write_text(json.dumps(told))
+    config = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.C", "AutoModelForCausalLM": "strange.M"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     with pytest.raises(MicrogliaError, match=r"no model could be found at .*model"):
         load_model(tmp_path / "model", device="cpu")
     assert not (tmp_path / "exploded").exists()

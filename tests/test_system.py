@@ -1,13 +1,17 @@
 """The façade: the whole life of a pruned model on a tiny random one."""
 
-from dataclasses import replace
+import json
 
 import pytest
 import torch
 
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
+from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.results import plain
+from microglia.pruner import Pruner
+from microglia.reading import read_prompts
+from microglia.results import Difference, EvaluationResult, from_json
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.tasks.prompts import render_prompt
@@ -26,8 +30,14 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def system(folder):
     system = MicrogliaPruningSystem(str(folder), num_heads=8, hidden_dim=16)
-    opinionated(system.policy)
+    opinionated(system.pruner.policy)
     return system
+
+
+def logits_of(system, questions):
+    """What the policy says of the questions as the system asks them, (N, H) per site."""
+    prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
+    return read_prompts(system.model, system.tokenizer, prompts, system.pruner).logits
 
 
 def test_the_interface_of_the_design(folder, tmp_path):
@@ -38,7 +48,7 @@ def test_the_interface_of_the_design(folder, tmp_path):
     assert result.history[-1]["step"] == 2
     assert system.training["dataset"] == "arithmetic"
     assert system.training["config"]["alpha"] == (0.01, 0.3)
-    assert [tuple(x.shape) for x in system.calibration] == [(64, 8), (64, 8)]
+    assert [tuple(x.shape) for x in system.pruner.budget.logits] == [(64, 8), (64, 8)]
     assert isinstance(system.generate("What is 15% of 240?", 4), str)
     assert 0 <= system.get_sparsity() < 1
     results = system.evaluate(dataset_name="arithmetic", limit=3, max_new_tokens=4)
@@ -57,7 +67,7 @@ def test_the_agents_start_the_same_for_a_seed_and_disturb_no_other_randomness(fo
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first, second, third = (MicrogliaPruningSystem(model, tokenizer=tokenizer, seed=s).policy for s in (1, 1, 2))
+    first, second, third = (MicrogliaPruningSystem(model, tokenizer=tokenizer, seed=s).pruner.policy for s in (1, 1, 2))
     assert torch.equal(torch.rand(1), expected)
     weights = [p.agents[0].network[0].weight for p in (first, second, third)]
     assert torch.equal(weights[0], weights[1])
@@ -65,8 +75,7 @@ def test_the_agents_start_the_same_for_a_seed_and_disturb_no_other_randomness(fo
 
 
 def test_saved_and_loaded_answers_the_same(system, tmp_path):
-    system.calibration = system._logits(QUESTIONS)
-    system.set_keep_ratio(0.6)
+    system.set_keep_ratio(0.6, QUESTIONS)
     answers, sparsities = system.generate(QUESTIONS, 12), system.get_sparsities()
     assert 0 < min(sparsities) <= max(sparsities) < 1
     system.save_pretrained(tmp_path)
@@ -94,13 +103,13 @@ def test_generate_wraps_the_question_as_training_does(system):
     assert [system.generate(question, 8) for question in QUESTIONS] == answers
     prompts = [render_prompt(system.tokenizer, question, system.template) for question in QUESTIONS]
     assert system.generate(prompts, 8, raw=True) == answers
-    assert system.generate(QUESTIONS, 8, path="masked") == answers
+    assert system.generate(QUESTIONS, 8, execution="masked") == answers
     dense = generate(system.model, system.tokenizer, prompts, max_new_tokens=8).texts
-    assert system.generate(QUESTIONS, 8, path="dense") == [text.strip() for text in dense]
+    assert system.generate(QUESTIONS, 8, execution="dense") == [text.strip() for text in dense]
     assert system.get_sparsities() == [0, 0, 0]
 
 
-def test_the_dial_sets_the_mean_and_leaves_prompts_different(system):
+def test_a_keep_ratio_is_the_mean_and_leaves_prompts_different(system):
     questions = [example.question for example in get_task("arithmetic").load("test", limit=12)]
     kept = []
     for ratio in (0.5, 0.75, 1.0):
@@ -121,9 +130,10 @@ def test_the_dial_sets_the_mean_and_leaves_prompts_different(system):
 
 
 def test_the_calibration_is_what_generation_decides_on(system):
-    logits = system._logits(QUESTIONS)
+    system.set_keep_ratio(None, QUESTIONS)
+    logits = system.pruner.budget.logits
     for index, question in enumerate(QUESTIONS):  # alone, so padding has no say
-        alone = system._logits([question])
+        alone = logits_of(system, [question])
         for site, whole in zip(alone, logits, strict=True):
             torch.testing.assert_close(site[0], whole[index], rtol=0, atol=1e-4)
 
@@ -135,8 +145,8 @@ def test_what_a_user_gets_wrong_is_said_in_a_sentence(system, folder, tmp_path):
         MicrogliaPruningSystem(str(folder), num_heads=32)
     with pytest.raises(ConfigError, match=r"bucket=8 was given, but a site has 8 heads, all of which would always be"):
         MicrogliaPruningSystem(str(folder), bucket=8)
-    with pytest.raises(ConfigError, match=r"features='x' is unknown"):
-        MicrogliaPruningSystem(str(folder), features="x")
+    with pytest.raises(ConfigError, match=r"signals='x' is unknown; choose norm or entropy"):
+        MicrogliaPruningSystem(str(folder), signals=["x"])
     with pytest.raises(ConfigError, match=r"training has no option learn_rate; choose from epochs"):
         system.train(learn_rate=1.0)
     with pytest.raises(ConfigError, match=r"no task 'gsm9k'; choose one of arithmetic"):
@@ -147,8 +157,8 @@ def test_what_a_user_gets_wrong_is_said_in_a_sentence(system, folder, tmp_path):
         system.generate([])
     with pytest.raises(DataError, match=r"but the model's context is 2048"):
         system.generate("x" * 2100)
-    with pytest.raises(ConfigError, match=r"path='fast' is unknown"):
-        system.generate("1 + 1", path="fast")
+    with pytest.raises(ConfigError, match=r"execution='fast' is unknown"):
+        system.generate("1 + 1", execution="fast")
     with pytest.raises(ConfigError, match=r"keep_ratio=0.5 was given, but there are no prompts to calibrate"):
         system.generate("1 + 1", keep_ratio=0.5)
     (tmp_path / "file").write_text("in the way")
@@ -163,9 +173,10 @@ def test_a_checkpoint_of_a_model_in_memory_asks_for_it(tmp_path):
         MicrogliaPruningSystem.from_pretrained(tmp_path)
 
 
-def test_a_vanished_option_of_the_saved_gate_would_be_noticed(system, tmp_path):
-    system.gate = replace(system.gate, threshold=0.3, bucket=4, temperature=0.9)
-    system.fill = "mean"
+def test_every_part_of_the_pruner_is_saved(system, tmp_path):
+    parts = {"gate": Gate(threshold=0.3, bucket=4, temperature=0.9), "window": 7, "fill": "mean", "units": ("head",)}
+    system.pruner = Pruner(system.pruner.policy, **parts)
     system.save_pretrained(tmp_path)
     loaded = MicrogliaPruningSystem.from_pretrained(tmp_path)
-    assert (loaded.gate, loaded.look, loaded.fill) == (system.gate, system.look, "mean")
+    assert {name: getattr(loaded.pruner, name) for name in parts} == parts
+    assert loaded.pruner.budget is None

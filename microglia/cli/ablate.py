@@ -11,7 +11,7 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.numbers import numbers
+from microglia.cli.number_lists import numbers
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import ConfigError
 
@@ -26,7 +26,7 @@ def ablate(
     vary: Annotated[
         o.Many,
         "What to vary: beta=0,0.1; repeat it for more.",
-        "alpha, beta, temperature, policy, hidden-dim, features, fill, bucket, lora",
+        "alpha, beta, temperature, policy, hidden-dim, signals, fill, bucket, lora",
     ] = None,
     base: Annotated[
         o.Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
@@ -47,7 +47,7 @@ def ablate(
     microglia ablate --vary beta=0,0.01 --vary fill=zero,mean --seeds 0,1,2 --limit 500
     """
     from microglia.checkpoint import check_writable
-    from microglia.evaluation.bench import Bench
+    from microglia.evaluation.setup import Setup
     from microglia.experiments.ablate import FACTORS, Ablation, Recipe, variants
     from microglia.experiments.ablate import ablate as measure
     from microglia.experiments.demo import RECIPE
@@ -55,7 +55,7 @@ def ablate(
     from microglia.models import load_model
     from microglia.record import append_records, circumstances
     from microglia.results import Circumstances
-    from microglia.sites import find_sites
+    from microglia.units import find_sites
 
     recipe = Recipe(RECIPE.second, RECIPE.policy, RECIPE.hidden_dim, baseline_steps=RECIPE.first.max_steps)
     for name, values in pairs("--set", base).items():
@@ -65,13 +65,13 @@ def ablate(
     check_writable(output_dir)
     model, task, how = loading.model or "reasoner", examples.task(), loading.arguments()
     lm, tokenizer = load_model(model, **how)
-    usual = {max(1, site.geometry.heads // 8) for site in find_sites(lm)}
+    usual = {site.geometry.default_bucket for site in find_sites(lm)}
     usual_bucket = usual.pop() if len(usual) == 1 else None
     wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
-    setup = Bench(lm, tokenizer, task, examples.load(), answer_room=answer_limit, **generation.how())
+    setup = Setup(lm, tokenizer, task, examples.load(), answer_limit=answer_limit, **generation.how())
     others = examples.load(split="train", limit=HELD_OUT, seed=examples.seed + 1)
     where, settings = examples.settings()
-    settings |= {"model": loading.model, "answer_room": answer_limit, "max_new_tokens": setup.max_new_tokens}
+    settings |= {"model": loading.model, "answer_limit": answer_limit, "max_new_tokens": setup.max_new_tokens}
     ablation = Ablation(
         lambda: load_model(model, **how),
         setup,

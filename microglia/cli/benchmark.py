@@ -1,5 +1,6 @@
 """`microglia benchmark`: time and memory dense, masked and compacted, beside the best that the pattern allows."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,12 +9,11 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.numbers import numbers
+from microglia.cli.number_lists import numbers
 from microglia.cli.verb import Outcome, progress, table, verb
 from microglia.errors import ConfigError
 
 MIB = 2**20
-VARIANTS = ("dense", "masked", "compact", "compact_total")
 DEFAULT_SHAPE, DEFAULT_LAYERS = "phi3-mini", 4  # bound by memory like the whole model, and fits a small machine
 TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: some 100,000 tokens
 
@@ -33,6 +33,7 @@ def benchmark(
     context: Annotated[o.Many, "Lengths of the prompt in tokens.", "128,1024"] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer in tokens.")] = 64,
     num_runs: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 20,
+    executions: Annotated[o.Many, "What is timed beside dense: masked,compact,captured.", "masked,compact"] = None,
     per_row: Annotated[
         bool, typer.Option("--per-row", help="Every row of a batch decides for itself; otherwise all rows together.")
     ] = False,
@@ -62,6 +63,7 @@ def benchmark(
         keep_ratios=ratios or ([0.75] if model_path is None else [None]),
         new_tokens=new_tokens,
         num_runs=num_runs,
+        executions=("dense", *o.names(executions or ["masked,compact"])),
     )
     if model_path is None:
         lm, subject, about = of_shape(random_weights, layers, loading.arguments(), per_row, seed)
@@ -81,6 +83,7 @@ def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row
     """Model, subject and description for random weights."""
     import torch
 
+    from microglia.anatomy import Anatomy
     from microglia.benchmark import random_model, random_subject
     from microglia.models import quantise
 
@@ -92,36 +95,30 @@ def of_shape(shape: str | None, layers: int | None, how: dict[str, Any], per_row
         quantise(lm, how["quantize"])
     subject = random_subject(lm, per_row=per_row, seed=seed)
     name = Path(shape).name  # a folder's place says something about a machine, not about a model
-    return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": "random"}
+    return lm, subject, {"model": name, "layers": len(Anatomy(lm).layers), "weights": "random"}
 
 
 def of_checkpoint(folder: str, loading: o.Loading, per_row: bool, seed: int) -> tuple:
     """Model, subject and description for a trained checkpoint, on arithmetic problems."""
+    from microglia.anatomy import Anatomy
     from microglia.benchmark import text_subject
-    from microglia.sites import causal_lm
     from microglia.tasks.arithmetic import ArithmeticTask
 
     system = loading.system(folder)
-
-    def gate_at(ratio: float | None) -> Any:
-        if ratio is not None:
-            system.set_keep_ratio(ratio)
-        return system.gate
-
     texts = [x.question + "\n" + x.answer for x in ArithmeticTask().load("test", limit=TEXTS, seed=seed)]
-    subject = text_subject(system.policy, gate_at, system.tokenizer, texts, look=system.look, per_row=per_row)
-    lm: Any = causal_lm(system.model)
-    name = system.checkpoint().config.base_model
-    return lm, subject, {"model": name, "layers": lm.config.num_hidden_layers, "weights": Path(folder).name}
+    subject = text_subject(system.pruner, system.tokenizer, texts, per_row=per_row)
+    anatomy, name = Anatomy(system.model), system.checkpoint().config.base_model
+    return anatomy.lm, subject, {"model": name, "layers": len(anatomy.layers), "weights": Path(folder).name}
 
 
 def views(report: Any) -> list[Any]:
     """One table per batch size, context and keep ratio, each with what its figures need to be read."""
     about = report.subject
     parts: list[Any] = [f"{about['model']}, {about['layers']} layers, {about['dtype']}, {report.circumstances.device}"]
-    for start in range(0, len(report.rows), len(VARIANTS)):
-        rows = report.rows[start : start + len(VARIANTS)]
-        parts += ["", variants(rows), summary(rows)]
+    starts = [place for place, row in enumerate(report.rows) if row.variant == "dense"]
+    for start, end in pairwise([*starts, len(report.rows)]):
+        rows = report.rows[start:end]
+        parts += ["", variants(rows), *(summary(rows[0], row) for row in rows if row.variant.endswith("_total"))]
     parts += [
         "",
         "speed-up: dense time ÷ this time, median of interleaved pairs. ceiling: its best possible value, by bytes.",
@@ -133,7 +130,7 @@ def views(report: Any) -> list[Any]:
 
 
 def variants(rows: list[Any]) -> Table:
-    """The four variants of one combination."""
+    """The variants of one combination."""
     row = rows[-1]
     title = f"batch {row.batch_size}, context {row.context:,}, {row.keep_ratio:.0%} of the heads, decided {row.decides}"
     view = table(title, "", "ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB")
@@ -150,14 +147,14 @@ def variants(rows: list[Any]) -> Table:
     return view
 
 
-def summary(rows: list[Any]) -> str:
-    """What the table has no column for, of its compacted variant."""
-    dense, _, _, total = rows
+def summary(dense: Any, total: Any) -> str:
+    """What the table has no column for, of a variant with its decision."""
     paid = f"paid back after {total.break_even_tokens} tokens" if total.break_even_tokens else "never paid back"
     return (
-        f"decision {total.decision_ms:.1f} ms and slicing {total.slicing_ms:.1f} ms, {paid}\n"
+        f"{total.variant.removesuffix('_total')}: decision {total.decision_ms:.1f} ms and slicing "
+        f"{total.slicing_ms:.1f} ms, {paid}\n"
         f"prompt: {dense.first_token_ms:.0f} ms dense, monitoring {total.monitoring_ratio - 1:+.1%}; request of "
-        f"{total.new_tokens} new tokens: {dense.request_ms:.0f} ms dense, {total.request_ms:.0f} ms compacted\n"
-        f"a step reads {dense.bytes_per_token / MIB:,.0f} MiB dense, {total.bytes_per_token / MIB:,.0f} MiB compacted; "
+        f"{total.new_tokens} new tokens: {dense.request_ms:.0f} ms dense, {total.request_ms:.0f} ms pruned\n"
+        f"a step reads {dense.bytes_per_token / MIB:,.0f} MiB dense, {total.bytes_per_token / MIB:,.0f} MiB pruned; "
         f"computes {dense.step_flops / 1e9:.2f} and {total.step_flops / 1e9:.2f} GFLOP"
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.numbers import numbers
+from microglia.cli.number_lists import numbers
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import CheckpointError
 
@@ -80,7 +80,7 @@ def save(source: str, folder: Path, system: Any) -> None:
     from microglia.checkpoint import Checkpoint
 
     saved = Checkpoint.from_pretrained(source)
-    config = replace(saved.config, threshold=system.gate.threshold, promise=system.promise)
+    config = replace(saved.config, threshold=system.pruner.gate.threshold, promise=system.promise)
     replace(saved, config=config).save_pretrained(folder)
 
 
@@ -89,7 +89,7 @@ def records(promise: Any, device: Any, seed: int) -> list[Any]:
     from microglia.record import Record, circumstances
 
     around = {**circumstances(device), "seed": seed}
-    settings = {name: promise.settings[name] for name in ("dataset", "split", "path")}
+    settings = {name: promise.settings[name] for name in ("dataset", "split", "execution")}
     settings |= {"confidence": promise.confidence, "max_drop": promise.max_drop}
     return [
         Record(

@@ -11,7 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.numbers import numbers
+from microglia.cli.number_lists import numbers
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.errors import ConfigError
 
@@ -72,14 +72,20 @@ def compare(
         comparison.setup,
         training_examples,
         {"agents": agents, BASELINE: baselines},
-        bucket=system.gate.bucket,
+        like=comparison.like,
         training=system.training.get("config"),
     )
-    at = choose(comparison, agents[0], ratios, at_keep_ratio)
+    at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
     where, settings = examples.settings()
-    settings |= {"path": comparison.setup.path, "fill": system.fill, "scope": system.scope, "look": asdict(system.look)}
-    settings |= {"max_new_tokens": generation.max_new_tokens, "answer_room": answer_limit}
-    settings |= {"base_model": system.source, "bucket": system.gate.bucket}
+    like = comparison.like
+    settings |= {
+        "execution": generation.execution,
+        "fill": like.fill,
+        "window": like.window,
+        "bucket": like.gate.bucket,
+    }
+    settings |= {"max_new_tokens": generation.max_new_tokens, "answer_limit": answer_limit}
+    settings |= {"base_model": system.source}
     file = None if output_dir is None else output_dir / LEDGER
     ledger = Ledger(file, {**where, **settings, "data_dir": examples.data_dir and str(examples.data_dir)})
     kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
@@ -113,7 +119,8 @@ def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
         if checkpoint.config.lora and len(names) > 1:
             raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
     device = next(system.model.parameters()).device
-    return system, [system.policy, *(checkpoint.policy.to(device).eval() for checkpoint in checkpoints[1:])]
+    others = [checkpoint.pruner.policy.to(device).eval() for checkpoint in checkpoints[1:]]
+    return system, [system.pruner.policy, *others]
 
 
 def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple[Any, list[Any]]:
@@ -153,27 +160,25 @@ def prepared(
     system: Any, examples: o.Examples, generation: o.Generation, answer_limit: float | None, num_runs: int
 ) -> tuple[Any, Any]:
     """What is compared on, and a function that draws training examples for criteria."""
-    from microglia.evaluation.bench import Bench
+    from microglia.evaluation.setup import Setup
     from microglia.experiments.compare import Comparison
 
-    setup = Bench(
+    setup = Setup(
         system.model,
         system.tokenizer,
         examples.task(),
         examples.load(),
-        system.look,
-        system.fill,
-        system.scope,
-        answer_room=answer_limit,
+        answer_limit=answer_limit,
         **generation.how(),
     )
     other = "validation" if examples.split != "validation" else "train"
-    held_out = replace(setup, examples=examples.load(split=other, limit=HELD_OUT), answer_room=None)
+    held_out = replace(setup, examples=examples.load(split=other, limit=HELD_OUT), answer_limit=None)
 
     def training_examples(count: int | None, seed: int) -> Any:
         return examples.load(split="train", limit=count, seed=seed)
 
-    return Comparison(setup, held_out, replace(system.gate, threshold=0.0), num_runs=num_runs), training_examples
+    like = replace(system.pruner.with_threshold(0.0), budget=None)
+    return Comparison(setup, held_out, like, num_runs), training_examples
 
 
 def records(result: Any) -> list[Any]:
@@ -181,7 +186,7 @@ def records(result: Any) -> list[Any]:
     from microglia.record import Record
     from microglia.results import plain
 
-    names = ("path", "base_model", "max_new_tokens", "answer_room")
+    names = ("execution", "base_model", "max_new_tokens", "answer_limit")
     extra = {"dataset": result.dataset, "split": result.split, **{name: result.settings[name] for name in names}}
     around = {"seed": result.settings["seed"], **asdict(result.circumstances)}
     rows = [

@@ -11,7 +11,7 @@ SIGNS = {
     "kept": ("█", "bold green"),
     "kept to fill": ("▒", "green"),
     "pruned": ("·", "dim"),
-    "crowded out": ("○", "yellow"),
+    "displaced": ("○", "yellow"),
 }
 
 
@@ -28,29 +28,29 @@ def overview(decision: dict[str, Any]) -> list[Any]:
         view.add_row(str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means)
     return [
         f"Prompt of {decision['tokens']} tokens: {kept} of {heads} heads kept ({decision['keep_ratio']:.1%}); "
-        f"{decision['asked']} were asked for.",
+        f"{decision['requested']} were requested.",
         view,
         legend({outcome for site in sites for outcome in site["outcome"]}),
     ]
 
 
 def of_site(decision: dict[str, Any], number: int) -> list[Any]:
-    """One site, head by head: its signals, how unusual they are, its logit, and what became of it."""
+    """One site, head by head: its signals, how far they are from those of training, its logit, and what became of it."""
     site = decision["sites"][number]
-    names = [column for name in site["signals"] for column in (name, *["unusual"] * (name in site["unusual"]))]
+    names = [column for name in site["signals"] for column in (name, *["deviation"] * (name in site["deviations"]))]
     view = table(f"site {number}, {site['name']}", "head", *names, "logit", "decision", padding=(0, 1))
     view.columns[0].justify, view.columns[-1].justify = "right", "left"
     for head, outcome in enumerate(site["outcome"]):
         cells: list[Any] = []
         for name, values in site["signals"].items():
             cells.append(f"{values[head]:.3g}")
-            if name in site["unusual"]:
-                cells.append(f"{site['unusual'][name][head]:+.1f} σ")
+            if name in site["deviations"]:
+                cells.append(f"{site['deviations'][name][head]:+.1f} σ")
         cells += [f"{site['logit'][head]:+.2f}", Text(outcome, style=SIGNS[outcome][1])]
         view.add_row(str(head), *cells)
     return [
         view,
-        f"A head is asked for when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations from the "
+        f"A head is requested when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations from the "
         "prompts of the training.",
     ]
 
@@ -64,9 +64,9 @@ def legend(seen: set[str]) -> Text:
     """What the signs mean, those that were used."""
     meanings = {
         "kept": "kept",
-        "kept to fill": "kept, not asked for: counts are rounded up",
+        "kept to fill": "kept, not requested: counts are rounded up",
         "pruned": "pruned",
-        "crowded out": "asked for, but better heads fill its group's rectangle",
+        "displaced": "requested, but better heads fill its group",
     }
     parts: list[Any] = []
     for outcome in SIGNS:

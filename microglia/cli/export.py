@@ -45,6 +45,7 @@ def export(
 
     microglia export checkpoints --format gguf --plan task --dataset gsm8k --evaluate 200
     """
+    from microglia.evaluation.setup import Setup
     from microglia.export import accuracy_kept
     from microglia.export import export as write
     from microglia.export.run import check_folder
@@ -56,30 +57,17 @@ def export(
     system = loading.system(checkpoint or model_path, dtype=dtype)
     task = get_task(task_options.dataset or system.training.get("dataset", "arithmetic"))
     if plan == "task":
-        found = task.load("validation", limit=limit, seed=seed, data_dir=task_options.data_dir)
-        questions = [example.question for example in found]
+        drawn = task.load("validation", limit=limit, seed=seed, data_dir=task_options.data_dir)
+        questions = [example.question for example in drawn]
     else:
         questions = [] if prompt is None else [prompt]
     chosen = keep_plan(system, plan, questions, keep_ratio)
     accuracy = None
     if evaluate:
         examples = task.load("test", limit=evaluate, seed=seed, data_dir=task_options.data_dir)
+        setup = Setup(system.model, system.tokenizer, task, examples, **generation.how())
         with progress("evaluating") as update:
-            accuracy = accuracy_kept(
-                system.model,
-                system.tokenizer,
-                task,
-                examples,
-                chosen,
-                system.policy,
-                progress=update,
-                max_new_tokens=generation.max_new_tokens,
-                batch_size=generation.batch_size,
-                gate=system.gate,
-                look=system.look,
-                fill=system.fill,
-                scope=system.scope,
-            )
+            accuracy = accuracy_kept(setup, chosen, system.pruner, update)
     about = {"base_model": system.source, "template": system.template, "accuracy": accuracy}
     exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, details=about)
     result = exported.result(chosen, **about)
@@ -95,26 +83,28 @@ def check_plan(kind: str, prompt: str | None) -> None:
 
 
 def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None) -> Any:
-    """The plan of this kind for a system, whose dial is turned to `ratio` if one is given."""
+    """The plan of this kind for a system, at another keep ratio if one is given."""
     from microglia.export import KeepPlan
-    from microglia.generation import prompt_logits
+    from microglia.reading import read_prompts
     from microglia.tasks.prompts import render_prompt
+    from microglia.units import find_sites
 
-    if system.fill != "zero":
+    if system.pruner.fill != "zero":
         raise ConfigError(
-            f"this checkpoint fills pruned heads with their {system.fill} over each prompt, which cannot be frozen; "
-            "train with fill zero"
+            f"this checkpoint fills pruned heads with their {system.pruner.fill} over each prompt, which cannot be "
+            "frozen; train with fill zero"
         )
     if ratio is not None:
         system.set_keep_ratio(ratio, questions if kind == "task" else None)
-    geometries = [site.geometry for site in system.sites]
+    pruner = system.pruner
     if kind == "mean":
-        return KeepPlan.of_prompts(kind, system.calibration, geometries, system.gate)
+        return KeepPlan.of_prompts(kind, pruner.budget, pruner.gate)
     prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
-    logits = prompt_logits(system.model, system.tokenizer, prompts, system.policy, look=system.look)
-    if kind == "task":
-        return KeepPlan.of_prompts(kind, logits, geometries, system.gate)
-    return KeepPlan.of_prompt(logits, geometries, system.gate)
+    logits = read_prompts(system.model, system.tokenizer, prompts, pruner).logits
+    budget = pruner.with_budget(logits, [site.geometry for site in find_sites(system.model)]).budget
+    return (
+        KeepPlan.of_prompt(budget, pruner.gate) if kind == "prompt" else KeepPlan.of_prompts(kind, budget, pruner.gate)
+    )
 
 
 def views(result: Any) -> list[Any]:

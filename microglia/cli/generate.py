@@ -29,8 +29,9 @@ def generate(
     """
     questions = prompts or [_from_stdin()]
     system = loading.system(model_path)
-    how = generation.how()
-    texts = system.generate(questions, how["max_new_tokens"], path=how["path"], keep_ratio=keep_ratio, raw=raw)
+    texts = system.generate(
+        questions, generation.max_new_tokens, execution=generation.execution, keep_ratio=keep_ratio, raw=raw
+    )
     rows = [
         {"prompt": question, "text": text, "sparsity": sparsity}
         for question, text, sparsity in zip(questions, texts, system.get_sparsities(), strict=True)

@@ -48,9 +48,10 @@ def of_prompt(
 
     if png is not None:
         check_picture(png)
-    if site is not None and site >= len(system.sites):
-        raise ConfigError(f"--site {site} was given; the model has the sites 0 to {len(system.sites) - 1}")
-    decision = system.decide(prompt, keep_ratio=keep_ratio, raw=raw).as_json()
+    decision = system.explain(prompt, keep_ratio=keep_ratio, raw=raw).as_json()
+    last = len(decision["sites"]) - 1
+    if site is not None and site > last:
+        raise ConfigError(f"--site {site} was given; the model has the sites 0 to {last}")
     data = {"kind": "prompt", "prompt": prompt, **decision}
     view = decided.overview(decision) if site is None else decided.of_site(decision, site)
     if png is not None:
@@ -64,14 +65,14 @@ def of_model(source: str, trust_remote_code: bool) -> Outcome:
     from microglia.checkpoint.config import saved_sites
 
     lm = _without_weights(source, trust_remote_code)
-    sites = saved_sites(lm)
+    sites = saved_sites(lm, ("head",))
     parameters = sum(p.numel() for p in lm.parameters())
     data = {
         "kind": "model",
         "model": source,
         "model_class": type(lm).__name__,
         "parameters": parameters,
-        "heads": sum(site.heads for site in sites),
+        "heads": sum(site.geometry["heads"] for site in sites),
         "sites": [vars(site) for site in sites],
     }
     rows = {"model": source, "class": data["model_class"], "parameters": f"{parameters:,}", "heads": data["heads"]}
@@ -84,7 +85,7 @@ def of_checkpoint(folder: str) -> Outcome:
 
     saved = Checkpoint.from_pretrained(folder)
     config = saved.config
-    parameters = sum(p.numel() for p in saved.policy.parameters())
+    parameters = sum(p.numel() for p in saved.pruner.policy.parameters())
     data = {
         "kind": "checkpoint",
         "base_model": config.base_model,
@@ -92,12 +93,11 @@ def of_checkpoint(folder: str) -> Outcome:
         "policy": config.policy,
         "agent_parameters": parameters,
         "agent_share": parameters / config.base_parameters if config.base_parameters else None,
-        "hidden_dim": config.hidden_dim,
-        "features": config.features,
-        "look": vars(config.look),
+        "policy_options": config.policy_options,
+        "signals": list(config.signals),
+        "window": config.window,
         "gate": {"threshold": config.threshold, "temperature": config.temperature, "bucket": config.bucket},
         "fill": config.fill,
-        "scope": config.scope,
         "lora": config.lora,
         "training": config.training,
         "sites": [vars(site) for site in config.sites],
@@ -106,7 +106,7 @@ def of_checkpoint(folder: str) -> Outcome:
     rows = {
         "checkpoint of": f"{config.base_model} ({config.model_class})",
         "policy": f"{config.policy}: {parameters:,} parameters {share}",
-        "looks at": f"{config.features}, norm {config.norm}, window {config.window or 'all'}",
+        "reads": f"{', '.join(config.signals) or 'nothing'} of a prompt, entropy window {config.window or 'all'}",
         "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill {config.fill}",
         "LoRA": "yes" if config.lora else "no",
         "trained on": config.training.get("dataset", "nothing yet"),
@@ -117,7 +117,7 @@ def of_checkpoint(folder: str) -> Outcome:
 def site_table(sites: Any) -> Table:
     """One row per run of sites that differ in their place only."""
     table = Table("sites", "first", "heads", "KV heads", "head size")
-    shapes = [(site.heads, site.kv_heads, site.head_dim) for site in sites]
+    shapes = [tuple(site.geometry.values()) for site in sites]
     start = 0
     for end in range(1, len(shapes) + 1):
         if end == len(shapes) or shapes[end] != shapes[start]:

@@ -29,6 +29,11 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens
 Seed = Annotated[int, "Seed of everything that is drawn."]
 
 
+def names(given: Sequence[str]) -> list[str]:
+    """`["a,b", "c"]` → a, b and c."""
+    return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class Loading:
     """The base model, and how it is loaded."""
@@ -123,9 +128,8 @@ class Generation:
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 32
 
     def how(self) -> dict[str, Any]:
-        """Keyword arguments of the library, with its names of the executions."""
-        path = "graph" if self.execution == "captured" else self.execution
-        return {"path": path, "max_new_tokens": self.max_new_tokens, "batch_size": self.batch_size}
+        """Keyword arguments of the library."""
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,7 @@ class PrunerOptions:
         Literal["zero", "mean"], "What stands for the output of a pruned head: zero, or its mean over the prompt."
     ] = "zero"
 
-    @property
-    def features(self) -> str:
-        """The signals by their name in the library."""
-        names = self.signals.replace(" ", "").split(",")
-        return "both" if sorted(names) == ["entropy", "norm"] else ",".join(names)
+    def parts(self) -> dict[str, Any]:
+        """Keyword arguments of the system."""
+        signals = tuple(self.signals.replace(" ", "").split(","))
+        return {**asdict(self), "signals": signals, "window": self.window or None}

@@ -9,7 +9,7 @@ from microglia.errors import MicrogliaError
 
 FORMATS = (".png", ".svg", ".pdf")
 TEAL = "#0b6e6e"
-COLOURS = {"kept": TEAL, "kept to fill": "#86bdb8", "pruned": "#f1efe9", "crowded out": "#e8a15a"}
+COLOURS = {"kept": TEAL, "kept to fill": "#86bdb8", "pruned": "#f1efe9", "displaced": "#e8a15a"}
 
 
 def check_picture(path: Path) -> None:

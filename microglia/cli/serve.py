@@ -24,6 +24,9 @@ def serve(
     name: Annotated[str | None, "Name of the model in requests.", "the checkpoint's"] = None,
     api_key: Annotated[str | None, "Bearer token that clients must send.", f"${API_KEY}"] = None,
     keep_ratio: o.KeepRatio = None,
+    execution: Annotated[
+        Literal["dense", "masked", "compact", "captured"], "How decisions are carried out; captured for a GPU."
+    ] = "compact",
     max_batch: Annotated[int, "Prompts that are answered together."] = 16,
     max_waiting: Annotated[int, "Prompts in the queue; more are refused with 429."] = 64,
     max_new_tokens: Annotated[int, "Longest answer in tokens."] = 1024,
@@ -44,6 +47,7 @@ def serve(
     try:
         from microglia.serving.app import create_app
         from microglia.serving.config import ServingConfig
+        from microglia.serving.model import PrunedModel
         from microglia.serving.run import serve as run
     except ImportError as error:
         raise MicrogliaError(
@@ -56,27 +60,12 @@ def serve(
     system = loading.system(checkpoint)
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)
-    app = create_app(pruned_model(system), config)
+    model = PrunedModel(system.model, system.tokenizer, system.pruner, system.template, execution)
+    app = create_app(model, config)
     with suppress(KeyboardInterrupt):  # the server has caught it first and let every answer end
         run(app, config, ready=lambda url: tell(f"microglia: serving {config.name} at {url} (Ctrl-C stops)"))
     tell("microglia: stopped; every running answer was finished")
     return Outcome(totals(app))
-
-
-def pruned_model(system: Any) -> Any:
-    """What the server needs of a system."""
-    from microglia.serving.model import PrunedModel
-
-    return PrunedModel(
-        system.model,
-        system.tokenizer,
-        system.policy,
-        system.gate,
-        system.look,
-        fill=system.fill,
-        template=system.template,
-        calibration=system.calibration,
-    )
 
 
 def totals(app: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ SHOWN = (
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
 Training = Annotated[
     TrainingConfig,
-    Fields(names={"epochs": "num_epochs", "gate": "estimator"}, without=("scope", "fill"), panel="Training"),
+    Fields(names={"epochs": "num_epochs"}, panel="Training"),
 ]
 Old = typer.Option(hidden=True)
 
@@ -50,7 +50,6 @@ def train(
     microglia train --model Qwen/Qwen2.5-3B-Instruct --dataset gsm8k --num-epochs 1 --keep-ratio 0.75
     """
     from microglia import processes
-    from microglia.look import Look
     from microglia.results import TrainingRun
     from microglia.system import MicrogliaPruningSystem
 
@@ -59,15 +58,11 @@ def train(
             raise ConfigError(f"--{name} was dropped, 0.1.0 is the last version with it; leave it out")
     start, end = training.alpha
     alpha = (start if alpha_min is None else alpha_min, end if alpha_max is None else alpha_max)
-    training = replace(training, alpha=alpha, fill=pruner.fill)
+    training = replace(training, alpha=alpha)
     system = MicrogliaPruningSystem(
         loading.model or "reasoner",
         num_heads,
-        pruner.hidden_dim,
-        policy=pruner.policy,
-        features=pruner.features,
-        look=Look(window=pruner.window or None),
-        bucket=pruner.bucket,
+        **pruner.parts(),
         seed=training.seed,
         **(replace(loading, device="cpu") if training.shard else loading).arguments(),
     )
@@ -92,7 +87,7 @@ def train(
     except KeyboardInterrupt:
         raise Interrupted(kept(output_dir)) from None
     saved = system.checkpoint().config
-    parameters = sum(p.numel() for p in result.policy.parameters())
+    parameters = sum(p.numel() for p in result.pruner.policy.parameters())
     run = TrainingRun(
         output_dir=str(output_dir),
         base_model=saved.base_model,

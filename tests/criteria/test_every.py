@@ -62,4 +62,4 @@ def test_a_policy_that_scores_each_prompt_comes_back_from_disk(name, tmp_path):
 
 
 def test_four_criteria_score_each_prompt():
-    assert PER_INPUT == ["norm", "entropy", "agents", "predictor"]
+    assert PER_INPUT == ["agents", "entropy", "norm", "predictor"]
