@@ -47,7 +47,7 @@ def compare(
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.experiments.compare import BASELINE, draw, entries, summarise
+    from microglia.experiments.compare import BASELINE, draw, entries_for, summarise
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
@@ -67,7 +67,7 @@ def compare(
     if train_pairs:
         place = Path(str(output_dir))
         agents, baselines = pairs(comparison.held_out, all_seeds, place, system.source, examples.data_dir)
-    compared = entries(
+    compared = entries_for(
         policies or ["random"],
         comparison.setup,
         training_examples,
@@ -78,14 +78,9 @@ def compare(
     at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
     where, settings = examples.settings()
     like = comparison.like
-    settings |= {
-        "execution": generation.execution,
-        "fill": like.fill,
-        "window": like.window,
-        "bucket": like.gate.bucket,
-    }
-    settings |= {"max_new_tokens": generation.max_new_tokens, "answer_limit": answer_limit}
-    settings |= {"base_model": system.source}
+    settings |= {"execution": generation.execution, "max_new_tokens": generation.max_new_tokens}
+    settings |= {"fill": like.fill, "window": like.window, "bucket": like.gate.bucket}
+    settings |= {"answer_limit": answer_limit, "base_model": system.source}
     file = None if output_dir is None else output_dir / LEDGER
     ledger = Ledger(file, {**where, **settings, "data_dir": examples.data_dir and str(examples.data_dir)})
     kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
@@ -149,7 +144,7 @@ def pairs(
             on_log = partial(_steps, update, most)
             place = output_dir / PAIRS / str(seed)
             made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
-    return [pair.agents for pair in made], [pair.static_baseline for pair in made]
+    return [pair.agents.policy for pair in made], [pair.static_baseline.policy for pair in made]
 
 
 def _steps(update: Any, most: int, row: dict[str, Any]) -> None:

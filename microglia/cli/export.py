@@ -102,9 +102,9 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None)
     prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
     logits = read_prompts(system.model, system.tokenizer, prompts, pruner).logits
     budget = pruner.with_budget(logits, [site.geometry for site in find_sites(system.model)]).budget
-    return (
-        KeepPlan.of_prompt(budget, pruner.gate) if kind == "prompt" else KeepPlan.of_prompts(kind, budget, pruner.gate)
-    )
+    if kind == "prompt":
+        return KeepPlan.of_prompt(budget, pruner.gate)
+    return KeepPlan.of_prompts(kind, budget, pruner.gate)
 
 
 def views(result: Any) -> list[Any]:

@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from microglia.errors import DataError
-from microglia.evaluation.significance import BATCH, bootstrap_ci, mcnemar_exact, paired_difference
+from microglia.evaluation.significance import (
+    BATCH,
+    bootstrap_ci,
+    finite_array,
+    mcnemar_exact,
+    paired_difference,
+    zero_one,
+)
 from microglia.results import Difference
 
 Floats = NDArray[np.float64]
@@ -44,8 +51,7 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, se
     difference = x - y
     if bool((difference == difference[:1]).all()):
         paired = paired_difference(x[0], y[0], resamples=resamples, seed=seed)
-        zero_one = set(np.unique([x[0], y[0]])) <= {0.0, 1.0}
-        p_value = mcnemar_exact(x[0], y[0]) if zero_one else sign_flip(difference[0], seed=seed)
+        p_value = mcnemar_exact(x[0], y[0]) if zero_one(x[0], y[0]) else sign_flip(difference[0], seed=seed)
         return Difference(paired.diff, paired.ci95, p_value)
     return Difference(
         float(difference.mean()), _pigeonhole(difference, resamples, seed), sign_flip(difference.mean(0), seed=seed)
@@ -96,7 +102,4 @@ def _pigeonhole(x: Floats, resamples: int, seed: int) -> tuple[float, float]:
 
 
 def _table(values: Any, name: str) -> Floats:
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 2 or not x.size or not np.isfinite(x).all():
-        raise DataError(f"{name} have the shape {x.shape}; give finite numbers for (seeds, prompts), at least one each")
-    return x
+    return finite_array(values, 2, name, "finite numbers for (seeds, prompts), at least one each")

@@ -72,7 +72,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, se
     diff = float(difference.mean())
     if np.ptp(difference) > 0:
         interval, method = _bootstrap_mean(difference, 0.95, resamples, seed)
-    elif set(np.unique([x, y])) <= {0.0, 1.0}:
+    elif zero_one(x, y):
         interval, method = _constant_difference(difference[0], x.size), "exact"
     else:
         interval, method = (math.nan, math.nan), "undefined"
@@ -86,7 +86,7 @@ def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> float:
     Raises DataError for empty or unequally long samples or values other than 0 and 1.
     """
     a, b = _pair(a_correct, b_correct)
-    if not set(np.unique([a, b])) <= {0.0, 1.0}:
+    if not zero_one(a, b):
         raise DataError("the outcomes hold values other than 0 and 1; give one right (1) or wrong (0) per example")
     only_a, only_b = int(np.sum(a > b)), int(np.sum(b > a))
     if only_a + only_b == 0:
@@ -160,11 +160,21 @@ def _rank_correlation(x: Floats, y: Floats, axis: int = -1) -> Any:
     return stats.pearsonr(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis=axis).statistic
 
 
-def _vector(values: ArrayLike, name: str) -> Floats:
+def finite_array(values: Any, dimensions: int, name: str, requirement: str) -> Floats:
+    """The values as float64. Raises DataError for another number of dimensions, for none and for NaN or infinity."""
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or not x.size or not np.isfinite(x).all():
-        raise DataError(f"{name} have the shape {x.shape}; give a flat, non-empty list of finite numbers")
+    if x.ndim != dimensions or not x.size or not np.isfinite(x).all():
+        raise DataError(f"{name} have the shape {x.shape}; give {requirement}")
     return x
+
+
+def zero_one(*samples: Floats) -> bool:
+    """Whether all values are outcomes, 0 or 1."""
+    return all(bool(np.isin(sample, (0.0, 1.0)).all()) for sample in samples)
+
+
+def _vector(values: ArrayLike, name: str) -> Floats:
+    return finite_array(values, 1, name, "a flat, non-empty list of finite numbers")
 
 
 def _pair(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:

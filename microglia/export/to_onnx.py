@@ -59,7 +59,7 @@ class _Step(nn.Module):
         layers: list[Any] = [_cache_layer(key, value) for key, value in zip(past[::2], past[1::2], strict=True)]
         output = self.lm(
             input_ids=input_ids,
-            attention_mask=_masks(self.anatomy, attention_mask, input_ids.shape[1]),
+            attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=Cache(layers=layers),
             use_cache=True,
@@ -72,27 +72,6 @@ def _cache_layer(key: Tensor, value: Tensor) -> DynamicLayer:
     layer.lazy_initialization(key, value)
     layer.keys, layer.values = key, value
     return layer
-
-
-def _masks(anatomy: Anatomy, attention_mask: Tensor, length: int) -> Tensor | dict[str, Tensor]:
-    """The mask of all layers, or one for each kind of layer where some have a sliding window and others none."""
-    kinds = dict(zip(anatomy.layer_kinds, anatomy.windows, strict=False))
-    dtype = anatomy.lm.dtype
-    if len(kinds) > 1:
-        return {kind: _mask(attention_mask, length, dtype, window) for kind, window in sorted(kinds.items())}
-    return _mask(attention_mask, length, dtype, anatomy.windows[0])
-
-
-def _mask(attention_mask: Tensor, length: int, dtype: torch.dtype, window: int | None) -> Tensor:
-    """Which keys each new token reads, (B, P + T) → (B, 1, T, P + T), additive; made here, as a part of the graph."""
-    total = attention_mask.shape[1]
-    keys = torch.arange(total, device=attention_mask.device)
-    queries = keys[total - length :]
-    near = keys[None, :] <= queries[:, None]
-    if window is not None:
-        near = near & (keys[None, :] > queries[:, None] - window)
-    visible = near[None, None] & attention_mask[:, None, None, :].bool()
-    return torch.where(visible, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def empty_past(lm: Any, rows: int = 1) -> list[Tensor]:

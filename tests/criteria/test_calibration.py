@@ -61,7 +61,9 @@ def test_a_criterion_is_known_by_its_file_and_says_whom_it_follows(name):
 
 
 def test_wrong_requests_get_a_sentence():
-    with pytest.raises(ConfigError, match=r"criterion='magic' is unknown; choose activation_variance, agents, .* or weight"):
+    with pytest.raises(
+        ConfigError, match=r"criterion='magic' is unknown; choose activation_variance, agents, .* or weight"
+    ):
         get_criterion("magic")
     with pytest.raises(ConfigError, match=r"criterion norm has no option 'size'; its options are projected"):
         get_criterion("norm", size=3)

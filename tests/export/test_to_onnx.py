@@ -10,7 +10,7 @@ from microglia.export.to_onnx import empty_past, run_step
 from microglia.models import load_model
 from microglia.sites import find_sites
 from tests.export.plans import uneven_plan
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer
 
 for package in ("onnx", "onnxscript"):
     pytest.importorskip(package, reason=f"{package} is not installed; pip install microglia[export]")
@@ -68,3 +68,25 @@ def test_what_the_graph_cannot_hold_is_refused(tmp_path):
     model = tiny_model("llama", dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match=r"is in torch\.bfloat16, but the graph is written in float32"):
         export(model, tiny_tokenizer(), uneven_plan(model), tmp_path / "a", format="onnx")
+
+
+@pytest.mark.slow
+def test_padded_rows_and_their_next_tokens_agree_with_torch(tmp_path):
+    """Gemma has layers with a window and layers without; the padding must be hidden in both."""
+    ids, mask = tiny_prompts(12, 4)
+    model = tiny_model("gemma2")
+    plan, places = uneven_plan(model), positions(mask)
+    exported = export(model, tiny_tokenizer(), plan, tmp_path / "exported", format="onnx")
+    session = onnxruntime.InferenceSession(exported.folder / "model.onnx")
+    names = [entry.name for entry in session.get_inputs()]
+    with frozen(model, plan) as small, torch.no_grad():
+        past, cache = empty_past(small, rows=len(ids)), None
+        for _ in range(3):
+            inputs = zip(names, [ids, mask.long(), places, *past], strict=True)
+            logits, *present = session.run(None, {name: x.numpy() for name, x in inputs})
+            past = [torch.from_numpy(x) for x in present]
+            output = small(ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True)
+            real, cache = mask[:, -ids.shape[1] :].bool(), output.past_key_values
+            assert (torch.from_numpy(logits) - output.logits)[real].abs().max() <= 1e-5
+            ids, places = output.logits[:, -1:].argmax(-1), places[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
