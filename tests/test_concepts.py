@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from microglia.anatomy import FAMILIES, Family, Separate, swap
+from microglia.anatomy import FAMILIES, Anatomy, Family, Separate, swap
 from microglia.anatomy.projection import tensor_bytes
 from microglia.attach import attached
 from microglia.errors import ConfigError
@@ -36,7 +36,7 @@ LENGTH = {"max_new_tokens": 10, "min_new_tokens": 10}
 
 
 @dataclass(frozen=True)
-class Halves:
+class Whole:
     """One unit, which may go: an MLP."""
 
     unit: ClassVar[str] = "mlp"
@@ -72,11 +72,11 @@ class ForRows(nn.Module):
 class MlpSite(Site):
     """The MLP of one layer."""
 
-    geometry_type: ClassVar[type] = Halves
+    geometry_type: ClassVar[type] = Whole
 
     @classmethod
     def in_layer(cls, index, layer):
-        return cls(index, layer, Halves())
+        return cls(index, layer, Whole())
 
     @property
     def name(self):
@@ -151,6 +151,14 @@ def mlps(monkeypatch):
     monkeypatch.setitem(POLICIES, "largest", Largest)
 
 
+def model_with_large_mlps(family):
+    """So that their absence changes tokens."""
+    model = tiny_model(family)
+    for layer in Anatomy(model).layers:
+        layer.mlp.get_submodule(layer.family.mlp.down).weight.data.mul_(20)
+    return model
+
+
 def largest(model):
     """The policy by its name, with lines that some of these prompts' MLPs are above."""
     sites = find_sites(model, ("mlp",))
@@ -166,7 +174,7 @@ def answer(model, pruner, execution, **options):
 
 
 def test_a_units_answers_are_the_same_masked_and_cut(family, mlps, snapshot):
-    model = tiny_model(family)
+    model = model_with_large_mlps(family)
     pruner, before = largest(model), snapshot(model)
     masked, compact = (answer(model, pruner, execution) for execution in ("masked", "compact"))
     assert masked.tokens.equal(compact.tokens)

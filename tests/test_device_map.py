@@ -8,7 +8,7 @@ from microglia.errors import ConfigError
 from microglia.system import MicrogliaPruningSystem
 from microglia.training import TrainingConfig
 from tests.tiny_folder import character_tokenizer, checkpoint_for, save_tiny_model
-from tests.training.test_training import tiny_run
+from tests.training.test_training import tiny_run, trained_policy
 
 PROMPTS = ["Tom has 3 apples.", "Ann buys 12 pens and gives 5 of them away."]
 PARTS = ("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
@@ -43,7 +43,7 @@ def test_a_spread_model_answers_like_a_whole_one(folder, tmp_path, kind, executi
 
 def test_a_model_with_a_device_map_is_trained(folder, tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"})
-    policies = [tiny_run(tmp_path / str(i), FEW, model=model)[1].pruner.policy for i, model in enumerate((None, spread))]
+    policies = [trained_policy(tmp_path / str(i), FEW, model=model) for i, model in enumerate((None, spread))]
     for a, b in zip(*(policy.state_dict().values() for policy in policies), strict=True):
         torch.testing.assert_close(a, b)
 

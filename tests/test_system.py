@@ -8,10 +8,9 @@ import torch
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.gate import Gate
 from microglia.generation import generate
-from microglia.results import plain
 from microglia.pruner import Pruner
 from microglia.reading import read_prompts
-from microglia.results import Difference, EvaluationResult, from_json
+from microglia.results import Difference, EvaluationResult, from_json, plain
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.tasks.prompts import render_prompt
@@ -52,10 +51,14 @@ def test_the_interface_of_the_design(folder, tmp_path):
     assert isinstance(system.generate("What is 15% of 240?", 4), str)
     assert 0 <= system.get_sparsity() < 1
     results = system.evaluate(dataset_name="arithmetic", limit=3, max_new_tokens=4)
-    assert results["accuracy"] == results["pruned"].accuracy
-    assert results["pruned"].prompts == len(results["answers"]["dense"]) == 3
-    assert plain(results["paired"]).keys() == {"diff", "ci95", "p_value"}
-    assert results["sparsity"] == pytest.approx(system.get_sparsity())
+    assert isinstance(results, EvaluationResult)
+    assert results["accuracy"] == results.accuracy == results.pruned.accuracy
+    assert results.pruned.prompts == results.dense.prompts == len(results.answers["dense"]) == 3
+    assert isinstance(results.paired, Difference)
+    assert plain(results.paired).keys() == {"diff", "ci95", "p_value"}
+    assert results.paired.diff == pytest.approx(results.pruned.accuracy - results.dense.accuracy)
+    assert results.sparsity == pytest.approx(system.get_sparsity())
+    assert from_json(json.loads(json.dumps(results.to_json()))).pruned == results.pruned
 
     loaded = MicrogliaPruningSystem.from_pretrained(tmp_path)
     assert loaded.training["dataset"] == "arithmetic"

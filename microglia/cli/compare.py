@@ -47,7 +47,7 @@ def compare(
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
     from microglia.checkpoint import check_writable
-    from microglia.experiments.compare import BASELINE, draw, entries_for, summarise
+    from microglia.experiments.compare import BASELINE, draw, make_entries, summarise
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
@@ -67,7 +67,7 @@ def compare(
     if train_pairs:
         place = Path(str(output_dir))
         agents, baselines = pairs(comparison.held_out, all_seeds, place, system.source, examples.data_dir)
-    compared = entries_for(
+    compared = make_entries(
         policies or ["random"],
         comparison.setup,
         training_examples,

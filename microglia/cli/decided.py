@@ -35,7 +35,7 @@ def overview(decision: dict[str, Any]) -> list[Any]:
 
 
 def of_site(decision: dict[str, Any], number: int) -> list[Any]:
-    """One site, head by head: its signals, how far they are from those of training, its logit, and what became of it."""
+    """One site, head by head: its signals, how far from those of training, its logit, and what became of it."""
     site = decision["sites"][number]
     names = [column for name in site["signals"] for column in (name, *["deviation"] * (name in site["deviations"]))]
     view = table(f"site {number}, {site['name']}", "head", *names, "logit", "decision", padding=(0, 1))

@@ -9,7 +9,7 @@ from microglia.errors import MicrogliaError, UnsupportedModelError
 from microglia.export import export
 from microglia.export.frozen import frozen
 from microglia.export.to_gguf import in_pairs, read_tensor
-from microglia.sites import find_sites
+from microglia.units import find_sites
 from tests.export.plans import uneven_plan
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -50,7 +50,7 @@ def test_every_tensor_reads_back(family, changes, tmp_path):
         if not small.config.tie_word_embeddings:
             assert torch.equal(found.pop("output.weight"), small.lm_head.weight)
         for site, layer in zip(sites, small.model.layers, strict=True):
-            block, attention = f"blk.{site.layer}", layer.self_attn
+            block, attention = f"blk.{site.layer.index}", layer.self_attn
             assert torch.equal(found.pop(f"{block}.attn_norm.weight"), layer.input_layernorm.weight.float())
             assert torch.equal(found.pop(f"{block}.ffn_norm.weight"), layer.post_attention_layernorm.weight.float())
             assert torch.equal(found.pop(f"{block}.ffn_down.weight"), layer.mlp.down_proj.weight)

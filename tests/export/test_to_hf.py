@@ -15,8 +15,8 @@ from microglia.export import KeepPlan, export, modeling_microglia, modeling_micr
 from microglia.export.frozen import frozen, merged
 from microglia.export.unfused import unfused_config
 from microglia.models import load_model
-from microglia.sites import find_sites
 from microglia.training.lora import with_lora
+from microglia.units import find_sites
 from tests.export.plans import uneven_plan
 from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer
 
@@ -153,7 +153,7 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     long = tiny_model("phi3").config
     long.rope_parameters = {**long.rope_parameters, "partial_rotary_factor": 0.5}
     with pytest.raises(UnsupportedModelError, match=r"turns 0\.5 of a head"):
-        unfused_config(long)
+        unfused_config(long, head_dim=6)
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):

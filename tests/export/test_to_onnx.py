@@ -8,7 +8,7 @@ from microglia.export import KeepPlan, export
 from microglia.export.frozen import frozen
 from microglia.export.to_onnx import empty_past, run_step
 from microglia.models import load_model
-from microglia.sites import find_sites
+from microglia.units import find_sites
 from tests.export.plans import uneven_plan
 from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 
 from microglia.checkpoint import write_atomically
 from microglia.training import TrainingConfig
-from microglia.training.loop import TOLD
+from microglia.training.loop import SETTINGS
 
 TRIALS = int(os.environ.get("MICROGLIA_KILLS", "2"))
 # Four epochs of two steps: a run is resumed at every place of an epoch.
@@ -25,10 +25,10 @@ PATIENCE = 600  # seconds; a slow machine is no failure
 
 def run(folder):
     """In a process of its own: start the run in `folder`, or go on with the one that is there."""
-    from tests.training.test_training import tiny_run
+    from tests.training.test_training import trained_policy
 
     torch.set_num_threads(1)
-    policy = tiny_run(folder, CONFIG, resume=(folder / TOLD).exists())[1].policy
+    policy = trained_policy(folder, CONFIG, resume=(folder / SETTINGS).exists())
     write_atomically(folder / RESULT, save(policy.state_dict()))
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from microglia import processes
 from microglia.errors import ConfigError
 from microglia.training import TrainingConfig
-from microglia.training.loop import TOLD
+from microglia.training.loop import SETTINGS
 from tests.pair import start_pair
 from tests.training.test_training import tiny_run
 
@@ -29,7 +29,7 @@ RUNS = {
 
 def weights(result):
     adapters = {name: p for name, p in result.model.named_parameters() if "lora_" in name}
-    return {name: x.detach().clone() for name, x in (result.policy.state_dict() | adapters).items()}
+    return {name: x.detach().clone() for name, x in (result.pruner.policy.state_dict() | adapters).items()}
 
 
 def run_all(folder):
@@ -70,7 +70,7 @@ def test_a_resumed_pair_ends_with_the_same_weights(pair):
 
 def test_a_pairs_run_is_not_resumed_alone(tmp_path):
     tiny_run(tmp_path, replace(BASE, max_steps=1))
-    path = tmp_path / TOLD
+    path = tmp_path / SETTINGS
     path.write_text(json.dumps({**json.loads(path.read_text()), "processes": 2}))
     with pytest.raises(ConfigError, match=r"processes was 2 and is now 1\); resume with the same ones"):
         tiny_run(tmp_path, replace(BASE, max_steps=1), resume=True)

@@ -15,7 +15,7 @@ from microglia.training.saved import CHECKSUMS, seal
 from tests.full_disk import room_for
 from tests.tiny import tiny_model
 from tests.tiny_folder import character_tokenizer
-from tests.training.test_training import SHORT, same, tiny_run
+from tests.training.test_training import SHORT, same, tiny_run, trained_policy
 
 STATE, WEIGHTS = "trainer_state.json", "trained.safetensors"
 
@@ -24,7 +24,7 @@ STATE, WEIGHTS = "trainer_state.json", "trained.safetensors"
 def finished(tmp_path_factory):
     """The folder of a run of six steps, saved after three and six, and what came of it."""
     folder = tmp_path_factory.mktemp("finished")
-    return folder, tiny_run(folder, SHORT)[1].policy
+    return folder, trained_policy(folder, SHORT)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(finished, run, left):
         (last / "optimizer.pt").unlink()
     weights = load_file(last / WEIGHTS)
     save_file({name: x + 1 for name, x in weights.items()}, last / WEIGHTS)
-    assert same(finished[1], tiny_run(run, SHORT, resume=True)[1].policy)
+    assert same(finished[1], trained_policy(run, SHORT, resume=True))
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "optimizer.pt", "scheduler.pt", "rng_state.pth"])
@@ -84,7 +84,7 @@ def test_a_full_disk_costs_the_steps_since_the_last_checkpoint(finished, tmp_pat
     """The weights have no room (a file of 3 kB), or the optimiser has none (one of 10 kB)."""
     with room_for(size), pytest.raises(MicrogliaError, match=r"checkpoint-3 cannot be written .* with --resume"):
         tiny_run(tmp_path, SHORT)
-    assert same(finished[1], tiny_run(tmp_path, SHORT, resume=True)[1].policy)
+    assert same(finished[1], trained_policy(tmp_path, SHORT, resume=True))
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
@@ -111,11 +111,11 @@ def test_two_runs_do_not_write_to_one_folder(finished, tmp_path):
 
     passes = []
     hook = model.model.layers[0].register_forward_hook(second)
-    policy = tiny_run(tmp_path, SHORT, model=model)[1].policy
+    policy = trained_policy(tmp_path, SHORT, model=model)
     hook.remove()
     assert refused == ["before", "before", "after", "after"]
     assert same(finished[1], policy)
-    assert same(finished[1], tiny_run(tmp_path, SHORT, resume=True)[1].policy)
+    assert same(finished[1], trained_policy(tmp_path, SHORT, resume=True))
 
 
 def test_every_file_has_a_checksum(run):

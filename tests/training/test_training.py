@@ -8,24 +8,29 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.policy import AgentPolicy, StaticPolicy
-from microglia.sites import find_sites
+from microglia.policies import AgentPolicy, StaticPolicy
+from microglia.pruner import Pruner
 from microglia.tasks import get_task
-from microglia.training import TrainingConfig, train
-from tests.tiny import tiny_model
+from microglia.training import RunFolder, TrainingConfig, train
+from tests.tiny import geometries_of, tiny_model
 from tests.tiny_folder import character_tokenizer
 
 SHORT = TrainingConfig(max_steps=6, batch_size=4, limit=24, eval_limit=8, save_steps=3, warmup_steps=0)
 
 
-def tiny_run(folder, config, *, policy=None, model=None, **options):
+def tiny_run(folder, config, *, policy=None, model=None, fill="zero", resume=False, on_log=None):
+    """Train in a folder; the model and the result."""
     tokenizer = character_tokenizer()
     model = model or tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
-    geometries = [s.geometry for s in find_sites(model)]
     torch.manual_seed(5)
-    policy = policy or AgentPolicy(geometries, hidden_dim=8)
-    result = train(model, tokenizer, get_task("arithmetic"), policy, config, output_dir=folder, quiet=True, **options)
-    return model, result
+    pruner = Pruner(policy or AgentPolicy(geometries_of(model), hidden_dim=8), fill=fill)
+    run = RunFolder(folder, resume, quiet=True, on_log=on_log)
+    return model, train(model, tokenizer, get_task("arithmetic"), pruner, config, run)
+
+
+def trained_policy(folder, config, **options):
+    """The policy after `tiny_run`."""
+    return tiny_run(folder, config, **options)[1].pruner.policy
 
 
 def same(a, b):
@@ -36,28 +41,28 @@ def test_only_the_policy_changes_and_the_history_tells(tmp_path):
     tokenizer = character_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
     before = {name: x.clone() for name, x in model.state_dict().items()}
-    geometries = [s.geometry for s in find_sites(model)]
-    fresh = AgentPolicy(geometries, hidden_dim=8)
+    fresh = AgentPolicy(geometries_of(model), hidden_dim=8)
     start = {name: x.clone() for name, x in fresh.state_dict().items()}
     lines = []
     config = TrainingConfig(**{**vars(SHORT), "max_steps": 10})
     _, result = tiny_run(tmp_path, config, policy=fresh, model=model, on_log=lines.append)
     assert all(x.equal(before[name]) for name, x in model.state_dict().items())
-    assert all(not x.equal(start[name]) for name, x in result.policy.state_dict().items() if "network" in name)
+    assert all(not x.equal(start[name]) for name, x in result.pruner.policy.state_dict().items() if "network" in name)
     logged = [row for row in result.history if "task" in row]
     assert logged
     assert {"keep_ratio", "alpha", "temperature", "noise", "gate_entropy"} <= set(logged[0])
     assert [row for row in lines if "task" in row]
+    assert result.pruner.policy is fresh
 
 
 def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
-    whole = tiny_run(tmp_path / "whole", SHORT)[1].policy
+    whole = trained_policy(tmp_path / "whole", SHORT)
 
-    seen = []
+    passes = []
 
     def interrupt_after_a_checkpoint(model, args, output):
-        seen.append(1)
-        if len(seen) == 10:  # one pass for statistics, two a step: in the fifth, after the checkpoint of the third
+        passes.append(1)
+        if len(passes) == 10:  # one pass for statistics, two a step: in the fifth, after the checkpoint of the third
             raise KeyboardInterrupt
 
     tokenizer = character_tokenizer()
@@ -67,7 +72,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
         tiny_run(tmp_path / "cut", SHORT, model=model)
     handle.remove()
     assert list((tmp_path / "cut" / "agents").glob("checkpoint-*"))
-    resumed = tiny_run(tmp_path / "cut", SHORT, resume=True)[1].policy
+    resumed = trained_policy(tmp_path / "cut", SHORT, resume=True)
     assert same(whole, resumed)
 
 
@@ -75,7 +80,7 @@ def test_a_resumed_run_ends_with_the_same_weights(tmp_path):
 def test_a_run_is_resumed_exactly_at_any_step_of_any_epoch(tmp_path, step):
     """Three epochs of two steps, whose examples come in another order each time."""
     config = replace(SHORT, limit=8, save_steps=1)
-    whole = tiny_run(tmp_path / "whole", config)[1].policy
+    whole = trained_policy(tmp_path / "whole", config)
     last = f"agents/checkpoint-{step}/sha256.json"
 
     def interrupt(*_):
@@ -87,7 +92,7 @@ def test_a_run_is_resumed_exactly_at_any_step_of_any_epoch(tmp_path, step):
     with pytest.raises(KeyboardInterrupt) if step < 6 else nullcontext():
         tiny_run(tmp_path / "cut", config, model=model)
     handle.remove()
-    assert same(whole, tiny_run(tmp_path / "cut", config, resume=True)[1].policy)
+    assert same(whole, trained_policy(tmp_path / "cut", config, resume=True))
 
 
 @pytest.mark.parametrize("changes", [{"max_steps": 8}, {"max_steps": 40, "eval_steps": 2, "patience": 1}])
@@ -96,26 +101,26 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path, changes):
     config = TrainingConfig(**{**vars(SHORT), "save_steps": 1, **changes})
     _, first = tiny_run(tmp_path, config)
     _, again = tiny_run(tmp_path, config, resume=True)
-    assert same(first.policy, again.policy)
+    assert same(first.pruner.policy, again.pruner.policy)
     assert again.history == first.history[: len(again.history)]
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tmp_path):
-    first = tiny_run(tmp_path / "a", SHORT)[1].policy
-    again = tiny_run(tmp_path / "b", SHORT)[1].policy
-    other = tiny_run(tmp_path / "c", TrainingConfig(**{**vars(SHORT), "seed": 1}))[1].policy
+    first = trained_policy(tmp_path / "a", SHORT)
+    again = trained_policy(tmp_path / "b", SHORT)
+    other = trained_policy(tmp_path / "c", TrainingConfig(**{**vars(SHORT), "seed": 1}))
     assert same(first, again)
     assert not same(first, other)
 
 
 def test_alpha_prunes_and_a_target_is_reached(tmp_path):
-    def twin():
-        return StaticPolicy.all_kept([s.geometry for s in find_sites(tiny_model("llama"))])
+    def mask():
+        return StaticPolicy.all_kept(geometries_of(tiny_model("llama")))
 
     base = {**vars(SHORT), "max_steps": 60, "learning_rate": 0.15, "noise": (0.5, 0.0), "save_steps": 1000}
-    free = tiny_run(tmp_path / "free", TrainingConfig(**{**base, "alpha": (0.0, 0.0)}), policy=twin())[1].history
-    pressed = tiny_run(tmp_path / "pressed", TrainingConfig(**{**base, "alpha": (5.0, 5.0)}), policy=twin())[1].history
-    steered = tiny_run(tmp_path / "steered", TrainingConfig(**{**base, "keep_ratio": 0.5}), policy=twin())[1].history
+    free = tiny_run(tmp_path / "free", TrainingConfig(**{**base, "alpha": (0.0, 0.0)}), policy=mask())[1].history
+    pressed = tiny_run(tmp_path / "pressed", TrainingConfig(**{**base, "alpha": (5.0, 5.0)}), policy=mask())[1].history
+    steered = tiny_run(tmp_path / "steered", TrainingConfig(**{**base, "keep_ratio": 0.5}), policy=mask())[1].history
     last = [[row["keep_ratio"] for row in h if "keep_ratio" in row][-1] for h in (free, pressed, steered)]
     assert last[1] < 0.3 < last[0]
     assert last[2] == pytest.approx(0.5, abs=0.12)
@@ -140,8 +145,8 @@ def test_joint_adapters_and_agents_learn_at_their_own_rates(tmp_path):
         changes = {"lora": "joint", "lora_rank": 2, "learning_rate": rates[0], "lora_learning_rate": rates[1]}
         _, result = tiny_run(tmp_path / frozen, TrainingConfig(**{**vars(SHORT), **changes}))
         adapters = [p.abs().max() for n, p in result.model.named_parameters() if "lora_B" in n]  # start at zero
-        start = AgentPolicy([site.geometry for site in find_sites(result.model)]).agents[0].network[-1].bias
-        agents = (result.policy.agents[0].network[-1].bias - start).abs().max()
+        start = AgentPolicy(geometries_of(result.model)).agents[0].network[-1].bias
+        agents = (result.pruner.policy.agents[0].network[-1].bias - start).abs().max()
         moved[frozen] = (max(adapters).item(), agents.item())
     assert moved["adapters"][0] < 1e-20 < 1e-4 < moved["adapters"][1]
     assert moved["agents"][1] < 1e-20 < 1e-4 < moved["agents"][0]
@@ -149,8 +154,8 @@ def test_joint_adapters_and_agents_learn_at_their_own_rates(tmp_path):
 
 def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(tmp_path):
     config = {**vars(SHORT), "max_steps": 3, "distill": 1.0}
-    plain = tiny_run(tmp_path / "plain", TrainingConfig(**config))[1].policy
-    again = tiny_run(tmp_path / "checkpointed", TrainingConfig(**{**config, "gradient_checkpointing": True}))[1].policy
+    plain = trained_policy(tmp_path / "plain", TrainingConfig(**config))
+    again = trained_policy(tmp_path / "checkpointed", TrainingConfig(**{**config, "gradient_checkpointing": True}))
     for a, b in zip(plain.state_dict().values(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-3)
 
@@ -179,6 +184,14 @@ def test_a_report_that_cannot_be_made_is_refused_before_anything_is_written(tmp_
     with pytest.raises(ConfigError, match=rf"report_to='{where}' cannot be used .*; choose none, tensorboard, wandb"):
         tiny_run(tmp_path / "run", TrainingConfig(**{**vars(SHORT), "report_to": where}))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_means_of_pruned_heads_are_trained_but_not_with_gradient_checkpointing(tmp_path):
+    mean, zero = (trained_policy(tmp_path / fill, SHORT, fill=fill) for fill in ("mean", "zero"))
+    assert not same(mean, zero)
+    with pytest.raises(ConfigError, match="fill='mean' is trained without gradient checkpointing; change one of them"):
+        tiny_run(tmp_path / "run", replace(SHORT, gradient_checkpointing=True), fill="mean")
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
 
 
 def test_runs_are_not_mixed_up(tmp_path):
