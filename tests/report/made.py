@@ -4,12 +4,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from microglia.benchmark.rows import records
 from microglia.record import Record, append_records
 from microglia.results import (
     AblationResult,
     AblationRow,
     Adaptivity,
     AtBudget,
+    BenchmarkResult,
     BenchmarkRow,
     Circumstances,
     ComparisonResult,
@@ -290,7 +292,7 @@ def evaluation_folder(folder: Path, *, details: bool = True) -> Path:
         circumstances=made,
     )
     about = {"dataset": "gsm8k", "split": "test"}
-    records = [
+    numbers = [
         Record(
             number,
             getattr(result[name], number),
@@ -303,8 +305,8 @@ def evaluation_folder(folder: Path, *, details: bool = True) -> Path:
         for number, more in (("accuracy", {"ci95": list(result[name].accuracy_ci95)}), ("sparsity", {}))
     ]
     extra = {**about, **plain(result.paired)}
-    records.append(Record("accuracy_difference", -0.01, "ratio", n=500, extra=extra, **asdict(made)))
-    append_records(folder / "records.jsonl", records)
+    numbers.append(Record("accuracy_difference", -0.01, "ratio", n=500, extra=extra, **asdict(made)))
+    append_records(folder / "records.jsonl", numbers)
     if details:
         _write(folder / "evaluation-gsm8k.json", result)
     return folder
@@ -319,13 +321,7 @@ def benchmark_file(path: Path) -> Path:
         for variant, ratio in (("dense", 1.0), ("masked", 0.97), ("compact", gain), ("compact_total", gain - 0.01))
     ]
     made = around("microglia benchmark --random-weights phi3-mini --layers 4 --keep-ratio 0.75,0.5")
-    append_records(
-        path,
-        [
-            Record("decode_latency", r.ms_per_token, "ms", n=20, extra={**about, **asdict(r)}, **asdict(made))
-            for r in rows
-        ],
-    )
+    append_records(path, records(BenchmarkResult(rows=tuple(rows), subject=about, circumstances=made)))
     return path
 
 
