@@ -21,7 +21,7 @@ def append(path: Path | str, rows: Iterable[Mapping[str, Any]]) -> None:
     are not JSON), and when the file cannot be written.
     """
     path = Path(path)
-    block = b"".join(_encode(row, path) for row in rows)
+    block = b"".join(_encode(row) for row in rows)
     if not block:
         return
     size = 0
@@ -61,13 +61,13 @@ def read(path: Path | str) -> list[tuple[str, dict[str, Any]]]:
     return rows
 
 
-def _encode(row: Mapping[str, Any], path: Path) -> bytes:
+def _encode(row: Mapping[str, Any]) -> bytes:
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"a row for {path} cannot be written as JSON ({error}); rows hold finite numbers, texts, lists and dicts, "
-            "so convert or leave out the rest"
+            f"the row that begins with {next(iter(row.values()))!r:.60} cannot be written as JSON ({error}); rows hold "
+            "finite numbers, texts, lists and dicts, so convert or leave out the rest"
         ) from error
 
 

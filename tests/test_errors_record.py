@@ -79,8 +79,7 @@ def test_a_line_that_was_cut_off_does_not_swallow_the_next_record(tmp_path: Path
     path.write_text('{"name": "decode_la')
     append_records(path, [FULL])
     assert json.loads(path.read_text().splitlines()[1])["value"] == 12.5
-    with pytest.raises(DataError, match=r"r\.jsonl, line 1 is not JSON"):
-        read_records(path)
+    assert read_records(path) == [FULL]
 
 
 def test_a_full_disk_leaves_the_records_as_they_were(tmp_path: Path) -> None:
@@ -98,8 +97,8 @@ def test_a_full_disk_leaves_the_records_as_they_were(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 3 is not JSON"),
-        ("[1, 2]", "line 3 holds a list, not a record"),
+        ("never mind", "line 3 is not a JSON object"),
+        ("[1, 2]", "line 3 is not a JSON object"),
         ('{"name": "x", "value": 1}', "line 3 has no unit"),
         ('{"name": "x", "value": 1, "unit": "ms", "colour": 2}', "line 3 has the unknown field colour"),
         ('{"name": "x", "value": "fast", "unit": "ms"}', "line 3 has the value 'fast', which is not a number"),
@@ -115,7 +114,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, message: str) -> N
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no record file .*nothing\.jsonl"):
+    with pytest.raises(DataError, match=r"nothing\.jsonl cannot be read \(No such file or directory\)"):
         read_records(tmp_path / "nothing.jsonl")
 
 

@@ -141,9 +141,9 @@ def _read(path: Path, findings: Findings) -> bool:
     label = path.parent.name or path.stem
     try:
         if path.name == HISTORY:
-            findings.histories[label] = value
+            findings.histories[label] = _history(value)
         elif path.name == "trainer_state.json":
-            findings.histories[path.parent.parent.parent.name] = value["log_history"]
+            findings.histories[path.parent.parent.parent.name] = _history(value["log_history"])
         elif path.name == CHECKPOINT:
             findings.checkpoints[label] = value
             if value.get("promise"):
@@ -157,6 +157,10 @@ def _read(path: Path, findings: Findings) -> bool:
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is not what microglia writes under that name; write it again") from error
     return True
+
+
+def _history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**row, "step": row["step"]} for row in rows]
 
 
 def _demo(result: DemoResult, label: str, findings: Findings) -> None:

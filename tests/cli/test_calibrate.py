@@ -38,7 +38,7 @@ def test_a_keep_ratio_is_set_and_saved_with_its_limit(folder, tmp_path):
     assert len(saved.calibration) == 2
     (record,) = read_records(folder / "calibration.jsonl")
     assert (record.name, record.n, record.extra["chosen"]) == ("accuracy_drop", 3, True)
-    assert len((folder / "calibration-answers.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "calibration-ledger.jsonl").read_text().splitlines()) == 2
 
 
 def test_too_few_prompts_leave_the_model_dense(folder, tmp_path):

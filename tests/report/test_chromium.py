@@ -80,31 +80,31 @@ def value_at(page, figure: str, axis: str, place: float) -> float:
 
 def test_marks_stand_where_the_records_say(opened):
     page, record = opened(), made.demo()
-    labels = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin"}
+    labels = {"dense": "dense", "pruned": "pruned (agents)", "static_baseline": "static baseline"}
     for name, label in labels.items():
         x, y, *_ = page.locator(f'#fronts-1 [data-name="{label}"]').first.evaluate(CENTRE)
-        assert value_at(page, "#fronts-1", "x", x) == pytest.approx(record[name]["sparsity"], abs=0.004)
-        assert value_at(page, "#fronts-1", "y", y) == pytest.approx(record[name]["accuracy"], abs=0.01)
+        assert value_at(page, "#fronts-1", "x", x) == pytest.approx(record[name].sparsity, abs=0.004)
+        assert value_at(page, "#fronts-1", "y", y) == pytest.approx(record[name].accuracy, abs=0.01)
     _, y, _, tall = page.locator("#fronts-1 .whisker.s1").first.evaluate(CENTRE)
     ends = [value_at(page, "#fronts-1", "y", place) for place in (y + tall / 2, y - tall / 2)]
-    assert ends == pytest.approx(record["pruned"]["accuracy_ci95"], abs=0.01)
+    assert ends == pytest.approx(record.pruned.accuracy_ci95, abs=0.01)
     x, *_ = page.locator('#fronts-3 [data-name="pruned (agents)"]').evaluate(CENTRE)
-    assert value_at(page, "#fronts-3", "x", x) == pytest.approx(record["latency"][3]["ratio_to_dense"], abs=0.002)
+    assert value_at(page, "#fronts-3", "x", x) == pytest.approx(record.latency[3].ratio_to_dense, abs=0.002)
 
 
 def test_bars_cells_and_texts_are_those_of_the_records(opened):
-    page, record = opened(), made.demo()["pruned"]
+    page, record = opened(), made.demo().pruned
     heights = {
         bar.get_attribute("data-group"): bar.evaluate(CENTRE)[3] for bar in page.locator("#groups-1 [data-group]").all()
     }
-    per_share = {group: heights[group] / value for group, value in record["sparsity_by_difficulty"].items()}
+    per_share = {group: heights[group] / value for group, value in record.sparsity_by_difficulty.items()}
     assert max(per_share.values()) == pytest.approx(min(per_share.values()), rel=0.01)
     for site, head in ((0, 0), (2, 3), (5, 7)):
         cell = page.locator(f'#heads-1 [data-site="{site}"][data-head="{head}"]')
         shown = float(cell.evaluate("e => getComputedStyle(e).fillOpacity"))
-        assert shown == pytest.approx(record["heads"]["kept"][site][head], abs=0.001)
-    assert page.locator("#compared tbody tr").nth(1).locator("td").first.inner_text() == f"{record['accuracy']:.1%}"
-    assert page.locator(".tiles dd").first.inner_text() == f"{record['accuracy']:.1%}"
+        assert shown == pytest.approx(record.heads["kept"][site][head], abs=0.001)
+    assert page.locator("#compared tbody tr").nth(1).locator("td").first.inner_text() == f"{record.accuracy:.1%}"
+    assert page.locator(".tiles dd").first.inner_text() == f"{record.accuracy:.1%}"
     assert page.locator("#origin pre").first.inner_text().splitlines()[0] == "microglia demo"
 
 
@@ -118,9 +118,9 @@ def test_a_ceiling_is_a_hollow_bar_as_long_as_it_says(opened):
 
 def test_a_change_stands_where_the_ablation_says(opened):
     page = opened()
-    for row in made.ablation()["rows"][1:]:
-        x, *_ = page.locator(f'#ablation-1 [data-name="{row["variant"]}"]').evaluate(CENTRE)
-        assert value_at(page, "#ablation-1", "x", x) == pytest.approx(100 * row["diff"], abs=0.2)
+    for row in made.ablation().rows[1:]:
+        x, *_ = page.locator(f'#ablation-1 [data-name="{row.variant}"]').evaluate(CENTRE)
+        assert value_at(page, "#ablation-1", "x", x) == pytest.approx(100 * row.to_base.diff, abs=0.2)
 
 
 def test_a_phone_shows_it_without_scrolling_sideways_and_large_enough(opened):

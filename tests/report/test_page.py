@@ -12,6 +12,7 @@ from microglia.errors import MicrogliaError
 from microglia.report import gather, page, words, write_report
 from microglia.report.charts import WIDTH, Change, Point, Speed, best, ceilings, changes, front
 from microglia.report.svg import Scale, round_step
+from microglia.results import BenchmarkResult
 from tests.report import made
 
 
@@ -38,32 +39,32 @@ def demo(tmp_path) -> str:
 def test_marks_carry_the_figures_of_the_records(demo):
     found, record = Elements(demo), made.demo()
     marks = [(m["data-name"], float(m["data-x"]), float(m["data-y"])) for m in found.having("data-x", "data-y")]
-    named = {"dense": "dense", "pruned": "pruned (agents)", "static": "static twin"}
-    expected = [(label, record[name]["sparsity"], record[name]["accuracy"]) for name, label in named.items()]
-    expected += [(f"random {i}", m["sparsity"], m["accuracy"]) for i, m in enumerate(record["random"]["masks"], 1)]
+    named = {"dense": "dense", "pruned": "pruned (agents)", "static_baseline": "static baseline"}
+    expected = [(label, record[name].sparsity, record[name].accuracy) for name, label in named.items()]
+    expected += [(f"random {i}", m.sparsity, m.accuracy) for i, m in enumerate(record.random.masks, 1)]
     fewer = [
-        (label, record["scarce"][name]["sparsity"], record["scarce"][name]["accuracy"])
+        (label, getattr(record.low_budget, name).sparsity, getattr(record.low_budget, name).accuracy)
         for name, label in named.items()
         if name != "dense"
     ]
     expected += fewer
     expected += [*expected[:3], *fewer]  # once more, near the dense model, without the random masks
-    expected += [("dense", 1.0, record["dense"]["accuracy"]), ("pruned (agents)", 1.1, record["pruned"]["accuracy"])]
+    expected += [("dense", 1.0, record.dense.accuracy), ("pruned (agents)", 1.1, record.pruned.accuracy)]
     assert marks == expected
 
     cells = found.having("data-site", "data-head")
     for name, third in zip(("kept", "entropy", "norm"), range(3), strict=True):
         part = cells[third * 48 : (third + 1) * 48]
         shown = [[float(c["data-value"]) for c in part if c["data-site"] == str(s)] for s in range(made.SITES)]
-        assert shown == record["pruned"]["heads"][name]
+        assert shown == record.pruned.heads[name]
 
     bars = {(b["data-name"], b["data-group"]): float(b["data-value"]) for b in found.having("data-group")}
-    for group, value in record["pruned"]["sparsity_by_family"].items():
+    for group, value in record.pruned.sparsity_by_family.items():
         assert bars["pruned (agents)", group] == value
     parts = {(p["data-name"], p["data-part"]): float(p["data-value"]) for p in found.having("data-part")}
-    assert parts["compact", "KV cache"] == record["latency"][2]["kv_bytes"] / 2**20
+    assert parts["compact", "KV cache"] == record.latency[2].kv_bytes / 2**20
     ceilings = {c["data-name"]: float(c["data-ceiling"]) for c in found.having("data-ceiling")}
-    assert ceilings["compact"] == record["latency"][2]["ceiling"]
+    assert ceilings["compact"] == record.latency[2].ceiling
 
 
 def test_curves_are_the_history(demo):
@@ -79,23 +80,23 @@ def test_an_ablation_and_a_promise_are_those_of_the_records(tmp_path):
     runs = [made.ablation_folder(tmp_path / "ablation"), made.calibrated_folder(tmp_path / "calibrated")]
     text = page(gather(runs))
     marks = {m["data-name"]: float(m["data-x"]) for m in Elements(text).having("data-name", "data-x")}
-    assert marks == {row["variant"]: row["diff"] for row in made.ablation()["rows"][1:]}
+    assert marks == {row.variant: row.to_base.diff for row in made.ablation().rows[1:]}
     assert (
         "500 prompts, 3 seeds, every variant with 75% of the heads kept. The base recipe answers 86.0% right." in text
     )
-    assert f"calibrated: {made.promise()['sentence']}." in text
-    for tried in made.promise()["tried"]:
-        cells = [f"{tried['keep_ratio']:.1%}", f"{tried['accuracy']:.1%}", str(tried["lost"]), str(tried["won"])]
-        cells += [f"−{100 * tried['drop']:.1f}", f"{100 * tried['drop_bound']:.1f}"]
+    assert f"calibrated: {made.promise().sentence}." in text
+    for tried in made.promise().tried:
+        cells = [f"{tried.keep_ratio:.1%}", f"{tried.accuracy:.1%}", str(tried.lost), str(tried.won)]
+        cells += [f"−{100 * tried.drop:.1f}", f"{100 * tried.drop_bound:.1f}"]
         assert "".join(f"<td>{cell}</td>" for cell in cells) in text
 
 
 def test_what_calibrate_printed_is_a_promise_too(tmp_path):
     text = page(gather([made.calibration_file(tmp_path / "results" / "calibration.json")]))
-    assert f"results: {made.promise()['sentence']}." in text
+    assert f"results: {made.promise().sentence}." in text
 
 
-def test_adapting_is_judged_again_where_heads_are_scarce(demo):
+def test_adapting_is_judged_again_at_a_low_budget(demo):
     lede = re.search(r'class="lede">(.*?)</p>', demo).group(1)
     assert "+4.1 points, 95 % interval +2.0 to +6.2; this run supports a gain" in lede
     assert "With 40% of the heads pruned: +5.4 points, 95 % interval +2.4 to +8.4; this run supports a gain" in lede
@@ -124,9 +125,10 @@ def test_measurements_that_differ_in_their_numbers_format_have_charts_of_their_o
     folder = tmp_path / "runs"
     folder.mkdir()
     for name, dtype in (("a", "bfloat16"), ("b", "bfloat16, weights int8")):
-        rows = [made.row("dense", 1.0), made.row("compact", 1.1)]
-        value = {"subject": {"model": "phi3-mini", "dtype": dtype}, "rows": rows, **made.AROUND}
-        (folder / f"{name}.json").write_text(json.dumps(value))
+        rows = (made.row("dense", 1.0), made.row("compact", 1.1))
+        subject = {"model": "phi3-mini", "dtype": dtype}
+        value = BenchmarkResult(rows=rows, subject=subject, circumstances=made.around("microglia benchmark"))
+        (folder / f"{name}.json").write_text(json.dumps(value.to_json()))
     text = page(gather([folder]))
     for what in ("Speed-up beside its ceiling", "Bytes of a decode step", "Peak memory of a request"):
         for dtype in ("bfloat16", "bfloat16, weights int8"):
@@ -149,7 +151,7 @@ def test_nothing_is_loaded_from_elsewhere(demo):
 
 def test_what_records_say_is_text_and_not_markup(tmp_path):
     folder = made.demo_folder(tmp_path)
-    record = made.demo()
+    record = made.demo().to_json()
     record["circumstances"]["command"] = "microglia demo <script>alert(1)</script> & more"
     record["pruned"]["sparsity_by_family"] = {'<b onload="x">': 0.2}
     (folder / "summary.json").write_text(json.dumps(record))
