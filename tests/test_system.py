@@ -146,7 +146,7 @@ def test_what_a_user_gets_wrong_is_said_in_a_sentence(system, folder, tmp_path):
         system.get_sparsity()
     with pytest.raises(ConfigError, match=r"num_heads=32 was given, but the model has 8 heads"):
         MicrogliaPruningSystem(str(folder), num_heads=32)
-    with pytest.raises(ConfigError, match=r"bucket=8 was given, but a site has 8 heads, all of which would always be"):
+    with pytest.raises(ConfigError, match=r"bucket=8 was given, but a site has 8 units, all of which would always be"):
         MicrogliaPruningSystem(str(folder), bucket=8)
     with pytest.raises(ConfigError, match=r"signals='x' is unknown; choose norm or entropy"):
         MicrogliaPruningSystem(str(folder), signals=["x"])
