@@ -91,7 +91,7 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
                 deviations={} if deviations is None else _by_signal(deviations, signals),
                 logit=_rounded(logits[0]),
                 probability=_rounded(torch.sigmoid((logits[0] - gate.threshold) / gate.temperature)),
-                outcome=[OUTCOMES[asked, bool(k)] for asked, k in zip(requested, keep[0].tolist(), strict=True)],
+                outcome=[OUTCOMES[wanted, bool(k)] for wanted, k in zip(requested, keep[0].tolist(), strict=True)],
             )
         )
     return Explanation(tuple(sites), int(batch["attention_mask"].sum()), gate.threshold)

@@ -59,18 +59,18 @@ class Settings:
         if not pruned:
             return settings
         for name in IN_PARTS:
-            if settings.asked(name):
+            if settings.given(name):
                 raise ConfigError(
                     f"{name} reads the prompt in parts or with guesses, so nothing could be decided on it; leave it out"
                 )
-        if settings.asked("use_cache") is False:
+        if settings.given("use_cache") is False:
             raise ConfigError(
                 "use_cache=False reads the prompt again for every token, so nothing is ever pruned; leave it out"
             )
         # Whatever the model's own configuration says: without a cache nothing is ever pruned.
         return cls({**settings.options, "use_cache": True}, defaults)
 
-    def asked(self, name: str) -> Any:
+    def given(self, name: str) -> Any:
         """What the caller said of an option: by itself, or in a generation_config of their own."""
         return self.options.get(name, getattr(self.options.get("generation_config"), name, None))
 
@@ -112,7 +112,7 @@ def generate(
     execution = execution_for(execution, lm)
     pruner = pruner if execution.prunes else None
     settings = Settings.merged(lm, tokenizer, options, pruned=pruner is not None)
-    execution.check_generation({name: settings.asked(name) for name in ("num_beams", "num_return_sequences")})
+    execution.check_generation({name: settings.given(name) for name in ("num_beams", "num_return_sequences")})
     batch = encode_prompts(lm, tokenizer, prompts, max_new_tokens)
     ids, mask = batch["input_ids"], batch["attention_mask"]
     pad = settings.options["pad_token_id"]

@@ -1,4 +1,4 @@
-"""Several processes that work as one (`torchrun`): who takes what, what all of them found, and who may write.
+"""Several processes that work as one (`torchrun`): who takes what, what all of them results, and who may write.
 
 Everything here is a matter of course in a single process, and changes nothing there.
 """
@@ -72,12 +72,12 @@ def share(rows: int) -> range:
 
 def shared_out(jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
     """The result of every job, in the jobs' order. Each process does its share and hears of the rest."""
-    own = [work(jobs[index]) for index in share(len(jobs))]
+    mine = [work(jobs[index]) for index in share(len(jobs))]
     if count() == 1:
-        return own
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, own)
-    return [found[index % count()][index // count()] for index in range(len(jobs))]
+        return mine
+    results: list[Any] = [None] * count()
+    dist.all_gather_object(results, mine)
+    return [results[index % count()][index // count()] for index in range(len(jobs))]
 
 
 def pooled(mean: Tensor, items: int) -> Tensor:

@@ -83,10 +83,10 @@ class Checkpoint:
 
     def check(self, model: nn.Module) -> None:
         """Raise CheckpointError naming every difference at once unless `model` is the kind this was made on."""
-        if found := self.config.differences(model):
+        if differences := self.config.differences(model):
             raise CheckpointError(
                 f"this checkpoint was made on {self.config.base_model or self.config.model_class} and does not fit the "
-                f"given model: {'; '.join(found)}; load the model it was made on, or train new agents"
+                f"given model: {'; '.join(differences)}; load the model it was made on, or train new agents"
             )
 
     def load_onto(self, model: nn.Module) -> nn.Module:

@@ -157,7 +157,7 @@ def checksum(data: bytes) -> str:
 def _read(folder: Path, name: str, digest: str) -> bytes:
     path = folder / name
     beside = folder / f"{name}.{digest[:16]}"
-    found = None
+    size = None
     for candidate in (path, beside, path):  # the last again: another process may just have moved it there
         try:
             data = candidate.read_bytes()
@@ -167,13 +167,13 @@ def _read(folder: Path, name: str, digest: str) -> bytes:
             raise CheckpointError(_unreadable(candidate, error)) from error
         if checksum(data) == digest:
             return data
-        found = len(data)
-    if found is None:
+        size = len(data)
+    if size is None:
         raise CheckpointError(
             f"{folder} lacks {name}{_pickles(path.parent)}; copy the whole folder again or train and save once more"
         )
     raise CheckpointError(
-        f"{path} is damaged or belongs to another checkpoint: its {found} bytes have not the SHA-256 in {CONFIG}; "
+        f"{path} is damaged or belongs to another checkpoint: its {size} bytes have not the SHA-256 in {CONFIG}; "
         "copy the whole folder again or train and save once more"
     )
 

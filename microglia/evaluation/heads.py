@@ -25,9 +25,9 @@ class HeadMeans:
 
     def _add(self, sums: Mapping[str, list[Tensor]], prompts: int) -> None:
         self.prompts += prompts
-        for name, found in sums.items():
+        for name, values in sums.items():
             before = self.sums.get(name)
-            self.sums[name] = found if before is None else [a + b for a, b in zip(before, found, strict=True)]
+            self.sums[name] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
 
     def as_json(self) -> dict[str, list[list[float]]]:
         """`kept` (share of the prompts) and every signal: a list of heads per site; empty without prompts."""

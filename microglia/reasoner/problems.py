@@ -1,7 +1,7 @@
 """A seeded generator of multi-step arithmetic word problems in GSM8K's form.
 
 Each problem has a question, worked steps and `#### answer`. A worked step is a line, `word: a+b=c`; its word comes from
-the sentence that it works on (who, what, which day). What happens one after the other is told with words for its order
+the sentence that it works on (who, what, which day). What happens one after the other has words for its order
 (First, Second, Monday), which a model of this size needs to keep count (docs/log.md). The number of worked steps, 1 to
 8, is the difficulty. The text is ours; the form (question, steps, `####`) is that of Cobbe et al. 2021, GSM8K.
 
@@ -131,24 +131,24 @@ def _change(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     (name, pronoun), (other, _) = _people(rng, 2)
     thing = rng.choice(THINGS)
     chain = _Chain(rng, _number(rng, 5), [])
-    told = [f"{name} has {chain.value} {thing}."]
-    told += [_event(chain, rng.choice((name, pronoun)), thing, other) for _ in range(steps)]
-    return told, f"How many {thing} does {name} have now?", chain
+    sentences = [f"{name} has {chain.value} {thing}."]
+    sentences += [_event(chain, rng.choice((name, pronoun)), thing, other) for _ in range(steps)]
+    return sentences, f"How many {thing} does {name} have now?", chain
 
 
 def _intermediate(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
-    """Like `change`, told by days; the question asks for a day before the last, the later events do not count."""
+    """Like `change`, sentences by days; the question asks for a day before the last, the later events do not count."""
     (name, pronoun), (other, _) = _people(rng, 2)
     thing = rng.choice(THINGS)
     extra = rng.randint(1, 2) if steps + 2 <= len(DAYS) else 1
     if steps + extra > len(DAYS):
         raise DeadEnd
     chain = _Chain(rng, _number(rng, 5), [])
-    told = [f"{name} has {chain.value} {thing}."]
-    told += [_event(chain, pronoun, thing, other, DAYS[i]) for i in range(steps)]
+    sentences = [f"{name} has {chain.value} {thing}."]
+    sentences += [_event(chain, pronoun, thing, other, DAYS[i]) for i in range(steps)]
     beyond = _Chain(rng, chain.value, [])
-    told += [_event(beyond, pronoun, thing, other, DAYS[steps + i]) for i in range(extra)]
-    return told, f"How many {thing} does {name} have at the end of {DAYS[steps - 1]}?", chain
+    sentences += [_event(beyond, pronoun, thing, other, DAYS[steps + i]) for i in range(extra)]
+    return sentences, f"How many {thing} does {name} have at the end of {DAYS[steps - 1]}?", chain
 
 
 def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -159,7 +159,7 @@ def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     thing, place = rng.choice(THINGS), rng.choice(COMPARED)
     chain = _Chain(rng, _number(rng, 4), [])
     has = [chain.value]
-    told = [f"{place} A has {chain.value} {thing}."]
+    sentences = [f"{place} A has {chain.value} {thing}."]
     for index in range(1, relations + beyond + 1):
         letter = LETTERS[index]
         target = chain if index <= relations else _Chain(rng, has[-1], [])
@@ -177,14 +177,14 @@ def _compare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
         else:
             target.compute("/", 2, label=letter, left=has[-1])
             amount = f"half as many {thing} as"
-        told.append(f"{place} {letter} has {amount} the {place.lower()} before.")
+        sentences.append(f"{place} {letter} has {amount} the {place.lower()} before.")
         has.append(target.value)
     if not together:
-        return told, f"How many {thing} does {place} {LETTERS[relations]} have?", chain
+        return sentences, f"How many {thing} does {place} {LETTERS[relations]} have?", chain
     total = has[0]
     for value in has[1:]:
         total = chain.compute("+", value, label="total", left=total)
-    return told, f"How many {thing} do they have together?", chain
+    return sentences, f"How many {thing} do they have together?", chain
 
 
 def _groups(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -194,17 +194,17 @@ def _groups(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     kinds = rng.randint(1, min(3, (steps + 1) // 2))
     boxes = rng.sample(BOXES, kinds)
     chain = _Chain(rng, 0, [])
-    told, products = [], []
+    sentences, products = [], []
     for index, box in enumerate(boxes):
         count, each = rng.randint(2, 9), rng.randint(2, 12)
         products.append(chain.compute("*", each, label=box, left=count))
-        told.append(f"{pronoun.capitalize() if index else name} has {count} {box} with {each} {thing} each.")
+        sentences.append(f"{pronoun.capitalize() if index else name} has {count} {box} with {each} {thing} each.")
     total = products[0]
     for product in products[1:]:
         total = chain.compute("+", product, label="total", left=total)
     chain.value = total
-    told += [_event(chain, pronoun, thing, other) for _ in range(steps - 2 * kinds + 1)]
-    return told, f"How many {thing} does {name} have now?", chain
+    sentences += [_event(chain, pronoun, thing, other) for _ in range(steps - 2 * kinds + 1)]
+    return sentences, f"How many {thing} does {name} have now?", chain
 
 
 def _share(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -213,15 +213,15 @@ def _share(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     thing = rng.choice(THINGS)
     before = rng.randint(0, steps - 1)
     chain = _Chain(rng, _number(rng, 12), [])
-    told = [f"{name} has {chain.value} {thing}."]
-    told += [_event(chain, pronoun, thing, other) for _ in range(before)]
+    sentences = [f"{name} has {chain.value} {thing}."]
+    sentences += [_event(chain, pronoun, thing, other) for _ in range(before)]
     friends = _divisor(rng, chain.value)
     chain.compute("/", friends, label="each")
-    told.append(
+    sentences.append(
         f"{pronoun.capitalize()} shares the {thing} equally among {friends} friends, and {friend} is one of them."
     )
-    told += [_event(chain, friend, thing, other) for _ in range(steps - before - 1)]
-    return told, f"How many {thing} does {friend} have now?", chain
+    sentences += [_event(chain, friend, thing, other) for _ in range(steps - before - 1)]
+    return sentences, f"How many {thing} does {friend} have now?", chain
 
 
 def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -229,15 +229,15 @@ def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
     thing = rng.choice(THINGS)
     rate = rng.randint(2, 12)
     chain = _Chain(rng, rate, [])
-    told = [f"A machine makes {rate} {thing} an hour."]
+    sentences = [f"A machine makes {rate} {thing} an hour."]
     hours = rng.randint(2, 8)
     chain.compute("*", hours, label="a day")
-    told.append(f"It works {hours} hours a day.")
+    sentences.append(f"It works {hours} hours a day.")
     question = f"How many {thing} does it make in a day?"
     if steps > 1:
         days = rng.randint(2, 5)
         chain.compute("*", days, label="in all")
-        told.append(f"It works for {days} days.")
+        sentences.append(f"It works for {days} days.")
         question = f"How many {thing} does it make in all?"
     for _ in range(steps - 2):
         moment = chain.moment()
@@ -245,17 +245,17 @@ def _rates(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
         if kind == "broken":
             n = _number(rng, high=min(60, max(2, chain.value - 1)))
             chain.compute("-", n, label=moment)
-            told.append(f"{moment}, {n} {thing} break.")
+            sentences.append(f"{moment}, {n} {thing} break.")
         elif kind == "more":
             n = _number(rng)
             chain.compute("+", n, label=moment)
-            told.append(f"{moment}, {n} {thing} are added.")
+            sentences.append(f"{moment}, {n} {thing} are added.")
         else:
             parts = _divisor(rng, chain.value)
             chain.compute("/", parts, label=moment)
-            told.append(f"{moment}, the {thing} are split into {parts} equal parts, and one part is kept.")
+            sentences.append(f"{moment}, the {thing} are split into {parts} equal parts, and one part is kept.")
         question = f"How many {thing} are left?"
-    return told, question, chain
+    return sentences, question, chain
 
 
 def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
@@ -263,11 +263,11 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
     (name, pronoun), (other, _) = _people(rng, 2)
     thing = rng.choice(THINGS)
     chain = _Chain(rng, 10 * rng.randint(2, 20) if rng.random() < 0.7 else 20 * rng.randint(1, 10), [])
-    told = [f"{name} has {chain.value} {thing}."]
+    sentences = [f"{name} has {chain.value} {thing}."]
     if steps == 1:
         p = _percent(rng, chain.value)
         _part(chain, p, "part")
-        return told, f"How many {thing} are {p}% of the {thing}?", chain
+        return sentences, f"How many {thing} are {p}% of the {thing}?", chain
     left = steps
     while left:
         if left >= 2 and (left == steps or rng.random() < 0.4):
@@ -279,12 +279,12 @@ def _percentages(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain
             grows = rng.random() < 0.4
             chain.compute("+" if grows else "-", part, label=moment, left=whole)
             change = f"buys {p}% more {thing}" if grows else f"sells {p}% of the {thing}"
-            told.append(f"{moment}, {pronoun} {change}.")
+            sentences.append(f"{moment}, {pronoun} {change}.")
             left -= 2
         else:
-            told.append(_event(chain, pronoun, thing, other))
+            sentences.append(_event(chain, pronoun, thing, other))
             left -= 1
-    return told, f"How many {thing} does {name} have now?", chain
+    return sentences, f"How many {thing} does {name} have now?", chain
 
 
 def _part(chain: _Chain, percent: int, label: str) -> int:
@@ -296,7 +296,7 @@ def _part(chain: _Chain, percent: int, label: str) -> int:
 
 
 def _bare(rng: random.Random, steps: int) -> tuple[list[str], str, _Chain]:
-    """No story: one calculation, asked plainly."""
+    """No story: one calculation, question plainly."""
     if steps != 1:
         raise DeadEnd
     operator = rng.choice("+-*/%")
@@ -327,13 +327,13 @@ FAMILIES: dict[str, Callable[[random.Random, int], tuple[list[str], str, _Chain]
 MOST_STEPS = {"intermediate": len(DAYS) - 1, "bare": 1}  # the others reach MAX_STEPS
 
 
-def _distractor(rng: random.Random, told: list[str]) -> str:
+def _distractor(rng: random.Random, sentences: list[str]) -> str:
     """A sentence with a number that the answer does not need.
 
     Who it is about is of the other pronoun than the story's first person, so that a "he" or "she" after it still
     means that person.
     """
-    story = " ".join(told)
+    story = " ".join(sentences)
     first = story.split()[0]
     thing = rng.choice([t for t in THINGS if t not in story])
     name = rng.choice([n for names in NAMES.values() if first not in names for n in names if n not in story])
@@ -365,14 +365,14 @@ def draw(rng: random.Random, steps: int, families: Sequence[str] = tuple(FAMILIE
     while True:
         name = rng.choice(families)
         try:
-            told, asked, chain = FAMILIES[name](rng, steps)
+            sentences, question, chain = FAMILIES[name](rng, steps)
         except DeadEnd:
             continue
-        distracted = bool(told) and rng.random() < 0.25
+        distracted = bool(sentences) and rng.random() < 0.25
         if distracted:
-            told.insert(rng.randint(1, len(told)), _distractor(rng, told))
+            sentences.insert(rng.randint(1, len(sentences)), _distractor(rng, sentences))
         answer = "\n".join([*chain.lines, f"#### {chain.value}"])
-        return Problem(" ".join([*told, asked]), answer, chain.value, steps, name, distracted)
+        return Problem(" ".join([*sentences, question]), answer, chain.value, steps, name, distracted)
 
 
 def problems(

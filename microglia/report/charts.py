@@ -64,9 +64,9 @@ def front(points: Sequence[Point], alt: str, x_label: str, x_format: str, *, den
         parts.append(tag("line", x1=frame.x.start, x2=frame.x.end, y1=y, y2=y, class_="dense-line"))
     parts.append(tag("polyline", points=_places(frame, best(points)), class_="front-line"))
     for name in dict.fromkeys(p.name for p in points):
-        own = sorted((p for p in points if p.name == name), key=lambda p: p.x)
-        if len(own) > 1:
-            parts.append(tag("polyline", points=_places(frame, own), class_=f"path s{own[0].style % 8}"))
+        group = sorted((p for p in points if p.name == name), key=lambda p: p.x)
+        if len(group) > 1:
+            parts.append(tag("polyline", points=_places(frame, group), class_=f"path s{group[0].style % 8}"))
     for p in points:
         x, y = frame.x(p.x), frame.y(p.y)
         whisker = f"whisker s{p.style % 8}"
@@ -75,9 +75,9 @@ def front(points: Sequence[Point], alt: str, x_label: str, x_format: str, *, den
         if p.x_ends:
             parts.append(tag("line", x1=frame.x(p.x_ends[0]), x2=frame.x(p.x_ends[1]), y1=y, y2=y, class_=whisker))
     for p in points:
-        told = tag("title", escape(f"{p.name}: {p.y:.1%} right at {x_format.format(p.x)}"))
+        hint = tag("title", escape(f"{p.name}: {p.y:.1%} right at {x_format.format(p.x)}"))
         data = {"data_name": p.name, "data_x": repr(p.x), "data_y": repr(p.y)}
-        parts.append(marker(p.style, frame.x(p.x), frame.y(p.y), told, **data))
+        parts.append(marker(p.style, frame.x(p.x), frame.y(p.y), hint, **data))
     return picture(WIDTH, 300, alt, *parts)
 
 
@@ -108,11 +108,11 @@ def heat(
         if sites <= 16 or site % 4 == 0:
             parts.append(text(site, left - 6, y + tall / 2 + 4, class_="tick end"))
         for head, value in enumerate(row):
-            told = tag("title", escape(f"site {site}, head {head}: {form.format(value)}"))
+            hint = tag("title", escape(f"site {site}, head {head}: {form.format(value)}"))
             place = {"x": left + head * wide, "y": y, "width": wide - gap, "height": tall - gap, "rx": min(3, wide / 5)}
             opacity = f"{min(1.0, max(0.0, shade[site][head])):.3f}"
             data = {"data_site": site, "data_head": head, "data_value": repr(value), "fill_opacity": opacity}
-            parts.append(tag("rect", told, class_="cell", **place, **data))
+            parts.append(tag("rect", hint, class_="cell", **place, **data))
         if row_means:
             parts.append(_row_mean(sum(row) / len(row), left + heads * wide + 5, y, tall))
     bottom = top + sites * tall + 12
@@ -174,9 +174,9 @@ def columns(
 
 
 def _bar(name: str, group: str, value: float, style: int, **place: object) -> str:
-    told = tag("title", escape(f"{name}, {group}: {value:.1%}"))
+    hint = tag("title", escape(f"{name}, {group}: {value:.1%}"))
     data = {"data_name": name, "data_group": group, "data_value": repr(value)}
-    return tag("rect", told, class_=f"bar s{style % 8}", **place, **data)
+    return tag("rect", hint, class_=f"bar s{style % 8}", **place, **data)
 
 
 def _upright(
@@ -286,9 +286,9 @@ def changes(rows: Sequence[Change], alt: str) -> str:
         if row.ends:
             x1, x2 = (scale(100 * end) for end in row.ends)
             parts.append(tag("line", x1=x1, x2=x2, y1=y + 21, y2=y + 21, class_="whisker s1"))
-        told = tag("title", escape(f"{row.name}: {number} points"))
+        hint = tag("title", escape(f"{row.name}: {number} points"))
         data = {"data_name": row.name, "data_x": repr(row.value)}
-        parts.append(marker(1, scale(100 * row.value), y + 21, told, **data))
+        parts.append(marker(1, scale(100 * row.value), y + 21, hint, **data))
     parts.append(text("points of accuracy, base = 0", WIDTH / 2, bottom + 34, class_="label middle"))
     return picture(WIDTH, bottom + 42, alt, *parts)
 
@@ -303,9 +303,9 @@ def stacked(rows: Sequence[tuple[str, Sequence[tuple[str, int, float]]]], alt: s
         total = sum(amount for *_, amount in parts)
         shown.append(text(f"{name}: {total:,.1f} {unit}", 14, y + 11, class_="tick strong"))
         for part, style, amount in parts:
-            told = tag("title", escape(f"{name}, {part}: {amount:,.2f} {unit}"))
+            hint = tag("title", escape(f"{name}, {part}: {amount:,.2f} {unit}"))
             place = {"x": scale(done), "y": y + 16, "width": scale(done + amount) - scale(done), "height": 14}
             data = {"data_name": name, "data_part": part, "data_value": repr(amount)}
-            shown.append(tag("rect", told, class_=f"bar s{style % 8}", **place, **data))
+            shown.append(tag("rect", hint, class_=f"bar s{style % 8}", **place, **data))
             done += amount
     return picture(WIDTH, step * len(rows) + 6, alt, *shown)

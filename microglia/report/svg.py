@@ -60,10 +60,10 @@ def round_step(raw: float) -> float:
 
 
 def around(values: Sequence[float], *, margin: float = 0.08, at_least: float = 0.0) -> tuple[float, float]:
-    """A range that holds all values with some room; at least so wide."""
+    """A range that holds all values with a margin; at least so wide."""
     low, high = min(values), max(values)
-    room = max((high - low) * margin, (at_least - (high - low)) / 2, 1e-9)
-    return low - room, high + room
+    extra = max((high - low) * margin, (at_least - (high - low)) / 2, 1e-9)
+    return low - extra, high + extra
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ class Trained(nn.Module):
 
         Of several processes each gets the whole batch and goes through its share of the rows; the loss is that of all.
         """
-        own = processes.share(len(tensors["prompt"]))
-        rows = own or range(0, own.stop, own.stop)  # with nothing to do: one row, that counts nothing
+        share = processes.share(len(tensors["prompt"]))
+        rows = share or range(0, share.stop, share.stop)  # with nothing to do: one row, that counts nothing
         batch = Batch(**{name: x[rows.start :: rows.step] for name, x in tensors.items()})
         with torch.autocast(batch.prompt.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            return self._loss(batch, rows, len(own), now, gates)
+            return self._loss(batch, rows, len(share), now, gates)
 
     def _pruner(self, now: ScheduleState, rows: range) -> Pruner | None:
         """The pruner with the gate of this moment: with noise and gradients in training, hard in evaluation."""

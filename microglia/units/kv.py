@@ -32,9 +32,9 @@ def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
     if entry.keys is not None and entry.keys.numel():
         entry.keys, entry.values = take_rows(entry.keys, index), take_rows(entry.values, index)
     kind: Any = _with_row_heads(type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
-    own = kind.__new__(kind)
-    own.__dict__.update(entry.__dict__, index=index)
-    kv.layers[layer] = own
+    view = kind.__new__(kind)
+    view.__dict__.update(entry.__dict__, index=index)
+    kv.layers[layer] = view
 
 
 class RowHeads:

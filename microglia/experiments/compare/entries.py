@@ -65,13 +65,13 @@ def make_entries(
     options of the agents' training, by which the static baseline is trained too.
     """
     options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
-    found = []
+    entries = []
     for name, folders in parsed(words).items():
         if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
-            found.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
+            entries.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
         else:
-            found.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
-    return found
+            entries.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
+    return entries
 
 
 def policy_in(folder: str, name: str, model: Any) -> Policy:
