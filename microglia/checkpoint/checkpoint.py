@@ -81,6 +81,10 @@ class Checkpoint:
             pruner = pruner.with_budget(calibration, config.geometries)
         return cls(pruner, config, contents or None)
 
+    def calibrated(self, pruner: Pruner, promise: Mapping[str, Any]) -> "Checkpoint":
+        """The same checkpoint with the threshold that a calibration chose, and the promise that comes with it."""
+        return replace(self, config=replace(self.config, threshold=pruner.gate.threshold, promise=dict(promise)))
+
     def check(self, model: nn.Module) -> None:
         """Raise CheckpointError naming every difference at once unless `model` is the kind this was made on."""
         if differences := self.config.differences(model):

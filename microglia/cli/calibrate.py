@@ -79,9 +79,7 @@ def save(source: str, folder: Path, system: Any) -> None:
     """The checkpoint as it was, but with the chosen threshold and its promise."""
     from microglia.checkpoint import Checkpoint
 
-    saved = Checkpoint.from_pretrained(source)
-    config = replace(saved.config, threshold=system.pruner.gate.threshold, promise=system.promise)
-    replace(saved, config=config).save_pretrained(folder)
+    Checkpoint.from_pretrained(source).calibrated(system.pruner, system.promise).save_pretrained(folder)
 
 
 def records(promise: Any, device: Any, seed: int) -> list[Any]:
