@@ -11,11 +11,14 @@ import torch
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.likelihood import encode_pair, likelihoods
+from microglia.evaluation.setup import Setup
 from microglia.export import KeepPlan, export
 from microglia.export.frozen import frozen
-from microglia.generation import generate, prompt_logits
+from microglia.generation import generate
+from microglia.reading import read_prompts
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
+from tests.tiny import geometries_of
 from tests.tiny_folder import opinionated, save_tiny_model
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (extra eval)")
@@ -82,7 +85,7 @@ def folder(tmp_path_factory) -> Path:
     (folder / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in arc))
     save_tiny_model(folder / "model")
     system = MicrogliaPruningSystem(str(folder / "model"), hidden_dim=16)
-    opinionated(system.policy)
+    opinionated(system.pruner.policy)
     system.set_keep_ratio(None, [q for q, *_ in ROWS])
     system.save_pretrained(folder / "checkpoint")
     return folder
@@ -125,7 +128,7 @@ def responses(result, task):
 
 
 def test_dense_is_what_the_harness_says_of_the_model_itself(judged, folder):
-    ours = judged("microglia", f"checkpoint={folder / 'checkpoint'},path=dense", *TASKS)
+    ours = judged("microglia", f"checkpoint={folder / 'checkpoint'},execution=dense", *TASKS)
     theirs = judged("hf", f"pretrained={folder / 'model'},dtype=float32", *TASKS)
     assert responses(ours, "say") == responses(theirs, "say")
     for mine, its in zip(responses(ours, "choose"), responses(theirs, "choose"), strict=True):
@@ -139,8 +142,9 @@ def test_dense_is_what_the_harness_says_of_the_model_itself(judged, folder):
 
 
 def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path):
-    logits = prompt_logits(system.model, system.tokenizer, [q for q, *_ in ROWS], system.policy, look=system.look)
-    plan = KeepPlan.of_prompts("task", logits, [site.geometry for site in system.sites], system.gate_for(0.6))
+    pruner = system.pruner.at(0.6)
+    logits = read_prompts(system.model, system.tokenizer, [q for q, *_ in ROWS], pruner).logits
+    plan = KeepPlan.of_prompts("task", pruner.with_budget(logits, geometries_of(system.model)).budget, pruner.gate)
     exported = export(system.model, system.tokenizer, plan, tmp_path / "exported")
     found = judged("hf", f"pretrained={exported.folder},trust_remote_code=True,dtype=float32", "choose", "say")
     prompts = [f"Question: {q}\nAnswer:" for q, *_ in ROWS]
@@ -157,28 +161,38 @@ def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path)
         assert [x for x, _ in theirs] == pytest.approx([x.log_probability for x in ours], abs=1e-3)
 
 
-@pytest.mark.parametrize("path", ["compact", "masked"])
-def test_pruned_is_what_we_say_on_the_same_prompts(judged, folder, system, path):
-    arguments = {"checkpoint": str(folder / "checkpoint"), "path": path, "keep_ratio": 0.6}
+@pytest.mark.parametrize("execution", ["compact", "masked"])
+def test_pruned_is_what_we_say_on_the_same_prompts(judged, folder, system, execution):
+    arguments = {"checkpoint": str(folder / "checkpoint"), "execution": execution, "keep_ratio": 0.6}
     result = judged("microglia", arguments, "choose", "say")
-    how = {"gate": system.gate_for(0.6), "look": system.look}
+    pruner = system.pruner.at(0.6)
     assert 0.2 < result["config"]["microglia_sparsity"] < 0.6
 
     prompts = [f"Question: {q}\nAnswer:" for q, *_ in ROWS]
-    texts = generate(system.model, system.tokenizer, prompts, system.policy, max_new_tokens=12, path=path, **how).texts
+    parts = (system.model, system.tokenizer, prompts, pruner)
+    texts = generate(*parts, max_new_tokens=12, execution=execution).texts
     assert [[text] for text in texts] == [list(said) for said in responses(result, "say")]
 
     task = get_task("arc-easy")
-    examples = task.load("test", data_dir=folder)
+    setup = Setup(system.model, system.tokenizer, task, task.load("test", data_dir=folder), execution)
     for metric, scoring in (("acc", "likelihood"), ("acc_norm", "likelihood-per-character")):
-        own = score_choices(
-            system.model, system.tokenizer, task, examples, system.policy, scoring=scoring, path=path, **how
-        )
+        own = score_choices(setup, pruner, scoring)
         assert result["results"]["tiny_choose"][f"{metric},none"] == own.accuracy
     for theirs, answer in zip(responses(result, "choose"), own.answers, strict=True):
         assert [x for x, _ in theirs] == pytest.approx(answer.choices, abs=1e-3)
-    dense = score_choices(system.model, system.tokenizer, task, examples)
+    dense = score_choices(setup)
     assert dense.answers[0].choices != pytest.approx(own.answers[0].choices, abs=1e-2)  # so pruning made a difference
+
+
+def test_captured_steps_write_what_compact_ones_do_and_score_nothing(judged, folder):
+    arguments = {"checkpoint": str(folder / "checkpoint"), "keep_ratio": 0.6}
+    compact, captured = (
+        judged("microglia", {**arguments, "execution": execution}, "say") for execution in ("compact", "captured")
+    )
+    assert responses(captured, "say") == responses(compact, "say")
+    assert captured["config"]["microglia_sparsity"] == compact["config"]["microglia_sparsity"] > 0.2
+    with pytest.raises(ConfigError, match=r"execution='captured' scores no texts; choose compact, dense or masked"):
+        judged("microglia", {**arguments, "execution": "captured"}, "choose")
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(folder, system):
@@ -188,17 +202,17 @@ def test_a_context_that_is_too_long_loses_its_beginning(folder, system):
     context, text = "x" * 90 + " Question: which is it?", " this one"
     found = lm._loglikelihood_tokens([(None, *encode_pair(system.tokenizer, context, text))])
     cut = encode_pair(system.tokenizer, context[-(41 - len(text)) :], text)
-    (expected,) = likelihoods(system.model, [cut], system.policy, gate=system.gate, look=system.look)
+    (expected,) = likelihoods(system.model, [cut], system.pruner)
     assert found == [(pytest.approx(expected.log_probability, abs=1e-3), expected.greedy)]
 
 
 def test_what_cannot_be_asked_is_refused_in_a_sentence(judged, folder, system):
     from microglia.harness import MicrogliaLM
 
-    with pytest.raises(ConfigError, match=r"nothing to decide on.*path=dense"):
+    with pytest.raises(ConfigError, match=r"nothing to decide on.*execution=dense"):
         judged("microglia", {"checkpoint": system}, "read")
-    with pytest.raises(ConfigError, match=r"path='fast' is unknown; choose masked, compact or dense"):
-        MicrogliaLM(system, path="fast")
+    with pytest.raises(ConfigError, match=r"execution='fast' is unknown; choose captured, compact, dense or masked"):
+        MicrogliaLM(system, execution="fast")
     with pytest.raises(ConfigError, match=r"batch_size='auto' was given; give a number"):
         MicrogliaLM(system, batch_size="auto")
     with pytest.raises(MicrogliaError, match=r"there is no checkpoint folder"):
@@ -209,10 +223,12 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(judged, folder, system):
 def test_the_module_is_lm_eval_with_one_more_model(judged, folder, monkeypatch, tmp_path):
     from microglia.harness import main
 
-    flags = f"run --model microglia --model_args checkpoint={folder / 'checkpoint'},path=masked --tasks tiny_choose"
+    flags = (
+        f"run --model microglia --model_args checkpoint={folder / 'checkpoint'},execution=masked --tasks tiny_choose"
+    )
     more = f"--include_path {folder / 'tasks'} --limit 2 --device cpu --output_path {tmp_path}"
     monkeypatch.setattr(sys, "argv", ["microglia.harness", *flags.split(), *more.split()])
     main()
     (written,) = tmp_path.rglob("results*.json")
-    assert json.loads(written.read_text())["config"]["microglia_path"] == "masked"
+    assert json.loads(written.read_text())["config"]["microglia_execution"] == "masked"
     assert torch.is_grad_enabled()

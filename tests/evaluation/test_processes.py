@@ -1,4 +1,4 @@
-"""Two processes answer half of the batches each; what they merge is what one finds, number for number."""
+"""Two processes answer half of the batches each; what they merge is what one gets, number for number."""
 
 import json
 from dataclasses import replace
@@ -8,13 +8,13 @@ import pytest
 from microglia import processes
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import evaluate
-from microglia.gate import Gate
+from microglia.evaluation.setup import Setup
 from microglia.results import plain
 from microglia.tasks import get_task
 from microglia.tasks.base import Choices, Example
 from tests.pair import start_pair
-from tests.tiny import tiny_model
-from tests.tiny_folder import character_tokenizer, checkpoint_for
+from tests.tiny import ONE, tiny_model
+from tests.tiny_folder import character_tokenizer, opinionated_pruner
 
 # Seven examples in batches of three: one process has two batches, the other one.
 EXAMPLES = [
@@ -23,37 +23,28 @@ EXAMPLES = [
 ]
 
 
-def found():
+def evaluations():
     tokenizer = character_tokenizer()
     model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=2048)
-    policy = checkpoint_for(model).policy
+    pruner = opinionated_pruner(model, gate=ONE)
+    setup = Setup(model, tokenizer, get_task("arithmetic"), EXAMPLES, batch_size=3, max_new_tokens=5)
     steps = []
-    for judge, options in ((evaluate, {"max_new_tokens": 5}), (score_choices, {})):
-        run = judge(
-            model,
-            tokenizer,
-            get_task("arithmetic"),
-            EXAMPLES,
-            policy,
-            gate=Gate(bucket=1),
-            batch_size=3,
-            progress=lambda done, total: steps.append([done, total]),
-            **options,
-        )
+    for judge in (evaluate, score_choices):
+        run = judge(setup, pruner, progress=lambda done, total: steps.append([done, total]))
         yield {"rows": run.rows(), **plain(replace(run.summary(), seconds=0.0))}
         assert run.seconds > 0
     assert steps[-1] == [14, 14] or not processes.is_first()
 
 
 def write(folder):
-    text = json.dumps(list(found()))
+    text = json.dumps(list(evaluations()))
     (folder / f"{processes.rank()}.json").write_text(text)
 
 
 @pytest.mark.slow
 def test_a_shared_evaluation_merges_exactly(tmp_path):
     start_pair(write, tmp_path, preload=["tests.evaluation.test_processes"])
-    alone = json.loads(json.dumps(list(found())))
+    alone = json.loads(json.dumps(list(evaluations())))
     assert 0 < alone[0]["sparsity"] < 1
     assert [row["id"] for row in alone[0]["rows"]] == [example.id for example in EXAMPLES]
     for rank in (0, 1):

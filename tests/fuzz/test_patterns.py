@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microglia.attach import attached, gated
-from microglia.compact import compacted, row_rectangle
-from microglia.gate import Gate, keep_ratio, rectangle, threshold_for
-from microglia.geometry import HeadGeometry
+from microglia.anatomy import HeadGeometry
+from microglia.attach import attached
+from microglia.gate import Gate, keep_ratio
+from microglia.pruner import Budget, Pruner
 from tests.tiny import Fixed, step_logits, tiny_model, tiny_prompts
 
 quick = settings(max_examples=150, deadline=None)
@@ -28,7 +28,7 @@ def decisions(draw):
 @given(decisions())
 def test_a_decision_is_a_rectangle_of_the_best(drawn):
     geometry, bucket, scores = drawn
-    keep = rectangle(scores, geometry, bucket)
+    keep = geometry.rectangle(scores, bucket)
     for row, asked in zip(geometry.by_group(keep), geometry.by_group(scores), strict=True):
         counts = {int(group.sum()) for group in row} - {0}
         assert len(counts) == 1  # never empty, the same in every kept group
@@ -45,29 +45,29 @@ def test_a_decision_is_a_rectangle_of_the_best(drawn):
 @given(decisions())
 def test_a_row_decides_alone_as_in_a_batch(drawn):
     geometry, bucket, scores = drawn
-    together = rectangle(scores, geometry, bucket)
+    together = geometry.rectangle(scores, bucket)
     for index, row in enumerate(scores):
-        assert rectangle(row[None], geometry, bucket)[0].equal(together[index])
+        assert geometry.rectangle(row[None], bucket)[0].equal(together[index])
 
 
 @quick
 @given(decisions())
 def test_rows_that_share_a_rectangle_keep_what_they_asked_for(drawn):
     geometry, bucket, scores = drawn
-    keep = rectangle(scores, geometry, bucket)
-    groups, heads, asked = row_rectangle(keep, geometry)
-    for row in range(len(keep)):
-        assert {*heads[row][asked[row]].tolist()} == {*keep[row].nonzero().flatten().tolist()}
-        assert len({*heads[row].tolist()}) == heads.shape[1]
-        assert {*geometry.group_of(heads[row]).tolist()} == {*groups[row].tolist()}
+    keep = geometry.rectangle(scores, bucket)
+    shape = geometry.row_shape(keep)
+    for groups, heads, kept, decided in zip(shape.groups, shape.heads, shape.kept.bool(), keep, strict=True):
+        assert {*heads[kept].tolist()} == {*decided.nonzero().flatten().tolist()}
+        assert len({*heads.tolist()}) == shape.heads.shape[1] == len(groups) * shape.queries_per_group
+        assert {*geometry.group_of(heads).tolist()} == {*groups.tolist()}
 
 
 @quick
 @given(decisions(), st.floats(0.01, 1))
-def test_the_dial_never_keeps_less_than_was_asked(drawn, target):
+def test_a_budget_never_keeps_less_than_was_asked(drawn, target):
     geometry, bucket, scores = drawn
     logits = scores.clamp(-50, 50)
-    threshold = threshold_for([logits], [geometry], target, bucket)
+    threshold = Budget([logits], [geometry], bucket).threshold(target)
     keep = Gate(threshold=threshold, bucket=bucket)(logits, geometry)
     assert keep_ratio([keep]).mean() >= target - 1e-6
 
@@ -93,10 +93,11 @@ def test_any_pattern_is_compacted_as_it_is_masked(family, shape, bucket, fill, l
     policy = Fixed(list(torch.tensor(asked).float().view(2, rows, heads) - 0.5))
     ids, mask = tiny_prompts(*lengths)
     answer = tiny_prompts(*(2 for _ in lengths), seed=2)[0]
-    found, kept = [], []
-    for pruning in (gated, compacted):
-        with attached(model, policy, gate=Gate(bucket=bucket), fill=fill, pruning=pruning) as trace:
-            found.append(step_logits(model, ids, mask, answer))
+    pruner = Pruner(policy, Gate(bucket=bucket), fill=fill)
+    answered, kept = [], []
+    for execution in ("masked", "compact"):
+        with attached(model, pruner, execution) as trace:
+            answered.append(step_logits(model, ids, mask, answer))
             kept.append(torch.stack(trace.keep))
     assert kept[0].equal(kept[1])
-    torch.testing.assert_close(found[1], found[0], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(answered[1], answered[0], atol=2e-5, rtol=1e-5)
