@@ -73,7 +73,7 @@ def of_model(source: str, trust_remote_code: bool) -> Outcome:
         "model_class": type(lm).__name__,
         "parameters": parameters,
         "heads": sum(site.geometry["heads"] for site in sites),
-        "sites": [vars(site) for site in sites],
+        "sites": [site.flat for site in sites],
     }
     rows = {"model": source, "class": data["model_class"], "parameters": f"{parameters:,}", "heads": data["heads"]}
     return Outcome(data, [facts(rows), site_table(sites)])
@@ -100,7 +100,7 @@ def of_checkpoint(folder: str) -> Outcome:
         "fill": config.fill,
         "lora": config.lora,
         "training": config.training,
-        "sites": [vars(site) for site in config.sites],
+        "sites": [site.flat for site in config.sites],
     }
     share = f"{data['agent_share']:.3%} of the model" if data["agent_share"] else ""
     rows = {

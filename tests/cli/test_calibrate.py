@@ -18,7 +18,7 @@ FEW = "--limit 3 --max-new-tokens 2 --batch-size 3".split()
 def folder(tmp_path):
     model = save_tiny_model(tmp_path / "model")
     system = MicrogliaPruningSystem(model)
-    system.policy = checkpoint_for(system.model).policy
+    system.pruner = checkpoint_for(system.model).pruner
     system.set_keep_ratio(None, prompts=["What is 1 plus 2?", "Tom eats 3 of 9 apples. How many are left?"])
     return system.save_pretrained(tmp_path / "saved")
 
@@ -35,7 +35,7 @@ def test_a_keep_ratio_is_set_and_saved_with_its_limit(folder, tmp_path):
     saved = Checkpoint.from_pretrained(folder)
     assert saved.config.threshold == data["threshold"] != 0
     assert saved.config.promise["sentence"] == data["sentence"]
-    assert len(saved.calibration) == 2
+    assert saved.pruner.budget.prompts == 2
     (record,) = read_records(folder / "calibration.jsonl")
     assert (record.name, record.n, record.extra["chosen"]) == ("accuracy_drop", 3, True)
     assert len((folder / "calibration-ledger.jsonl").read_text().splitlines()) == 2

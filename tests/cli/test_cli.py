@@ -94,7 +94,7 @@ def test_evaluate_and_train_read_the_users_own_file_with_shots(trained, model, t
     data = only_json(run("train", "--model", model, "--output-dir", tmp_path / "run", *flags, *steps, *mixture))
     assert data["dataset"] == "jsonl"
     saved = MicrogliaPruningSystem.from_pretrained(tmp_path / "run")
-    assert (type(saved.policy).__name__, saved.policy.hidden_dim) == ("MixturePolicy", 8)
+    assert (type(saved.pruner.policy).__name__, saved.pruner.policy.hidden_dim) == ("MixturePolicy", 8)
 
 
 def test_evaluate_scores_choices(trained, tmp_path):
@@ -178,7 +178,7 @@ def test_each_script_calls_its_verb(name):
         ("train --model TINY --policy gru", "'--policy': 'gru' is not one of 'agents', 'mixture'"),
         ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
         ("train --model TINY --alpha 0.1,much", "alpha=0.1,much was given; give one number, or start and end as"),
-        ("train --model TINY --features colour", "features='colour' is unknown"),
+        ("train --model TINY --features colour", "signals='colour' is unknown"),
         ("train --model TINY --scope answer", "--scope was dropped, 0.1.0 is the last version with it; leave it out"),
         ("train --model TINY --norm hidden", "--norm was dropped, 0.1.0 is the last version with it; leave it out"),
         ("train --keep 0.5", "No such option: --keep"),
@@ -309,8 +309,8 @@ def test_the_settings_of_a_run_repeat_it_and_flags_override_them(model, tmp_path
     assert second["training"]["config"]["temperature"] == [2.0, 2.0]
     assert second["training"]["config"]["noise"] == [0.5, 0.0]
     saved = [MicrogliaPruningSystem.from_pretrained(tmp_path / name) for name in "ab"]
-    assert saved[0].policy.fingerprint() == saved[1].policy.fingerprint()
-    assert [(s.policy.features, s.look.window) for s in saved] == [("entropy", 8)] * 2
+    assert saved[0].pruner.fingerprint() == saved[1].pruner.fingerprint()
+    assert [(s.pruner.policy.signals, s.pruner.window) for s in saved] == [(("entropy",), 8)] * 2
     third = only_json(run("train", *again[:2], "--output-dir", tmp_path / "c", "--seed", 4, "--lora", "none", "--json"))
     changed = {n for n, v in third["training"]["config"].items() if v != first["training"]["config"][n]}
     assert changed == {"seed", "lora"}

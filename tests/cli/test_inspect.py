@@ -32,7 +32,7 @@ def test_every_head_has_signals_and_an_outcome(places):
     assert data["kind"] == "prompt"
     assert len(data["sites"]) == 2
     for site in data["sites"]:
-        numbers = [*site["signals"].values(), *site["unusual"].values(), site["logit"], site["probability"]]
+        numbers = [*site["signals"].values(), *site["deviations"].values(), site["logit"], site["probability"]]
         assert {len(values) for values in numbers} == {8} == {len(site["outcome"])}
     kept = [keep for site in data["sites"] for keep in site["keep"]]
     assert data["keep_ratio"] == sum(kept) / len(kept)

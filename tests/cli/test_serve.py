@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     system = MicrogliaPruningSystem(save_tiny_model(folder / "model"), hidden_dim=16)
-    opinionated(system.policy)
+    opinionated(system.pruner.policy)
     system.set_keep_ratio(0.7, ["1 + 1 =", "How many pens are left?"])
     return system.save_pretrained(folder / "tiny-pruned"), system
 
