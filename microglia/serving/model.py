@@ -25,7 +25,8 @@ from microglia.units import Geometry, find_sites
 class PrunedModel:
     """A model with its pruner and how decisions are carried out. Only one thread at a time may let it write.
 
-    template: the prompt with `{question}` of a model without a chat template.
+    template: the prompt with `{question}` of a model without a chat template. Raises ConfigError for an unknown
+    execution, UnsupportedModelError for a model that it cannot follow.
     """
 
     model: nn.Module
@@ -33,6 +34,9 @@ class PrunedModel:
     pruner: Pruner
     template: str = "{question}"
     execution: str | Execution = "compact"
+
+    def __post_init__(self) -> None:
+        _ = self.executor  # here, not at the first requests, of which two threads could each make one
 
     @cached_property
     def lm(self) -> Any:

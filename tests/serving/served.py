@@ -1,53 +1,59 @@
-"""A tiny pruned model behind a real server on a free port of this machine, and what it says when asked alone."""
+"""A tiny pruned model behind a real server on a free port of this machine, and what the library says to each prompt."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import httpx2
 from openai import OpenAI
 
 from microglia.gate import Gate
-from microglia.generation import Generated, generate, prompt_logits
-from microglia.look import Look
-from microglia.policy import AgentPolicy
+from microglia.generation import Generated, generate
+from microglia.reading import read_prompts
 from microglia.serving.app import create_app
 from microglia.serving.config import ServingConfig
 from microglia.serving.model import PrunedModel
 from microglia.serving.run import address, listen, server_for
-from microglia.sites import find_sites
 from microglia.tasks.base import Task
-from tests.tiny import tiny_model
-from tests.tiny_folder import LETTERS, SPECIAL, character_tokenizer, opinionated
+from tests.tiny import geometries_of, tiny_model
+from tests.tiny_folder import LETTERS, SPECIAL, character_tokenizer, opinionated_pruner
 
 NAME = "tiny"
 PATIENCE = 300  # seconds; a slow machine is no failure
 CALIBRATION = [f"Question: What is {n} times {n + 3}?\nAnswer:" for n in range(12)]
 
 
-def tiny_pruned(**changes) -> PrunedModel:
+def tiny_pruned(execution: str = "compact", **changes) -> PrunedModel:
     """Opinionated agents on a tiny random Llama, calibrated."""
     sizes = {"vocab_size": len(SPECIAL) + len(LETTERS), "max_position_embeddings": 512, **changes}
-    model, tokenizer, look = tiny_model("llama", **sizes), character_tokenizer(), Look()
-    policy = opinionated(AgentPolicy([s.geometry for s in find_sites(model)], hidden_dim=16)).eval()
-    logits = prompt_logits(model, tokenizer, CALIBRATION, policy, look=look)
-    return PrunedModel(model, tokenizer, policy, Gate(bucket=1), look, template=Task.template, calibration=logits)
+    model, tokenizer = tiny_model("llama", **sizes), character_tokenizer()
+    pruner = opinionated_pruner(model, gate=Gate(bucket=1))
+    logits = read_prompts(model, tokenizer, CALIBRATION, pruner).logits
+    return PrunedModel(model, tokenizer, pruner.with_budget(logits, geometries_of(model)), Task.template, execution)
 
 
 @cache
-def twin() -> PrunedModel:
+def reference(execution: str) -> PrunedModel:
     """The same model once more, so that a server's may go on writing."""
-    return tiny_pruned()
+    return tiny_pruned(execution)
 
 
-def alone(prompt: str, tokens: int, *, pruning: bool = True, keep_ratio: float | None = None) -> Generated:
-    """What `microglia.generation` says to one prompt in a batch of one."""
-    model = twin()
-    gate = replace(model.gate, threshold=model.pruning(True, keep_ratio).threshold)
-    policy = model.policy if pruning else None
-    return generate(model.model, model.tokenizer, [prompt], policy, gate=gate, look=model.look, max_new_tokens=tokens)
+def alone(
+    prompt: str,
+    tokens: int,
+    *,
+    pruning: bool = True,
+    keep_ratio: float | None = None,
+    execution: str = "compact",
+    **options,
+) -> Generated:
+    """What `microglia.generation` says to one prompt in a batch of one; `options` go to the model's `generate`."""
+    model = reference(execution)
+    pruner = model.pruner.at(keep_ratio) if pruning else None
+    options |= {"execution": model.executor, "max_new_tokens": tokens}
+    return generate(model.model, model.tokenizer, [prompt], pruner, **options)
 
 
 @dataclass

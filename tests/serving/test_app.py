@@ -54,8 +54,8 @@ def test_a_chat_is_answered_with_its_usage(served, model):
 
 def test_parts_of_a_message_and_null_are_read(served, model):
     parts = [{"type": "text", "text": QUESTION[:9]}, {"type": "text", "text": QUESTION[9:]}]
-    asked = {**CHAT, "messages": [{"role": "user", "content": parts}], "max_tokens": None, "stop": None, "n": 1}
-    answer = served.client.chat.completions.create(**asked, max_completion_tokens=9, user="u")
+    body = {**CHAT, "messages": [{"role": "user", "content": parts}], "max_tokens": None, "stop": None, "n": 1}
+    answer = served.client.chat.completions.create(**body, max_completion_tokens=9, user="u")
     assert answer.choices[0].message.content == alone(wrapped(model), 9).texts[0]
 
 
@@ -85,7 +85,7 @@ def test_several_prompts_are_continued(served, model):
     assert served.client.completions.create(model=NAME, prompt="abc").usage.completion_tokens <= 16  # as OpenAI's
 
 
-def test_extensions_turn_the_dial_or_pruning_off(served, model):
+def test_extensions_set_the_keep_ratio_or_turn_pruning_off(served, model):
     dense = served.client.completions.create(**TEXT, extra_body={"pruning": False})
     assert dense.usage.sparsity == 0
     assert dense.choices[0].text == alone(TEXT["prompt"], 12, pruning=False).texts[0]

@@ -43,15 +43,15 @@ async def ask(url, index, question):
 
 
 def test_no_answer_is_mixed_up_or_lost():
-    model, asked = tiny_pruned(), questions()
-    prompts = [model.template.format(question=q) if index % 4 == 2 else q for index, q in enumerate(asked)]
+    model, texts = tiny_pruned(), questions()
+    prompts = [model.template.format(question=q) if index % 4 == 2 else q for index, q in enumerate(texts)]
     truths = [
         alone(prompt, 4 + index % 9, **KINDS[index % len(KINDS)]).texts[0] for index, prompt in enumerate(prompts)
     ]
     assert len(set(truths)) > CLIENTS // 2  # a mix-up would show
 
     async def everybody(url):
-        return await asyncio.gather(*(ask(url, index, question) for index, question in enumerate(asked)))
+        return await asyncio.gather(*(ask(url, index, question) for index, question in enumerate(texts)))
 
     for batch_by in ("settings", "decision"):
         with running(model, max_batch=8, batch_by=batch_by) as served:

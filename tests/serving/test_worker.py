@@ -1,4 +1,4 @@
-"""The queue and its batches, with a model that only notes what it is asked."""
+"""The queue and its batches, with a model that only notes what it gets."""
 
 import threading
 
@@ -19,10 +19,10 @@ from microglia.serving.worker import (
 )
 
 
-def job(name="x", threshold=0.0, tokens=5, longest=5, told=None):
-    told = [] if told is None else told
-    made = Job(name, tokens, Pruning(threshold), Sampling(longest), told.append)
-    made.events = told
+def job(name="x", threshold=0.0, tokens=5, longest=5):
+    events = []
+    made = Job(name, tokens, Pruning(threshold), Sampling(longest), events.append)
+    made.events = events
     return made
 
 
@@ -32,7 +32,7 @@ class Noting:
     context_length = 100
 
     def __init__(self):
-        self.batches, self.looked = [], []
+        self.batches, self.counted = [], []
         self.go, self.busy = threading.Event(), threading.Event()
 
     def answer(self, jobs):
@@ -48,7 +48,7 @@ class Noting:
             one.end(Finished("stop", 1, 1, 2, 0.0, 0.0))
 
     def count_kept_heads(self, jobs):
-        self.looked.append([j.prompt for j in jobs])
+        self.counted.append([j.prompt for j in jobs])
         for one in jobs:
             one.kept_heads = (len(one.prompt), 4)
 
@@ -93,20 +93,20 @@ def test_by_decision_those_that_keep_as_many_heads_share_a_batch(start):
     worker.submit([job("aaaa"), job("b"), job("cc"), job("dddd"), job("e")])
     drained(worker)
     assert model.batches == [["first"], ["aaaa", "dddd"], ["b", "e"], ["cc"]]
-    assert sorted(name for names in model.looked for name in names) == [
+    assert sorted(name for names in model.counted for name in names) == [
         "aaaa",
         "b",
         "cc",
         "dddd",
         "e",
-    ]  # each is looked at once
+    ]  # each is counted once
 
 
-def test_by_decision_dense_and_few_prompts_are_not_looked_at(start):
+def test_by_decision_dense_and_few_prompts_are_not_counted(start):
     worker, model = start(max_batch=2, batch_by="decision")
     worker.submit([job("a"), job("b"), job("c", None), job("d", None), job("e", None)])
     drained(worker)
-    assert model.looked == []
+    assert model.counted == []
 
 
 def test_a_full_queue_takes_all_of_a_request_or_none(start):
