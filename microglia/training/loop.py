@@ -84,7 +84,7 @@ def train(
     folder = processes.agreed(lambda: Path(run.path))
     with alone_in(folder, resume=run.resume):
         _check(pruner, config)
-        _remember(folder, config, run.resume)
+        _remember(folder, pruner, config, run.resume)
         set_seed(config.seed)
         data = _Data.load(model, tokenizer, task, config, data_dir)
         model = _prepared(model, config)
@@ -269,9 +269,10 @@ def switch_checkpointing(lm: nn.Module, switch: str, *arguments: Any) -> None:
     getattr(lm, name if hasattr(lm, name) else f"gradient_checkpointing_{switch}")(*arguments)
 
 
-def _remember(folder: Path, config: TrainingConfig, resume: bool) -> None:
+def _remember(folder: Path, pruner: Pruner, config: TrainingConfig, resume: bool) -> None:
     """Write down the settings of this run, or check that a resumed run has the same."""
-    settings, defaults = _settings(config, processes.count()), _settings(TrainingConfig(), 1)
+    settings = _settings(config, pruner.fill, processes.count())
+    defaults = _settings(TrainingConfig(), "zero", 1)  # of what older versions did not write down
     path = folder / SETTINGS
     if resume:
         if not path.is_file():
@@ -305,6 +306,6 @@ def _write(path: Path, value: Any) -> None:
         ) from error
 
 
-def _settings(config: TrainingConfig, processes: int) -> dict[str, Any]:
+def _settings(config: TrainingConfig, fill: str, processes: int) -> dict[str, Any]:
     """The settings of a run, as JSON gives them back."""
-    return {**json.loads(json.dumps(asdict(config))), "processes": processes}
+    return {**json.loads(json.dumps(asdict(config))), "fill": fill, "processes": processes}

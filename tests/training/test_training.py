@@ -202,4 +202,6 @@ def test_runs_are_not_mixed_up(tmp_path):
         tiny_run(tmp_path / "done", SHORT)
     with pytest.raises(ConfigError, match="seed was 0 and is now 3"):
         tiny_run(tmp_path / "done", TrainingConfig(**{**vars(SHORT), "seed": 3}), resume=True)
+    with pytest.raises(ConfigError, match="fill was 'zero' and is now 'mean'"):
+        tiny_run(tmp_path / "done", SHORT, fill="mean", resume=True)
     assert json.loads((tmp_path / "done" / "training_config.json").read_text())["batch_size"] == 4
