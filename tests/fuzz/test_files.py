@@ -10,6 +10,7 @@ from microglia.checkpoint import MicrogliaConfig
 from microglia.errors import CheckpointError, DataError
 from microglia.record import Record, append_records, read_records
 from microglia.tasks.rows import read_rows
+from tests.test_checkpoint_format_1 import VERBATIM
 from tests.tiny import tiny_model
 from tests.tiny_folder import checkpoint_for
 
@@ -70,9 +71,15 @@ def test_a_record_is_read_as_it_was_written_or_not_written(tmp_path, name, value
     assert not path.exists() if sentence else read_records(path) == [record]
 
 
-@pytest.fixture(scope="module")
-def config():
-    return checkpoint_for(tiny_model("llama")).config
+@pytest.fixture(scope="module", params=[1, 2], ids="format {}".format)
+def saved_row(request):
+    """A configuration as JSON, of either format, without the checksum of itself."""
+    row = (
+        json.loads(VERBATIM)
+        if request.param == 1
+        else json.loads(checkpoint_for(tiny_model("llama")).config.to_json({}))
+    )
+    return {**row, "sha256": {"agents.safetensors": "0"}}
 
 
 @few
@@ -87,10 +94,12 @@ def test_any_bytes_as_a_configuration(data):
 
 @few
 @given(data=st.data(), value=VALUES)
-def test_a_configuration_with_any_field_changed(config, data, value):
-    row = json.loads(config.to_json({"agents.safetensors": "0"}))
-    name = data.draw(st.sampled_from(sorted(row)))
-    text = json.dumps({**row, name: value}).encode()
+def test_a_configuration_with_any_field_changed(saved_row, data, value):
+    row = json.loads(json.dumps(saved_row))
+    site = row["sites"][0]
+    place = data.draw(st.sampled_from([row, row, site, site.get("geometry", site)]))
+    place[data.draw(st.sampled_from(sorted(place)))] = value
+    text = json.dumps(row).encode()
     read, sentence = done(lambda: MicrogliaConfig.from_json(text, "it")[0], CheckpointError)
     assert "\n" not in sentence
     if read is not None:
