@@ -1,8 +1,9 @@
 """Reversible pruning of a model: read the prompt with every unit, decide, write the answer with the kept ones."""
 
+import functools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.anatomy import causal_lm
+from microglia.anatomy import causal_lm, swap
 from microglia.errors import MicrogliaError
 from microglia.execution import Decision, Execution, execution_for
 from microglia.gate import keep_ratio
 from microglia.lease import attached_alone
 from microglia.pruner import Pruner
+from microglia.settings import check_prunable
 from microglia.signals import Measured, Prompt, measured
 from microglia.units import find_sites
 
@@ -25,7 +27,8 @@ class Trace:
     """What was measured in the last prompt and what was decided: features (B, F), logits and keep (B, U), per site.
 
     signals: of every site what its features are made of, by name, (B, U).
-    prompts: how many were read so far, a batch counting as one.
+    prompts: how many were read so far, a batch counting as one. gaps: passes that did not begin where the one before
+    had ended, as no answer to one prompt has them.
     """
 
     features: list[Tensor] = field(default_factory=list)
@@ -33,6 +36,7 @@ class Trace:
     logits: list[Tensor] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)
     prompts: int = 0
+    gaps: int = 0
 
     @property
     def keep_ratio(self) -> Tensor:
@@ -57,13 +61,41 @@ def attached(
     thread, and when threads read and write on one attached model at the same time.
     """
     lm = causal_lm(model)
-    session = _Session(lm, pruner, execution_for(execution, lm), tokens)
-    session.execution.check_sites(session.sites)
-    with attached_alone(lm), ExitStack() as stack:
+    with attached_alone(lm), pruning_itself(lm, pruner, execution_for(execution, lm), tokens) as trace:
+        yield trace
+
+
+@contextmanager
+def pruning_itself(
+    lm: nn.Module, pruner: Pruner, execution: Execution, tokens: Tensor | None = None
+) -> Iterator[Trace]:
+    """As `attached`, for who has the model to themselves."""
+    session = _Session(lm, pruner, execution, tokens)
+    execution.check_sites(session.sites)
+    with ExitStack() as stack:
         stack.callback(session.end_prompt)
+        for module in lm.modules():
+            if module._compiled_call_impl is not None:  # its code knows nothing of what will be hooked and swapped
+                swap(stack, module, "_compiled_call_impl", None)
+        if execution.prunes:
+            swap(stack, lm, "generate", _checked(lm))
         stack.callback(lm.register_forward_pre_hook(session.before, with_kwargs=True).remove)
         stack.callback(lm.register_forward_hook(session.after, with_kwargs=True, always_call=True).remove)
         yield session.trace
+
+
+def _checked(lm: Any) -> Callable[..., Any]:
+    """The model's own `generate`, which refuses what cannot be pruned, whoever asked for it."""
+    stock = lm.generate
+
+    @functools.wraps(stock)
+    def generate(*args: Any, **options: Any) -> Any:
+        for config in (lm.generation_config, options.get("generation_config")):
+            check_prunable({} if config is None else config.to_dict())
+        check_prunable(options)
+        return stock(*args, **options)
+
+    return generate
 
 
 class _PromptCache:
@@ -109,6 +141,8 @@ class _Session:
         self.passing: int | None = None  # the thread in a forward pass
         self.guard = threading.Lock()
         self.prompt_cache: _PromptCache | None = None
+        self.length = 0  # tokens in the cache after the last pass
+        self.called: set[int] = set()  # sites whose module the present pass has called
 
     def end_prompt(self) -> None:
         """Back to the dense model."""
@@ -126,8 +160,10 @@ class _Session:
                 )
             self.passing = threading.get_ident()
         cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+        self.called.clear()
+        if cache is not None and (length := cache.get_seq_length()) > 0:
             self._check_continues(cache)
+            self.trace.gaps += int(length) != self.length
             return
         self.end_prompt()
         self.trace.prompts += 1
@@ -152,7 +188,11 @@ class _Session:
         if self.passing != threading.get_ident():
             return  # a pass that was refused, while another thread is in its own
         self.passing = None
+        cache = getattr(output, "past_key_values", None)
+        self.length = 0 if cache is None else int(cache.get_seq_length())
         if self.measured is None:
+            if output is not None:
+                self._check_called()
             return
         values, self.measured = self.measured, None
         self.reading.close()
@@ -161,10 +201,19 @@ class _Session:
         self._decide(values)
         means = values.values.get("mean_output")
         fill = None if means is None else [means.get(site.index) for site in self.sites]
-        cache = getattr(output, "past_key_values", None)
-        decision = Decision(self.trace.keep, fill)
-        self.pruned.enter_context(self.execution.apply(self.sites, decision, cache))
+        self.pruned.enter_context(self.execution.apply(self.sites, Decision(self.trace.keep, fill), cache))
         self.prompt_cache = None if cache is None else _PromptCache(cache)
+        if self.execution.calls_layers:
+            for site in self._pruned_sites():
+                note = functools.partial(self._note_call, site.index)
+                self.pruned.callback(lm.get_submodule(site.name).register_forward_pre_hook(note).remove)
+
+    def _pruned_sites(self) -> list[Site]:
+        keep = self.trace.keep if self.execution.prunes else []
+        return [site for site, k in zip(self.sites, keep, strict=False) if not bool((k > 0).all())]
+
+    def _note_call(self, index: int, *_: Any) -> None:
+        self.called.add(index)
 
     def _decide(self, values: Measured) -> None:
         """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""

@@ -1,6 +1,6 @@
 """Where everything lives in a Hugging Face model: layers, projections, head geometry, sizes."""
 
-from microglia.anatomy.anatomy import Anatomy, Layer, causal_lm, context_length, input_device
+from microglia.anatomy.anatomy import Anatomy, Layer, causal_lm, context_length, input_device, token_rows
 from microglia.anatomy.attention import View, replaced_attention, stock_attention, with_attention
 from microglia.anatomy.families import FAMILIES, Family
 from microglia.anatomy.geometry import HeadGeometry, RowShape
@@ -25,5 +25,6 @@ __all__ = [
     "replaced_attention",
     "stock_attention",
     "swap",
+    "token_rows",
     "with_attention",
 ]

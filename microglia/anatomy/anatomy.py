@@ -14,9 +14,11 @@ from microglia.errors import ConfigError, UnsupportedModelError
 
 
 def causal_lm(model: nn.Module) -> Any:
-    """The Hugging Face model itself, without the wrappers of peft or of distributed training."""
+    """The Hugging Face model itself, without the wrappers of peft, of compilation or of distributed training."""
     while True:
-        if hasattr(model, "get_base_model"):
+        if "_orig_mod" in model._modules:  # what torch.compile returns: its code is that of the dense model
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):
             model = model.get_base_model()  # type: ignore[operator]
         elif hasattr(model, "module") and not hasattr(model, "generate"):
             model = model.module  # type: ignore[assignment]
@@ -132,6 +134,11 @@ def context_length(model: nn.Module) -> int | None:
     """Tokens that a model's context holds, by its own configuration; None where it does not say."""
     length = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
+
+
+def token_rows(model: nn.Module) -> int:
+    """Tokens that a model can read: rows of its embedding."""
+    return int(causal_lm(model).get_input_embeddings().num_embeddings)
 
 
 def _layers(lm: Any) -> tuple[Layer, ...]:

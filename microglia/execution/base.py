@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
 from microglia.registry import Registry
@@ -60,21 +61,24 @@ class Execution(ABC):
     """One way to carry out decisions. To add one: a subclass, registered in EXECUTIONS.
 
     name: in the registry. prunes: False for the one that leaves the model dense. scores: whether several given tokens
-    can continue a prompt in one pass. saves: False where pruned units are still computed.
+    can continue a prompt in one pass. saves: False where pruned units are still computed. shares: whether threads can
+    write dense answers with it at once. calls_layers: whether passes that continue a prompt call the model's layers.
     """
 
     name: ClassVar[str]
     prunes: ClassVar[bool] = True
     scores: ClassVar[bool] = True
     saves: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
+    calls_layers: ClassVar[bool] = True
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "Execution":
         """The execution, made for a model; what it keeps between requests belongs to that model."""
         return cls()
 
-    def check_generation(self, options: dict[str, Any]) -> None:  # noqa: B027  # most can follow all of them
-        """Raise ConfigError for options of the model's `generate` that this execution cannot follow."""
+    def check_generation(self, config: GenerationConfig) -> None:  # noqa: B027  # most can follow all of them
+        """Raise ConfigError for settings of a generation that this execution cannot follow."""
 
     def check_sites(self, sites: Sequence[Site]) -> None:  # noqa: B027  # most can prune all of them
         """Raise ConfigError for units that this execution cannot prune."""
@@ -90,6 +94,11 @@ class Execution(ABC):
 
 
 EXECUTIONS: Registry[type[Execution]] = Registry("execution")
+
+
+def kind_of(execution: str | Execution) -> type[Execution]:
+    """The class of an execution, by its name or of the one given. Raises ConfigError for an unknown name."""
+    return type(execution) if isinstance(execution, Execution) else EXECUTIONS[execution]
 
 
 def execution_for(execution: str | Execution, model: nn.Module) -> Execution:

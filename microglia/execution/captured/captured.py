@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -53,6 +54,8 @@ class Captured(Execution):
 
     name: ClassVar[str] = "captured"
     scores: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    calls_layers: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -120,8 +123,8 @@ class Captured(Execution):
                 "execution='compact'"
             )
 
-    def check_generation(self, options: dict[str, Any]) -> None:
-        if any((options[name] or 1) > 1 for name in ("num_beams", "num_return_sequences")):
+    def check_generation(self, config: GenerationConfig) -> None:
+        if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
             raise ConfigError(
                 "beams and several answers to a prompt move rows of the captured cache; use execution='compact'"
             )
