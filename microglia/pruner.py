@@ -45,7 +45,7 @@ class Budget:
         low, high = float(values.min()) - 1, float(values.max()) + 1
         for _ in range(40):
             middle = (low + high) / 2
-            if self.keep_ratio(middle) >= target:
+            if self.keep_ratio(middle) >= target - 1e-6:  # a mean in float32 of exactly 0.9 is a little less
                 low = middle
             else:
                 high = middle

@@ -27,7 +27,7 @@ class Reading:
 
     def on_cpu(self) -> "Reading":
         """Without the cache, in float32 on the CPU."""
-        parts = ([x.float().cpu() for x in part] for part in (self.features, self.logits, self.keep))
+        parts = ([x.detach().float().cpu() for x in part] for part in (self.features, self.logits, self.keep))
         return Reading(*parts)
 
 

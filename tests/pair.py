@@ -9,14 +9,18 @@ PATIENCE = 600  # seconds; a slow machine is no failure
 
 
 def start_pair(function, *arguments, preload=()):
-    """Call `function(*arguments)` in both processes at once. Raises AssertionError with what went wrong in one."""
+    """Call `function(*arguments)` in both processes at once.
+
+    Raises AssertionError with the traceback of the process that failed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pair", *preload])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    said = context.SimpleQueue()
-    pair = [context.Process(target=_one, args=(rank, port, said, function, arguments), daemon=True) for rank in (0, 1)]
+    errors = context.SimpleQueue()
+    given = (port, errors, function, arguments)
+    pair = [context.Process(target=_one, args=(rank, *given), daemon=True) for rank in (0, 1)]
     for process in pair:
         process.start()
     failure = None
@@ -26,12 +30,12 @@ def start_pair(function, *arguments, preload=()):
             failure = f"process {pair.index(process)} ended with {process.exitcode}"
     for process in pair:
         process.kill()
-    while not said.empty():
-        failure = said.get()
+    while not errors.empty():
+        failure = errors.get()
     assert failure is None, failure
 
 
-def _one(rank, port, said, function, arguments):
+def _one(rank, port, errors, function, arguments):
     import torch
 
     from microglia import processes
@@ -44,5 +48,5 @@ def _one(rank, port, said, function, arguments):
         function(*arguments)
         processes.leave()
     except BaseException:
-        said.put(traceback.format_exc())
+        errors.put(traceback.format_exc())
         os._exit(1)

@@ -175,9 +175,9 @@ def test_many_may_save_and_load_at_once(tmp_path):
         return Checkpoint.from_pretrained(tmp_path)
 
     with ThreadPoolExecutor(8) as pool:
-        found = [loaded for loaded in pool.map(save_or_load, range(96)) if loaded is not None]
-    assert {loaded.config.fill for loaded in found} == {"zero", "mean"}
-    for loaded in [*found, Checkpoint.from_pretrained(tmp_path)]:
+        loads = [loaded for loaded in pool.map(save_or_load, range(96)) if loaded is not None]
+    assert {loaded.config.fill for loaded in loads} == {"zero", "mean"}
+    for loaded in [*loads, Checkpoint.from_pretrained(tmp_path)]:
         assert all(loaded.pruner.policy.state_dict()[name].equal(x) for name, x in truth[loaded.config.fill].items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", AGENTS, CONFIG]
 
@@ -191,9 +191,9 @@ def test_a_reader_that_is_overtaken_reads_the_newer(folder, monkeypatch):
         return read_all(*arguments)
 
     monkeypatch.setattr("microglia.checkpoint.checkpoint.read_all", overtaken)
-    found = Checkpoint.from_pretrained(folder)
-    assert found.config.fill == "mean"
-    assert all(found.pruner.policy.state_dict()[name].equal(x) for name, x in newer.pruner.policy.state_dict().items())
+    loaded = Checkpoint.from_pretrained(folder)
+    assert loaded.config.fill == "mean"
+    assert all(loaded.pruner.policy.state_dict()[name].equal(x) for name, x in newer.pruner.policy.state_dict().items())
 
 
 class Bomb:

@@ -32,13 +32,13 @@ def test_a_spread_model_answers_like_a_whole_one(folder, tmp_path, kind, executi
     spread = AutoModelForCausalLM.from_pretrained(folder, device_map=MAPS[kind], offload_folder=tmp_path / "offload")
     assert any(p.is_meta for p in spread.parameters()) == (kind == "a layer on disk")
     checkpoint_for(whole).save_pretrained(tmp_path / "checkpoint")
-    found = []
+    results = []
     for model in (whole, spread):
         system = MicrogliaPruningSystem.from_pretrained(tmp_path / "checkpoint", model, tokenizer=tokenizer)
         answers = system.generate(PROMPTS, 8, execution=execution)
-        found.append((answers, system.get_sparsities(), system.explain(PROMPTS[0]).keep_ratio))
-    assert found[1] == found[0]
-    assert 0 < found[0][2] < 1
+        results.append((answers, system.get_sparsities(), system.explain(PROMPTS[0]).keep_ratio))
+    assert results[1] == results[0]
+    assert 0 < results[0][2] < 1
 
 
 def test_a_model_with_a_device_map_is_trained(folder, tmp_path):

@@ -146,7 +146,7 @@ def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path)
     logits = read_prompts(system.model, system.tokenizer, [q for q, *_ in ROWS], pruner).logits
     plan = KeepPlan.of_prompts("task", pruner.with_budget(logits, geometries_of(system.model)).budget, pruner.gate)
     exported = export(system.model, system.tokenizer, plan, tmp_path / "exported")
-    found = judged("hf", f"pretrained={exported.folder},trust_remote_code=True,dtype=float32", "choose", "say")
+    result = judged("hf", f"pretrained={exported.folder},trust_remote_code=True,dtype=float32", "choose", "say")
     prompts = [f"Question: {q}\nAnswer:" for q, *_ in ROWS]
     dense = generate(system.model, system.tokenizer, prompts, None, max_new_tokens=12).texts
     with frozen(system.model, plan) as small:
@@ -154,10 +154,10 @@ def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path)
         pairs = [
             [encode_pair(system.tokenizer, p, f" {t}") for t in row[1]] for p, row in zip(prompts, ROWS, strict=True)
         ]
-        own = [likelihoods(small, row) for row in pairs]
-    assert [[text] for text in texts] == [list(said) for said in responses(found, "say")]
+        expected = [likelihoods(small, row) for row in pairs]
+    assert [[text] for text in texts] == [list(said) for said in responses(result, "say")]
     assert texts != dense  # so the plan made a difference
-    for theirs, ours in zip(responses(found, "choose"), own, strict=True):
+    for theirs, ours in zip(responses(result, "choose"), expected, strict=True):
         assert [x for x, _ in theirs] == pytest.approx([x.log_probability for x in ours], abs=1e-3)
 
 
@@ -176,12 +176,14 @@ def test_pruned_is_what_we_say_on_the_same_prompts(judged, folder, system, execu
     task = get_task("arc-easy")
     setup = Setup(system.model, system.tokenizer, task, task.load("test", data_dir=folder), execution)
     for metric, scoring in (("acc", "likelihood"), ("acc_norm", "likelihood-per-character")):
-        own = score_choices(setup, pruner, scoring)
-        assert result["results"]["tiny_choose"][f"{metric},none"] == own.accuracy
-    for theirs, answer in zip(responses(result, "choose"), own.answers, strict=True):
+        evaluation = score_choices(setup, pruner, scoring)
+        assert result["results"]["tiny_choose"][f"{metric},none"] == evaluation.accuracy
+    for theirs, answer in zip(responses(result, "choose"), evaluation.answers, strict=True):
         assert [x for x, _ in theirs] == pytest.approx(answer.choices, abs=1e-3)
     dense = score_choices(setup)
-    assert dense.answers[0].choices != pytest.approx(own.answers[0].choices, abs=1e-2)  # so pruning made a difference
+    assert dense.answers[0].choices != pytest.approx(
+        evaluation.answers[0].choices, abs=1e-2
+    )  # so pruning made a difference
 
 
 def test_captured_steps_write_what_compact_ones_do_and_score_nothing(judged, folder):
@@ -200,10 +202,10 @@ def test_a_context_that_is_too_long_loses_its_beginning(folder, system):
 
     lm = MicrogliaLM(system, max_length=40)
     context, text = "x" * 90 + " Question: which is it?", " this one"
-    found = lm._loglikelihood_tokens([(None, *encode_pair(system.tokenizer, context, text))])
+    scored = lm._loglikelihood_tokens([(None, *encode_pair(system.tokenizer, context, text))])
     cut = encode_pair(system.tokenizer, context[-(41 - len(text)) :], text)
     (expected,) = likelihoods(system.model, [cut], system.pruner)
-    assert found == [(pytest.approx(expected.log_probability, abs=1e-3), expected.greedy)]
+    assert scored == [(pytest.approx(expected.log_probability, abs=1e-3), expected.greedy)]
 
 
 def test_what_cannot_be_asked_is_refused_in_a_sentence(judged, folder, system):

@@ -26,6 +26,12 @@ def test_the_threshold_hits_its_target_from_above(target, geometry, coarseness):
         assert len(keep.sum(-1).unique()) > 1  # prompts still differ
 
 
+@pytest.mark.parametrize(("heads", "kept"), [(10, 9), (10, 7), (20, 19), (12, 5)])
+def test_a_share_that_can_be_kept_exactly_is(heads, kept):
+    budget = Budget([torch.arange(heads).float()[None]], [HeadGeometry(heads, heads, 4)], 1)
+    assert budget.keep_ratio(budget.threshold(kept / heads)) == pytest.approx(kept / heads)
+
+
 @pytest.mark.parametrize("target", [0, -0.1, 1.01])
 def test_impossible_targets_are_refused(target):
     with pytest.raises(ConfigError, match=f"keep_ratio={target} was given; it must be above 0 and at most 1"):

@@ -17,7 +17,7 @@ from microglia.execution import Decision, Masked
 from microglia.gate import Gate
 from microglia.passes import Batch, Collator, encode, read_prompt, write_answer
 from microglia.policies import Policy
-from microglia.pruner import Pruner
+from microglia.pruner import Fill, Pruner
 from microglia.reading import Reading, joined, read
 from microglia.tasks.base import Example, Task
 from microglia.training.loss import task_loss
@@ -28,8 +28,8 @@ from microglia.units import HeadSite, find_sites
 class Calibration:
     """Examples on a model, and the passes over them that criteria share.
 
-    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket: of the
-    pruners that come of it.
+    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket, fill: of
+    the pruners that come of it.
     Raises DataError when there is no example, ConfigError for a batch size below 1.
     """
 
@@ -39,6 +39,7 @@ class Calibration:
     examples: Sequence[Example]
     window: int | None = 64
     bucket: int | None = None
+    fill: Fill = "zero"
     batch_size: int = 16
     seed: int = 0
 
@@ -127,8 +128,8 @@ class Calibration:
         return self.readings(policy).logits
 
     def pruner(self, policy: Policy) -> Pruner:
-        """A policy with the calibration's window and bucket."""
-        return Pruner(policy, Gate(bucket=self.bucket), self.window)
+        """A policy with the calibration's window, bucket and fill."""
+        return Pruner(policy, Gate(bucket=self.bucket), self.window, self.fill)
 
     def readings(self, policy: Policy) -> Reading:
         """What reading the N prompts gives with a policy, on the CPU."""

@@ -195,13 +195,14 @@ def _baseline(ablation: Ablation, base: Recipe, steps: int, seed: int) -> Policy
     setup, on_log = ablation.setup, ablation.on_log("static baseline", steps)
 
     def train_baseline() -> list[list[float]]:
-        baseline = new_static_baseline(setup.model, Gate(bucket=base.bucket))
+        baseline = new_static_baseline(setup.model, Gate(bucket=base.bucket), base.fill)
         place = (setup.model, setup.tokenizer, setup.task)
         train_in_memory(*place, baseline, config, data_dir=ablation.data_dir, on_log=on_log)
         assert isinstance(baseline.policy, StaticPolicy)
         return [x.tolist() for x in baseline.policy.logits]
 
-    logits = ablation.ledger.get({"static_baseline": plain(asdict(config)), "bucket": base.bucket}, train_baseline)
+    key = {"static_baseline": plain(asdict(config)), "bucket": base.bucket, "fill": base.fill}
+    logits = ablation.ledger.get(key, train_baseline)
     return StaticPolicy([torch.tensor(site) for site in logits])
 
 

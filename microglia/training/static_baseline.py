@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia.gate import Gate
 from microglia.policies import StaticPolicy
-from microglia.pruner import Pruner
+from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
 from microglia.training.loop import RunFolder, train
@@ -35,9 +35,10 @@ def baseline_config(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     )
 
 
-def new_static_baseline(model: nn.Module, gate: Gate | None = None) -> Pruner:
+def new_static_baseline(model: nn.Module, gate: Gate | None = None, fill: Fill = "zero") -> Pruner:
     """A static baseline for a model, before training: every unit kept."""
-    return Pruner(StaticPolicy.all_kept([site.geometry for site in find_sites(model)]), gate or Gate())
+    policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
+    return Pruner(policy, gate or Gate(), fill=fill)
 
 
 def train_in_memory(

@@ -44,6 +44,11 @@ def test_it_trains_on_the_calibrations_examples():
     assert task.template == "{question}"
 
 
+def test_what_pruned_heads_leave_behind_is_trained_with():
+    zero, mean = (StaticBaseline(config=SHORT).scores(calibration(fill=fill)) for fill in ("zero", "mean"))
+    assert not any(a.equal(b) for a, b in zip(zero, mean, strict=True))
+
+
 def test_the_model_cannot_be_changed_by_it():
     cal = calibration()
     with pytest.raises(ConfigError, match=r"lora='joint' was given, but a criterion leaves the model as it is"):

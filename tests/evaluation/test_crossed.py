@@ -12,16 +12,16 @@ A, B = rng.integers(0, 2, (1, 80)).astype(float), rng.integers(0, 2, (1, 80)).as
 
 
 def test_one_seed_is_the_paired_case() -> None:
-    found, paired = crossed_difference(A, B, resamples=10_000), paired_difference(A[0], B[0])
-    assert (found.diff, found.ci95, found.p_value) == (paired.diff, paired.ci95, mcnemar_exact(A[0], B[0]))
+    result, paired = crossed_difference(A, B, resamples=10_000), paired_difference(A[0], B[0])
+    assert (result.diff, result.ci95, result.p_value) == (paired.diff, paired.ci95, mcnemar_exact(A[0], B[0]))
     assert crossed_difference(np.repeat(A, 3, 0), B) == crossed_difference(A, B)  # seeds that agree tell nothing more
 
 
 def test_what_depends_on_no_seed_is_set_against_every_seed() -> None:
     b = rng.integers(0, 2, (4, 80)).astype(float)
-    found = crossed_difference(A, b)
-    assert found.diff == pytest.approx(A.mean() - b.mean())
-    assert found.ci95[0] < found.diff < found.ci95[1]
+    result = crossed_difference(A, b)
+    assert result.diff == pytest.approx(A.mean() - b.mean())
+    assert result.ci95[0] < result.diff < result.ci95[1]
 
 
 def test_seeds_that_differ_widen_the_interval() -> None:

@@ -14,10 +14,10 @@ def test_means_do_not_depend_on_the_batches():
     for rows in (slice(0, 2), slice(2, 3), slice(3, 5)):
         parts.add([x[rows] for x in keep], [{"norm": x[rows]} for x in norm])
     expected = {"kept": keep, "norm": norm}
-    for found in (whole.as_json(), parts.as_json()):
-        assert found.keys() == expected.keys()
+    for result in (whole.as_json(), parts.as_json()):
+        assert result.keys() == expected.keys()
         for name, tensors in expected.items():
-            for shown, tensor in zip(found[name], tensors, strict=True):
+            for shown, tensor in zip(result[name], tensors, strict=True):
                 assert shown == pytest.approx(tensor.mean(0).tolist(), abs=1e-6)
 
 

@@ -32,8 +32,8 @@ def slowly(model, pruner, prompt, text):
 def test_a_batch_says_what_each_prompt_says_alone(family, execution):
     model = tiny_model(family)
     pruner = wild(model)
-    found = likelihoods(model, PAIRS, pruner, execution=execution)
-    for (prompt, text), one in zip(PAIRS, found, strict=True):
+    results = likelihoods(model, PAIRS, pruner, execution=execution)
+    for (prompt, text), one in zip(PAIRS, results, strict=True):
         total, greedy, kept = slowly(model, pruner, prompt, text)
         assert one.log_probability == pytest.approx(total, abs=2e-3)
         assert (one.greedy, one.keep_ratio) == (greedy, pytest.approx(kept))
@@ -88,8 +88,8 @@ def test_the_likeliest_choice_is_chosen(scoring, divided):
     examples = [example(n, ("red", "a-long-green-one", "x9", "7"), n % 4, shots=shots) for n in range(6)]
     done = []
     setup = Setup(model, tokenizer, task, examples, batch_size=5)
-    found = score_choices(setup, pruner, scoring, progress=lambda *at: done.append(at))
-    for e, answer in zip(examples, found.answers, strict=True):
+    evaluation = score_choices(setup, pruner, scoring, progress=lambda *at: done.append(at))
+    for e, answer in zip(examples, evaluation.answers, strict=True):
         prompt = f"Question: question9?\nAnswer: yes\n\nQuestion: {e.question}\nAnswer:"
         totals = [slowly(model, pruner, *encode_pair(tokenizer, prompt, f" {text}"))[0] for text in e.choices.texts]
         assert answer.choices == pytest.approx(totals, abs=5e-3)
@@ -99,8 +99,8 @@ def test_the_likeliest_choice_is_chosen(scoring, divided):
         assert answer.correct == (chosen == e.choices.gold)
         assert answer.new_tokens == len(answer.text) + 1
     assert done[-1] == (24, 24)
-    assert found.rows()[0]["choices"] == found.answers[0].choices
-    assert found.summary().sparsity > 0
+    assert evaluation.rows()[0]["choices"] == evaluation.answers[0].choices
+    assert evaluation.summary().sparsity > 0
 
 
 def test_an_example_without_choices_is_refused(tmp_path: Path):

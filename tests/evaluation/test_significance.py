@@ -68,8 +68,8 @@ def test_mcnemar_is_the_sum_over_all_coin_tosses(pairs: list[tuple[bool, bool]])
     a, b = zip(*pairs, strict=True)
     only_a = sum(x > y for x, y in pairs)
     n = only_a + sum(x < y for x, y in pairs)
-    seen = abs(only_a - n / 2)
-    brute = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= seen) / 2**n
+    distance = abs(only_a - n / 2)
+    brute = sum(math.comb(n, k) for k in range(n + 1) if abs(k - n / 2) >= distance) / 2**n
     assert mcnemar_exact(a, b) == pytest.approx(brute)
     assert mcnemar_exact(b, a) == pytest.approx(brute)
 
@@ -128,11 +128,11 @@ def test_all_right_or_all_wrong_gets_the_exact_interval() -> None:
 def test_a_paired_difference_by_hand() -> None:
     a = [1, 1, 1, 1, 0, 0, 1, 1, 1, 0] * 20
     b = [1, 1, 0, 1, 0, 1, 1, 0, 1, 0] * 20
-    found = paired_difference(a, b)
-    assert found.diff == pytest.approx(0.1)
-    assert (found.n, found.discordant, found.method) == (200, 60, "BCa")
+    result = paired_difference(a, b)
+    assert result.diff == pytest.approx(0.1)
+    assert (result.n, result.discordant, result.method) == (200, 60, "BCa")
     error = statistics.pstdev([x - y for x, y in zip(a, b, strict=True)]) / math.sqrt(200)
-    assert found.ci95 == pytest.approx((0.1 - Z * error, 0.1 + Z * error), abs=0.15 * error)
+    assert result.ci95 == pytest.approx((0.1 - Z * error, 0.1 + Z * error), abs=0.15 * error)
 
 
 def test_pairing_takes_out_what_both_share() -> None:
@@ -146,24 +146,24 @@ def test_pairing_takes_out_what_both_share() -> None:
 @given(outcomes)
 def test_an_interval_of_outcomes_has_width_and_holds_the_difference(pairs: list[tuple[bool, bool]]) -> None:
     a, b = zip(*pairs, strict=True)
-    found, mirrored = paired_difference(a, b, resamples=300), paired_difference(b, a, resamples=300)
-    assert found.diff == pytest.approx(sum(a) / len(a) - sum(b) / len(b), abs=1e-12)
-    assert mirrored.diff == pytest.approx(-found.diff, abs=1e-12)
-    assert -1 <= found.ci95[0] < found.ci95[1] <= 1
-    assert found.ci95[0] <= found.diff + 1e-12
-    assert found.ci95[1] >= found.diff - 1e-12
+    result, mirrored = paired_difference(a, b, resamples=300), paired_difference(b, a, resamples=300)
+    assert result.diff == pytest.approx(sum(a) / len(a) - sum(b) / len(b), abs=1e-12)
+    assert mirrored.diff == pytest.approx(-result.diff, abs=1e-12)
+    assert -1 <= result.ci95[0] < result.ci95[1] <= 1
+    assert result.ci95[0] <= result.diff + 1e-12
+    assert result.ci95[1] >= result.diff - 1e-12
 
 
 def test_no_discordant_pair_gets_a_bound_of_about_three_in_n() -> None:
-    found = paired_difference([1, 0] * 50, [1, 0] * 50)
+    result = paired_difference([1, 0] * 50, [1, 0] * 50)
     bound = 1 - 0.05 ** (1 / 100)
-    assert (found.diff, found.discordant, found.method) == (0.0, 0, "exact")
-    assert found.ci95 == pytest.approx((-bound, bound))
+    assert (result.diff, result.discordant, result.method) == (0.0, 0, "exact")
+    assert result.ci95 == pytest.approx((-bound, bound))
     assert bound == pytest.approx(0.03, abs=0.001)
 
 
 def test_the_exact_bound_covers_at_the_worst_rate() -> None:
-    """At the rate of discordant pairs on the bound, no discordant pair at all is seen in just 5 % of samples."""
+    """At the rate of discordant pairs on the bound, no discordant pair at all is observed in just 5 % of samples."""
     bound = paired_difference([1] * 37, [1] * 37).ci95[1]
     assert stats.binom.pmf(0, 37, bound) == pytest.approx(0.05)
 
@@ -175,9 +175,9 @@ def test_every_pair_discordant_on_one_side() -> None:
 
 
 def test_a_constant_difference_of_measurements_is_not_made_certain() -> None:
-    found = paired_difference([1.5, 2.5, 3.5], [1.0, 2.0, 3.0])
-    assert (found.diff, found.method) == (0.5, "undefined")
-    assert all(map(math.isnan, found.ci95))
+    result = paired_difference([1.5, 2.5, 3.5], [1.0, 2.0, 3.0])
+    assert (result.diff, result.method) == (0.5, "undefined")
+    assert all(map(math.isnan, result.ci95))
 
 
 # --- rank correlation ------------------------------------------------------------------------------------------------
@@ -196,9 +196,9 @@ def test_spearman_with_ties_is_scipys(pairs: list[tuple[int, int]]) -> None:
         with pytest.raises(DataError, match="in which both vary"):
             spearman_ci(a, b)
         return
-    found = spearman_ci(a, b, resamples=100)
-    assert found.rho == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert -1 - 1e-12 <= found.ci95[0] <= found.ci95[1] <= 1 + 1e-12
+    result = spearman_ci(a, b, resamples=100)
+    assert result.rho == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert -1 - 1e-12 <= result.ci95[0] <= result.ci95[1] <= 1 + 1e-12
 
 
 def test_the_interval_of_spearman_is_that_of_a_plain_loop() -> None:
@@ -209,10 +209,10 @@ def test_the_interval_of_spearman_is_that_of_a_plain_loop() -> None:
     for _ in range(1000):
         chosen = rng.integers(0, 80, 80)
         loop.append(stats.spearmanr(a[chosen], b[chosen]).statistic)
-    found = spearman_ci(a, b)
-    assert found.ci95 == pytest.approx(tuple(np.quantile(loop, (0.025, 0.975))), abs=0.03)
-    assert found.ci95[0] < found.rho < found.ci95[1]
-    assert found.n == 80
+    result = spearman_ci(a, b)
+    assert result.ci95 == pytest.approx(tuple(np.quantile(loop, (0.025, 0.975))), abs=0.03)
+    assert result.ci95[0] < result.rho < result.ci95[1]
+    assert result.n == 80
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

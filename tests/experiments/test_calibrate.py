@@ -1,16 +1,19 @@
-"""The promise of a calibration, in thousands of worlds whose truth is known; and each step on answers made by hand."""
+"""The promise of a calibration in worlds whose truth is known, and each step by hand."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
+from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.evaluation.run import Answer, Evaluation
 from microglia.experiments.calibrate import (
     EVERY_HEAD,
+    Aim,
     calibrate,
     fixed_sequence,
     gentlest_reaching,
@@ -19,23 +22,25 @@ from microglia.experiments.calibrate import (
 )
 from microglia.experiments.drop import drop_limit
 from microglia.experiments.ledger import Ledger
-from microglia.gate import Gate
-from microglia.policy import StaticPolicy
+from microglia.gate import Gate, keep_ratio
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
-from tests.tiny_folder import checkpoint_for, save_tiny_model
+from tests.tiny_folder import opinionated_pruner, save_tiny_model
 
 PROMPTS, SETTINGS, DROP = 300, 10, 0.03
 
 
-# --- the promise -----------------------------------------------------------------------------------------------------
+# --- the promise ---
 
 
 def worlds(kind: str, many: int) -> tuple[np.ndarray, np.ndarray]:
-    """Counts (W, S, 2) of lost and won answers, and true drops (W, S), of worlds that are hard in different ways.
+    """Counts (W, S, 2) of lost and won answers, and true drops (W, S), of kinds of worlds.
 
-    A prompt has one number u in [0, 1]: a setting loses the answers with u below its loss rate and wins those above 1
-    minus its win rate, so settings agree with each other as those of one policy do, and every true drop is known.
+    A prompt has one number u in [0, 1]: a setting loses the answers with u below its loss rate and
+    wins those above 1 minus its win rate, so settings agree with each other as those of one policy
+    do, and every true drop is known.
     """
     rng = np.random.default_rng(sum(map(ord, kind)))
     win = np.repeat(rng.uniform(0, 0.05, (many, 1)), SETTINGS, 1)
@@ -57,13 +62,20 @@ def worlds(kind: str, many: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([(u < lose[..., None]).sum(-1), (u > 1 - win[..., None]).sum(-1)], -1), drop
 
 
-KINDS = "just too much from the start|nothing is ever won|slowly worse|better at first|a cliff|up and down".split("|")
+KINDS = [
+    "just too much from the start",
+    "nothing is ever won",
+    "slowly worse",
+    "better at first",
+    "a cliff",
+    "up and down",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_promise_is_broken_no_more_often_than_said(kind: str) -> None:
-    """1,000 worlds of each of six kinds at 95 %. Broken in 50 is allowed; 1 in 1,000 lucky runs of a method that breaks
-    it in exactly 5 % would show 73, so up to 73 pass."""
+    """1,000 worlds of each of six kinds at 95 %. Broken in 50 is allowed; of a method that breaks
+    it in exactly 5 %, 1 run in 1,000 would show more than 73, so up to 73 pass."""
     many = 1000
     counts, drop = worlds(kind, many)
     broken = 0
@@ -76,7 +88,7 @@ def test_the_promise_is_broken_no_more_often_than_said(kind: str) -> None:
 
 
 def test_the_same_worlds_catch_a_rule_that_promises_too_much() -> None:
-    """Taking the most aggressive setting whose measured drop is small enough, as is usual, breaks the promise often."""
+    """Taking the most aggressive setting whose measured drop is small enough breaks it often."""
     counts, drop = worlds("slowly worse", 1000)
     measured = (counts[..., 0] - counts[..., 1]) / PROMPTS
     last = SETTINGS - 1 - np.argmax((measured <= DROP)[:, ::-1], axis=1)
@@ -84,25 +96,31 @@ def test_the_same_worlds_catch_a_rule_that_promises_too_much() -> None:
 
 
 def test_the_order_matters_and_the_first_failure_ends_it() -> None:
-    asked = []
+    taken = []
 
     def counts():
         for pair in ((0, 0), (1, 1), (40, 0), (0, 0)):
-            asked.append(pair)
+            taken.append(pair)
             yield pair
 
     assert fixed_sequence(counts(), 300, 0.03, 0.95) == 2
-    assert asked == [(0, 0), (1, 1), (40, 0)]
+    assert taken == [(0, 0), (1, 1), (40, 0)]
 
 
-# --- a calibration of answers made by hand ---------------------------------------------------------------------------
+# --- a calibration of answers made by hand ---
+
+
+GEOMETRY = HeadGeometry(heads=8, kv_heads=8, head_dim=1)
+LOGITS = [torch.arange(1.0, 9.0)[None]]
+PRUNER = Pruner(StaticPolicy(LOGITS[0]), Gate(bucket=1)).with_budget(LOGITS, [GEOMETRY])
+RATIOS = (0.625, 0.875, 0.75, 0.5)
 
 
 @dataclass
 class Scripted:
-    """A setup whose pruned model loses the first so many right answers at each threshold."""
+    """A setup whose model loses its first right answers: how many, by pruned heads of 8."""
 
-    lost: dict[float, int]
+    lost: dict[int, int]
     prompts: int = 200
     runs: int = 0
 
@@ -110,59 +128,63 @@ class Scripted:
     def examples(self) -> list:
         return [None] * self.prompts
 
-    def answers(self, policy, gate, progress=None) -> Evaluation:
+    def answers(self, pruner, progress=None) -> Evaluation:
         self.runs += 1
-        lost = 0 if policy is None else self.lost[gate.threshold]
-        kept = 1.0 if policy is None else 1 - gate.threshold / 8
+        kept = 1.0 if pruner is None else keep_ratio(pruner.keep(LOGITS, [GEOMETRY])).item()
+        lost = 0 if pruner is None else self.lost[round(8 * (1 - kept))]
         rows = [Answer(str(i), "", i >= lost, kept, 5, 1, "") for i in range(self.prompts)]
         if progress:
             progress(self.prompts, self.prompts)
         return Evaluation(tuple(rows), 1.0)
 
 
-def gate_at(ratio: float | None) -> Gate:
-    """Thresholds 1 to 9 for keep ratios 0.9 to 0.1."""
-    assert ratio is not None
-    return Gate(threshold=round(10 - 10 * ratio))
-
-
-POLICY = StaticPolicy([])
-RATIOS = (0.7, 0.9, 0.8, 0.6)
-
-
 def test_the_last_setting_before_the_first_failure_is_chosen() -> None:
     setup, updates = Scripted({1: 0, 2: 1, 3: 30, 4: 0}), []
-    options = {"max_drop": 0.03, "keep_ratios": RATIOS, "progress": lambda *args: updates.append(args)}
-    found = calibrate(setup, POLICY, gate_at, **options)
-    assert (found.keep_ratio, found.threshold, found.prompts) == (0.75, 2, 200)
-    assert found.drop == pytest.approx(1 / 200)
-    assert found.drop_bound == drop_limit(1, 0, 200)
-    assert [t.target for t in found.tried] == [0.9, 0.8, 0.7]
+    aim = Aim(max_drop=0.03, keep_ratios=RATIOS)
+    promise = calibrate(setup, PRUNER, aim, progress=lambda *args: updates.append(args))
+    assert (promise.keep_ratio, promise.prompts) == (0.75, 200)
+    assert 2 < promise.threshold < 3
+    assert promise.drop == pytest.approx(1 / 200)
+    assert promise.drop_bound == drop_limit(1, 0, 200)
+    assert [t.target for t in promise.tried] == [0.875, 0.75, 0.625]
+    thresholds = [PRUNER.at(t.target).gate.threshold for t in promise.tried]
+    assert [t.threshold for t in promise.tried] == thresholds
     assert setup.runs == 4  # one dense run for all of them, and none after the failure
     assert updates[0] == ("dense", 200, 200)
-    assert found.sentence.startswith("75.0% of the heads are kept; with 95% confidence that costs at most 3 points")
-    assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= found.to_json().keys()
+    kept = "75.0% of the heads are kept; with 95% confidence that costs at most 3 points"
+    assert promise.sentence.startswith(kept)
+    assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= promise.to_json().keys()
 
 
-def test_too_few_prompts_are_told_how_many_are_needed_and_nothing_is_run() -> None:
+def test_settings_that_decide_alike_are_tried_once() -> None:
+    setup = Scripted({1: 0, 2: 1})
+    promise = calibrate(setup, PRUNER, Aim(max_drop=0.03, keep_ratios=(0.875, 0.8, 0.75, 0.7)))
+    assert [t.target for t in promise.tried] == [0.875, 0.75]
+    assert setup.runs == 3
+
+
+def test_of_too_few_prompts_it_says_how_many_are_needed_and_runs_nothing() -> None:
     setup = Scripted({}, prompts=149)
-    found = calibrate(setup, POLICY, gate_at, max_drop=0.02)
-    assert (found.keep_ratio, found.threshold, found.needed, setup.runs) == (1.0, EVERY_HEAD, 150, 0)
-    assert "149 prompts are too few" in found.sentence
-    assert "at least 150" in found.sentence
+    promise = calibrate(setup, PRUNER, Aim(max_drop=0.02))
+    assert (promise.keep_ratio, promise.threshold) == (1.0, EVERY_HEAD)
+    assert (promise.needed, setup.runs) == (150, 0)
+    assert "149 prompts are too few" in promise.sentence
+    assert "at least 150" in promise.sentence
 
 
 def test_when_nothing_can_be_promised_the_model_stays_dense() -> None:
-    found = calibrate(Scripted({1: 3, 2: 0}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9, 0.8))
-    assert (found.keep_ratio, found.drop, found.threshold, found.accuracy) == (1.0, 0.0, EVERY_HEAD, 1.0)
-    assert "lost 3 and won 0 of 200 answers" in found.sentence
-    assert "prompts might do" in found.sentence
-    hopeless = calibrate(Scripted({1: 60}), POLICY, gate_at, max_drop=0.03, keep_ratios=(0.9,))
+    aim = Aim(max_drop=0.03, keep_ratios=(0.875, 0.75))
+    promise = calibrate(Scripted({1: 3, 2: 0}), PRUNER, aim)
+    assert (promise.keep_ratio, promise.threshold) == (1.0, EVERY_HEAD)
+    assert (promise.drop, promise.accuracy) == (0.0, 1.0)
+    assert "lost 3 and won 0 of 200 answers" in promise.sentence
+    assert "prompts might do" in promise.sentence
+    hopeless = calibrate(Scripted({1: 60}), PRUNER, Aim(max_drop=0.03, keep_ratios=(0.875,)))
     assert "train longer" in hopeless.sentence
 
 
 def test_as_many_prompts_as_estimated_would_do() -> None:
-    tried = calibrate(Scripted({1: 3}), POLICY, gate_at, keep_ratio=0.9).tried[0]
+    tried = calibrate(Scripted({1: 3}), PRUNER, Aim(keep_ratio=0.875)).tried[0]
     more = more_prompts(tried, 200, 0.03, 0.95)
     assert more is not None
     assert drop_limit(round(3 * more / 200), 0, more) == pytest.approx(0.03, abs=0.001)
@@ -170,27 +192,26 @@ def test_as_many_prompts_as_estimated_would_do() -> None:
 
 
 def test_a_keep_ratio_that_is_asked_for_gets_its_limit_and_no_promise() -> None:
-    found = calibrate(Scripted({4: 12}), POLICY, gate_at, keep_ratio=0.6)
-    assert (found.keep_ratio, found.max_drop) == (0.5, None)
-    assert found.drop_bound == drop_limit(12, 0, 200) > found.drop == 12 / 200
-    assert "at most" in found.sentence
+    promise = calibrate(Scripted({4: 12}), PRUNER, Aim(keep_ratio=0.5))
+    assert (promise.keep_ratio, promise.max_drop) == (0.5, None)
+    assert promise.drop_bound == drop_limit(12, 0, 200) > promise.drop == 12 / 200
+    assert "at most" in promise.sentence
 
 
 def test_an_interrupted_calibration_goes_on(tmp_path) -> None:
     class Stops(Scripted):
-        def answers(self, policy, gate, progress=None):
+        def answers(self, pruner, progress=None):
             if self.runs == 2:
                 raise KeyboardInterrupt
-            return super().answers(policy, gate, progress)
+            return super().answers(pruner, progress)
 
-    lost = {1: 0, 2: 1, 3: 30}
-    options = {"max_drop": 0.03, "keep_ratios": (0.9, 0.8, 0.7)}
+    lost, aim = {1: 0, 2: 1, 3: 30}, Aim(max_drop=0.03, keep_ratios=(0.875, 0.75, 0.625))
     with pytest.raises(KeyboardInterrupt):
-        calibrate(Stops(lost), POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
+        calibrate(Stops(lost), PRUNER, aim, ledger=Ledger(tmp_path / "x.jsonl"))
     again = Scripted(lost)
-    found = calibrate(again, POLICY, gate_at, ledger=Ledger(tmp_path / "x.jsonl"), **options)
+    promise = calibrate(again, PRUNER, aim, ledger=Ledger(tmp_path / "x.jsonl"))
     assert again.runs == 2  # dense and the first setting were there
-    assert found == calibrate(Scripted(lost), POLICY, gate_at, **options)
+    assert promise == calibrate(Scripted(lost), PRUNER, aim)
 
 
 @pytest.mark.parametrize(
@@ -205,68 +226,69 @@ def test_an_interrupted_calibration_goes_on(tmp_path) -> None:
 )
 def test_what_is_out_of_range_is_refused(options, sentence) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        calibrate(Scripted({}), POLICY, gate_at, **options)
+        Aim(**options)
 
 
-# --- a speed that is asked for ---------------------------------------------------------------------------------------
+# --- a speed that is asked for ---
 
 
 def test_the_gentlest_setting_that_is_fast_enough_is_found_by_bisection() -> None:
-    asked = []
+    measured = []
 
     def speed(ratio: float) -> float:
-        asked.append(ratio)
+        measured.append(ratio)
         return 1 + (1 - ratio) / 2
 
     ratios = [round(0.95 - 0.05 * step, 2) for step in range(14)]
     assert gentlest_reaching(1.19, speed, ratios) == 0.6
-    assert len(asked) <= 5
+    assert len(measured) <= 5
     assert gentlest_reaching(1.0001, speed, ratios) == 0.95
-    with pytest.raises(MicrogliaError, match=r"1.5 was asked for, but keeping 30% of the heads reaches 1.35 here"):
+    message = r"1.5 was asked for, but keeping 30% of the heads reaches 1.35 here"
+    with pytest.raises(MicrogliaError, match=message):
         gentlest_reaching(1.5, speed, ratios)
     with pytest.raises(ConfigError, match=r"latency_ratio=1 was given; .* must be above 1"):
         gentlest_reaching(1, speed, ratios)
 
 
-# --- prompts that training did not see, and the system ---------------------------------------------------------------
+# --- prompts that training did not use, and the system ---
 
 
-def test_what_training_looked_at_is_left_out() -> None:
+def test_what_training_used_is_left_out() -> None:
     task = get_task("arithmetic")
-    told = {"eval_limit": 6, "seed": 3}
+    training = {"eval_limit": 6, "seed": 3}
     plain = [e.id for e in task.load("validation", limit=20, seed=3)]
-    left = unused_examples(task, "validation", told, 4, limit=14, seed=3)
+    left = unused_examples(task, "validation", training, 4, limit=14, seed=3)
     assert [e.id for e in left] == plain[6:]
-    assert len(unused_examples(task, "validation", told, 4, limit=14, seed=4)) == 14
-    assert len(unused_examples(task, "test", told, 4, limit=3, seed=3)) == 3
+    assert len(unused_examples(task, "validation", training, 4, limit=14, seed=4)) == 14
+    assert len(unused_examples(task, "test", training, 4, limit=3, seed=3)) == 3
     assert len(unused_examples(task, "train", None, 4, limit=3, seed=3)) == 3
     with pytest.raises(ConfigError, match="the policy was trained on it; give validation or test"):
-        unused_examples(task, "train", told, 4, limit=3, seed=3)
+        unused_examples(task, "train", training, 4, limit=3, seed=3)
 
     few = SimpleNamespace(load=lambda split, limit, seed: task.load(split, limit=5, seed=seed))
     with pytest.raises(DataError, match="looked at all examples of the split validation"):
-        unused_examples(few, "validation", told, 4, limit=None, seed=3)
+        unused_examples(few, "validation", training, 4, limit=None, seed=3)
 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory):
     folder = save_tiny_model(tmp_path_factory.mktemp("model"))
     loaded = MicrogliaPruningSystem(folder)
-    saved = checkpoint_for(loaded.model)
-    loaded.policy = saved.policy
-    loaded.set_keep_ratio(None, prompts=["What is 1 plus 2?", "Tom has 3 apples and eats one. How many are left?"])
+    loaded.pruner = opinionated_pruner(loaded.model)
+    prompts = ["What is 1 plus 2?", "Tom has 3 apples and eats one. How many are left?"]
+    loaded.set_keep_ratio(None, prompts=prompts)
     return loaded
 
 
 def test_the_system_is_calibrated_saved_and_loaded(system, tmp_path) -> None:
     few = {"limit": 4, "max_new_tokens": 2, "batch_size": 4, "ledger": tmp_path / "answers.jsonl"}
-    found = system.calibrate(keep_ratio=0.6, **few)
-    assert system.gate.threshold == found.threshold
+    promise = system.calibrate(keep_ratio=0.6, **few)
+    assert system.pruner.gate.threshold == promise.threshold
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == 2
     loaded = MicrogliaPruningSystem.from_pretrained(system.save_pretrained(tmp_path / "saved"))
-    assert loaded.gate.threshold == found.threshold
-    assert loaded.promise["sentence"] == found.sentence
-    assert found.sentence in (tmp_path / "saved" / "README.md").read_text()
+    assert loaded.pruner.gate.threshold == promise.threshold
+    assert loaded.promise["sentence"] == promise.sentence
+    assert promise.sentence in (tmp_path / "saved" / "README.md").read_text()
     loaded.set_keep_ratio(0.5)
     assert loaded.promise == {}
 
@@ -277,14 +299,15 @@ def test_the_system_is_calibrated_saved_and_loaded(system, tmp_path) -> None:
 
 
 def test_a_speed_is_reached_by_measuring(system, monkeypatch) -> None:
-    monkeypatch.setattr("microglia.experiments.calibrate.typical_speed", lambda *_, **__: lambda ratio: 2 - ratio)
-    found = system.calibrate(latency_ratio=1.4, limit=4, max_new_tokens=2)
-    assert [t.target for t in found.tried] == [0.6]
+    speed = "microglia.experiments.calibrate.typical_speed"
+    monkeypatch.setattr(speed, lambda *_, **__: lambda ratio: 2 - ratio)
+    promise = system.calibrate(latency_ratio=1.4, limit=4, max_new_tokens=2)
+    assert [t.target for t in promise.tried] == [0.6]
 
 
 def test_a_policy_is_known_by_its_weights(system) -> None:
-    policy = system.policy
+    policy = system.pruner.policy
     assert policy.fingerprint() == policy.fingerprint()
     assert StaticPolicy.random([], 0).fingerprint() != policy.fingerprint()
-    changed = checkpoint_for(system.model, seed=1).policy
+    changed = opinionated_pruner(system.model, seed=1).policy
     assert changed.fingerprint() != policy.fingerprint()

@@ -1,4 +1,4 @@
-"""The limit of a drop: against full enumeration of small samples, against blunter bounds, and on what cannot be."""
+"""The limit of a drop: against full enumeration, against blunter bounds, and on what cannot be."""
 
 import itertools
 import math
@@ -22,8 +22,8 @@ def probabilities(n: int, p: float, m: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("n", "confidence"), [(1, 0.95), (7, 0.8), (20, 0.95)])
-def test_the_limit_is_missed_no_more_often_than_said_whatever_the_truth(n: int, confidence: float) -> None:
-    """All truths on a grid, by enumeration: no simulation, no tolerance but that of floating point."""
+def test_the_limit_is_missed_no_more_often_than_said(n: int, confidence: float) -> None:
+    """Whatever the truth: a grid of them, by enumeration, tolerating only floating point."""
     limits = np.array([drop_limit(lost, won, n, confidence) for lost, won in outcomes(n)])
     misses = []
     for p, m in itertools.product(np.linspace(0, 1, 26), repeat=2):
@@ -56,7 +56,7 @@ def test_a_large_sample_agrees_with_the_normal_approximation() -> None:
 
 
 def test_how_many_prompts_the_first_promise_takes() -> None:
-    """With no answer changed only (1 - drop)^n counts: the floor of every valid method, reached within a prompt."""
+    """With no answer changed only (1 - drop)^n counts, the floor of every valid method."""
     for drop, confidence in ((0.02, 0.95), (0.05, 0.95), (0.01, 0.9)):
         floor = math.ceil(math.log(1 - confidence) / math.log(1 - drop))
         assert floor <= prompts_needed(drop, confidence) <= floor + 3
@@ -65,7 +65,7 @@ def test_how_many_prompts_the_first_promise_takes() -> None:
 
 
 def test_hoeffding_and_bentkus_need_seventy_times_as_many() -> None:
-    """Angelopoulos et al. 2021, on losses mapped to [0, 1]: what the module's docstring says of them."""
+    """Angelopoulos et al. 2021, on losses mapped to [0, 1]: what the module's docstring says."""
 
     def p_value(n: int) -> float:
         hoeffding = math.exp(-n * 0.5 * (math.log(0.5 / 0.51) + math.log(0.5 / 0.49)))

@@ -68,8 +68,8 @@ def test_kill_9_costs_nothing(start, tmp_path):
             killed += finished(process) == -9
             half_way += any(folder.glob("agents/checkpoint-*")) and not (folder / RESULT).exists()
         assert finished(start(folder)) == 0, f"trial {trial} could not be resumed"
-        found = load_file(folder / RESULT)
-        assert all(found[name].equal(x) for name, x in truth.items()), f"trial {trial} ended with other weights"
+        weights = load_file(folder / RESULT)
+        assert all(weights[name].equal(x) for name, x in truth.items()), f"trial {trial} ended with other weights"
     print(f"{TRIALS} trials: {killed} of {2 * TRIALS} runs were killed, {half_way} of them with a checkpoint to resume")
     assert killed >= TRIALS / 2  # else nothing was tried
     assert half_way  # nor was anything resumed

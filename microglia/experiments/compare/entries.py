@@ -104,6 +104,7 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
             examples(limit, seed),
             window=like.window,
             bucket=like.gate.bucket,
+            fill=like.fill,
             batch_size=16,
             seed=seed,
         )

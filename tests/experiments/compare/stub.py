@@ -5,36 +5,34 @@ from typing import Any
 
 import torch
 
-from microglia.criteria import Calibration
-from microglia.errors import ConfigError
-from microglia.policy import StaticPolicy
-from microglia.sites import find_sites
-from tests.tiny import wild_policy
+from microglia.criteria import CRITERIA, Calibration
+from microglia.policies import StaticPolicy
+from tests.tiny import geometries_of, wild_policy
 
 
 @dataclass(frozen=True)
 class Stub:
-    """Random logits of the calibration's seed; the same for every seed when it is called static_baseline."""
+    """Random logits of the calibration's seed; as static_baseline the same for every seed."""
 
     kind: str
     made: list
     config: Any = None
 
     def policy(self, calibration: Calibration, *, per_input: bool = False):
-        self.made.append((self.kind, calibration.seed, len(calibration.examples), per_input, self.config))
+        examples = len(calibration.examples)
+        self.made.append((self.kind, calibration.seed, examples, per_input, self.config))
         if per_input:
             return wild_policy(calibration.model)
-        geometries = [site.geometry for site in find_sites(calibration.model)]
+        seed = 7 if self.kind == "static_baseline" else 7 + calibration.seed
         with torch.no_grad():
-            return StaticPolicy.random(geometries, 7 + calibration.seed * (self.kind != "static_baseline"))
+            return StaticPolicy.random(geometries_of(calibration.model), seed)
 
 
 def stub_criterion(made: list):
     """`get_criterion`; `made` gets a line for every policy that is made."""
 
     def get_criterion(name: str, **options: Any) -> Stub:
-        if name not in ("static_baseline", "random", "norm"):
-            raise ConfigError(f"there is no criterion {name!r}; choose one of static_baseline, random, norm")
+        _ = CRITERIA[name]  # refuses unknown names
         return Stub(name, made, **options)
 
     return get_criterion

@@ -1,45 +1,47 @@
-"""A whole comparison on a tiny model: the same prompts for all, seeds, going on from a ledger, table and picture."""
+"""A whole comparison on a tiny model: same prompts for all, seeds, ledger, table and picture."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from microglia.attach import gated
 from microglia.cli.main import app
-from microglia.evaluation.bench import Bench
+from microglia.evaluation.setup import Setup
+from microglia.execution import Decision, Masked
 from microglia.experiments.compare.entries import config_of, parsed
 from microglia.experiments.compare.summary import DENSE
 from microglia.experiments.side_by_side import PairRecipe
 from microglia.record import read_records
-from microglia.sites import find_sites
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.training import TrainingConfig
-from microglia.training.held_out import answer_losses
 from microglia.training.static_baseline import baseline_config
+from microglia.units import find_sites
 from tests.experiments.compare.stub import stub_criterion
-from tests.tiny_folder import checkpoint_for, save_tiny_model
+from tests.tiny_folder import opinionated_pruner, save_tiny_model
 
 FEW = "--limit 6 --max-new-tokens 2 --batch-size 4 --num-runs 0".split()
+AT = "--keep-ratios 0.6 --at-keep-ratio 0.6".split()
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("compare")
     system = MicrogliaPruningSystem(save_tiny_model(place / "model"))
-    system.policy = checkpoint_for(system.model).policy
+    system.pruner = opinionated_pruner(system.model)
     return system.save_pretrained(place / "saved")
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """What was asked of the criteria."""
-    asked: list = []
-    monkeypatch.setattr("microglia.experiments.compare.entries.get_criterion", stub_criterion(asked))
+    """Every policy that a criterion made."""
+    policies: list = []
+    criterion = stub_criterion(policies)
+    monkeypatch.setattr("microglia.experiments.compare.entries.get_criterion", criterion)
     monkeypatch.setattr("microglia.cli.compare.HELD_OUT", 6)
-    return asked
+    return policies
 
 
 def run(*arguments: object):
@@ -47,15 +49,15 @@ def run(*arguments: object):
 
 
 def test_everything_on_the_same_prompts_and_again_from_the_ledger(folder, made, tmp_path) -> None:
-    place = ["--model-path", folder, "--output-dir", tmp_path, "--seeds", "0,1", "--keep-ratios", "0.7"]
-    command = [*place, "--at-keep-ratio", 0.5, "--policies", "random,norm:per-input", *FEW]
+    place = ["--model-path", folder, "--output-dir", tmp_path, "--seeds", "0,1"]
+    ratios = ["--keep-ratios", "0.7", "--at-keep-ratio", 0.5]
+    command = [*place, *ratios, "--policies", "random,norm:per-input", *FEW]
     done = run(*command, "--json")
     assert done.exit_code == 0, done.stderr
     data = json.loads(done.stdout)
-    assert [(row["policy"], row["target"]) for row in data["rows"]] == [
-        (DENSE, 1.0),
-        *((name, ratio) for name in ("agents", "static_baseline", "random", "norm:per-input") for ratio in (0.7, 0.5)),
-    ]
+    names = ("agents", "static_baseline", "random", "norm:per-input")
+    targets = [(DENSE, 1.0), *((name, ratio) for name in names for ratio in (0.7, 0.5))]
+    assert [(row["policy"], row["target"]) for row in data["rows"]] == targets
     assert data["adaptivity"]["target"] == 0.5
     assert [row["seeds"] for row in data["rows"][:4]] == [[0], [0], [0], [0, 1]]
     assert sorted({(kind, seed, per_input) for kind, seed, _, per_input, _ in made}) == [
@@ -82,7 +84,8 @@ def test_everything_on_the_same_prompts_and_again_from_the_ledger(folder, made, 
 
 
 def test_time_and_memory_are_measured_and_drawn(folder, made, tmp_path) -> None:
-    flags = "--keep-ratios 0.5 --at-keep-ratio 0.5 --limit 2 --max-new-tokens 2 --num-runs 1".split()
+    few = "--limit 2 --max-new-tokens 2 --num-runs 1".split()
+    flags = ["--keep-ratios", 0.5, "--at-keep-ratio", 0.5, *few]
     picture = tmp_path / "front.png"
     done = run("--model-path", folder, *flags, "--plot", picture, "--json")
     assert done.exit_code == 0, done.stderr
@@ -95,45 +98,53 @@ def test_time_and_memory_are_measured_and_drawn(folder, made, tmp_path) -> None:
 
 
 def test_the_static_baseline_may_be_a_checkpoint(folder, made) -> None:
-    done = run("--model-path", folder, "--policies", f"static_baseline={folder}", *FEW, "--keep-ratios", 0.6, "--json")
+    flags = [*FEW, "--keep-ratios", 0.6, "--json"]
+    done = run("--model-path", folder, "--policies", f"static_baseline={folder}", *flags)
     assert done.exit_code == 0, done.stderr
     data = json.loads(done.stdout)
     assert {row["policy"] for row in data["rows"]} == {DENSE, "agents", "static_baseline"}
-    assert data["adaptivity"]["gain"] == data["adaptivity"]["loss"]["diff"] == 0  # it is the same policy
+    gain = data["adaptivity"]
+    assert gain["gain"] == gain["loss"]["diff"] == 0  # it is the same policy
     assert made == []
 
 
 def keys(place) -> list[dict]:
-    return [json.loads(line)["key"] for line in (place / "ledger.jsonl").read_text().splitlines() if line]
+    lines = (place / "ledger.jsonl").read_text().splitlines()
+    return [json.loads(line)["key"] for line in lines if line]
 
 
-def test_a_name_given_again_is_the_next_seed_and_seeds_may_be_done_apart(folder, made, tmp_path) -> None:
+def test_a_name_given_again_is_the_next_seed_and_seeds_may_be_apart(folder, made, tmp_path) -> None:
     system = MicrogliaPruningSystem.from_pretrained(folder)
-    system.policy = checkpoint_for(system.model, seed=5).policy
+    system.pruner = opinionated_pruner(system.model, seed=5)
     other = system.save_pretrained(tmp_path / "other")
-    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--output-dir", tmp_path / "out", "--json"]
-    for seed, agents, baseline in ((0, folder, other), (1, other, folder)):  # as two processes would
-        part = run("--model-path", agents, "--policies", f"static_baseline={baseline}", "--seeds", seed, *flags)
+    flags = [*FEW, *AT, "--output-dir", tmp_path / "out", "--json"]
+    # as two processes would
+    for seed, agents, baseline in ((0, folder, other), (1, other, folder)):
+        pair = ["--model-path", agents, "--policies", f"static_baseline={baseline}"]
+        part = run(*pair, "--seeds", seed, *flags)
         assert part.exit_code == 0, part.stderr
     before = keys(tmp_path / "out")
     baselines = f"static_baseline={other},static_baseline={folder}"
-    done = run("--model-path", f"{folder},{other}", "--policies", baselines, "--seeds", "0,1", *flags)
+    agents = f"{folder},{other}"
+    done = run("--model-path", agents, "--policies", baselines, "--seeds", "0,1", *flags)
     assert done.exit_code == 0, done.stderr
     assert keys(tmp_path / "out") == before  # nothing was answered again
     data = json.loads(done.stdout)
     assert [row["seeds"] for row in data["rows"]] == [[0], [0, 1], [0, 1]]
     assert data["adaptivity"]["gain"] == pytest.approx(0)  # each is the other's baseline
-    assert len(read_records(tmp_path / "out" / "records.jsonl")) == 4  # of this comparison, not of the parts
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    assert len(records) == 4  # of this comparison, not of the parts
 
 
-def test_a_score_that_no_seed_changes_is_measured_once(folder, made, tmp_path, monkeypatch) -> None:
-    asked = []
-    real = Bench.answers
-    monkeypatch.setattr(Bench, "answers", lambda *given: asked.append(given[1]) or real(*given))
-    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--seeds", "0,1,2", "--json"]
-    done = run("--model-path", folder, "--policies", f"static_baseline={folder},norm:per-input,random", *flags)
+def test_a_score_that_no_seed_changes_is_measured_once(folder, made, monkeypatch) -> None:
+    answered, real = [], Setup.answers
+    monkeypatch.setattr(Setup, "answers", lambda *given: answered.append(given[1]) or real(*given))
+    policies = f"static_baseline={folder},norm:per-input,random"
+    flags = [*FEW, *AT, "--seeds", "0,1,2", "--json"]
+    done = run("--model-path", folder, "--policies", policies, *flags)
     assert done.exit_code == 0, done.stderr
-    assert len(asked) == 1 + 1 + 1 + 1 + 3  # dense, agents, static baseline, norm, and random for every seed
+    # dense, agents, static baseline, norm, and random for every seed
+    assert len(answered) == 1 + 1 + 1 + 1 + 3
     norm = json.loads(done.stdout)["rows"][3]
     assert (norm["policy"], norm["seeds"]) == ("norm:per-input", [0, 1, 2])
 
@@ -142,7 +153,7 @@ def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) ->
     short = TrainingConfig(max_steps=1, limit=4, batch_size=2, eval_limit=2, keep_ratio=0.6)
     monkeypatch.setattr("microglia.experiments.demo.RECIPE", PairRecipe(short, short))
     model = folder.parent / "model"
-    flags = [*FEW, "--keep-ratios", 0.6, "--at-keep-ratio", 0.6, "--seeds", "0,1", "--json", "--answer-room", 1.25]
+    flags = [*FEW, *AT, "--seeds", "0,1", "--json", "--answer-limit", 1.25]
     command = ["--train-pairs", "--model", model, "--output-dir", tmp_path, *flags]
     done = run(*command)
     assert done.exit_code == 0, done.stderr
@@ -152,9 +163,9 @@ def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) ->
         ("agents", [0, 1]),
         ("static_baseline", [0, 1]),
     ]
-    assert data["settings"]["answer_room"] == 1.25
+    assert data["settings"]["answer_limit"] == 1.25
     assert {place.name for place in (tmp_path / "pairs").iterdir()} == {"0", "1"}
-    assert all(seed == 0 for kind, seed, *_ in made if kind == "static_baseline")  # none was trained as a criterion
+    assert "static_baseline" not in [kind for kind, *_ in made]  # none was trained as a criterion
     before = keys(tmp_path)
     monkeypatch.setattr("microglia.training.static_baseline.train", None)
     assert json.loads(run(*command).stdout)["rows"] == data["rows"]
@@ -162,35 +173,33 @@ def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) ->
 
 
 def test_names_are_put_in_order_and_the_static_baseline_is_always_there() -> None:
-    assert list(parsed(["random,norm", "random"])) == ["agents", "static_baseline", "random", "norm"]
+    names = parsed(["random,norm", "random"])
+    assert list(names) == ["agents", "static_baseline", "random", "norm"]
     names = parsed(["norm", "static_baseline=runs/a,static_baseline=runs/b"])
     assert names == {"agents": [], "static_baseline": ["runs/a", "runs/b"], "norm": []}
 
 
 def test_the_static_baseline_is_trained_as_the_agents_were() -> None:
-    told = {"max_steps": 40, "alpha": [0.02, 0.2], "lora": "joint", "learning_rate": 3e-3, "gone_option": 1}
-    recipe = baseline_config(config_of(told))
+    training = {"max_steps": 40, "alpha": [0.02, 0.2], "lora": "joint", "learning_rate": 3e-3}
+    recipe = baseline_config(config_of(training | {"gone_option": 1}))
     assert (recipe.max_steps, recipe.alpha, recipe.lora) == (40, (0.02, 0.2), "none")
     assert recipe.learning_rate > TrainingConfig().learning_rate
 
 
 def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
     system = MicrogliaPruningSystem.from_pretrained(folder)
-    task = get_task("arithmetic")
-    bench = Bench(system.model, system.tokenizer, task, task.load("test", limit=5))
-    options = {"template": task.template, "gate": system.gate, "look": system.look}
-
-    def losses(policy, **more):
-        return answer_losses(bench.model, bench.tokenizer, bench.examples, policy, **{**options, **more})
-
-    assert losses(system.policy, batch_size=2) == pytest.approx(losses(system.policy, batch_size=5), abs=1e-4)
-    dense = losses(None)
-    assert max(abs(a - b) for a, b in zip(losses(system.policy), dense, strict=True)) > 1e-3
-    example = bench.examples[0]  # the same by hand: one pass, no padding, no cache
+    task, pruner = get_task("arithmetic"), system.pruner
+    setup = Setup(system.model, system.tokenizer, task, task.load("test", limit=5), batch_size=5)
+    pruned, dense = setup.losses(pruner), setup.losses(None)
+    assert replace(setup, batch_size=2).losses(pruner) == pytest.approx(pruned, abs=1e-4)
+    assert max(abs(a - b) for a, b in zip(pruned, dense, strict=True)) > 1e-3
+    example = setup.examples[0]  # the same by hand: one pass, no padding, no cache
     prompt = system.tokenizer(task.template.format(question=example.question))["input_ids"]
-    answer = [*system.tokenizer(" " + example.answer)["input_ids"], system.tokenizer.eos_token_id]
+    end = system.tokenizer.eos_token_id
+    answer = [*system.tokenizer(" " + example.answer)["input_ids"], end]
     sites = find_sites(system.model)
-    keep = [system.gate(x[:1], site.geometry) for x, site in zip(bench.logits(system.policy), sites, strict=True)]
+    logits = [x[:1] for x in setup.logits(pruner)]
+    keep = [pruner.gate(x, site.geometry) for x, site in zip(logits, sites, strict=True)]
     where = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
 
     def by_hand() -> float:
@@ -199,22 +208,27 @@ def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
 
     with torch.no_grad():
         assert dense[0] == pytest.approx(by_hand(), abs=1e-4)
-        with gated(sites, keep, where=where):
-            pruned = by_hand()
-    assert losses(system.policy)[0] == pytest.approx(pruned, abs=1e-4)
+        with Masked(where).apply(sites, Decision(keep)):
+            assert pruned[0] == pytest.approx(by_hand(), abs=1e-4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ("", "no checkpoint was given"),
-        ("--model-path SAVED --policies shap", "there is no criterion 'shap'; choose one of"),
+        ("--model-path SAVED --policies shap", "criterion='shap' is unknown; choose activation_"),
         ("--model-path SAVED --policies mask=nowhere", "give name=FOLDER with a checkpoint folder"),
         ("--model-path SAVED --keep-ratios 1.5", "keep_ratios=[1.5"),
-        ("--model-path SAVED --seeds 0,0", "seeds=[0, 0] was given; give at least one and none twice"),
+        (
+            "--model-path SAVED --seeds 0,0",
+            "seeds=[0, 0] was given; give at least one and none twice",
+        ),
         ("--model-path SAVED,SAVED --seeds 0,1,2", "agents has 2 policies but 3 seeds were given"),
         ("--train-pairs", "--train-pairs trains agents instead of loading them"),
-        ("--model-path SAVED --answer-room 0.5", "answer_room=0.5 was given; it must be 1 or more"),
+        (
+            "--model-path SAVED --answer-limit 0.5",
+            "answer_limit=0.5 was given; it must be 1 or more",
+        ),
         ("--model-path SAVED --plot x.bmp", "x.bmp was given for the plot; it must end in .png"),
     ],
 )

@@ -14,15 +14,18 @@ N = 40
 DENSE = [1] * 36 + [0] * 4
 
 
-def run(policy: str, correct, *, target=0.7, seed=0, kept=0.7, ratio: float | None = None, first=0) -> Run:
-    rows = [
-        Answer(f"{first + i}", "", bool(c), kept + (i % 4) / 100, 10, i % 4, "ab"[i % 2]) for i, c in enumerate(correct)
-    ]
-    losses = tuple(1.0 - c / 2 for c in correct)
-    measured = Measured(Evaluation(tuple(rows), 1.0), losses)
+def run(policy: str, correct, *, target=0.7, seed=0, kept=0.7, ratio=None, first=0) -> Run:
+    """A run; timed where there is a ratio to dense."""
+
+    def answer(i: int, right: int) -> Answer:
+        return Answer(f"{first + i}", "", bool(right), kept + (i % 4) / 100, 10, i % 4, "ab"[i % 2])
+
+    answers = tuple(answer(i, c) for i, c in enumerate(correct))
+    measured = Measured(Evaluation(answers, 1.0), tuple(1.0 - c / 2 for c in correct))
     if ratio is None:
         return Run(policy, target, seed, measured)
-    times = {"ratio_ci95": (ratio, ratio), "ceiling": 2.0, "realised_share": 0.5, "kv_bytes": 100, "keep_ratio": kept}
+    times = {"ratio_ci95": (ratio, ratio), "ceiling": 2.0, "realised_share": 0.5}
+    times |= {"kv_bytes": 100, "keep_ratio": kept}
     dense = Latency(**times, ms_per_token=10.0, ratio_to_dense=1.0)
     compact = Latency(**times, ms_per_token=10 / ratio, ratio_to_dense=ratio)
     return Run(policy, target, seed, measured, {"dense": dense, "compact": compact})
@@ -42,13 +45,13 @@ RUNS = [
 
 
 def test_a_row_has_what_the_interface_promises() -> None:
-    found = summarise(RUNS, 0.7)
+    result = summarise(RUNS, 0.7)
     promised = {"policy", "keep_ratio", "accuracy", "ci95", "loss"}
     timed = {"ms_per_token", "kv_bytes"}
-    written = found.to_json()["rows"]
+    written = result.to_json()["rows"]
     assert all(promised <= row.keys() and timed <= row["latency"].keys() for row in written)
-    assert [row.policy for row in found.rows] == ["dense", "agents", "static_baseline", "random"]
-    dense, agents, baseline, _ = found.rows
+    assert [row.policy for row in result.rows] == ["dense", "agents", "static_baseline", "random"]
+    dense, agents, baseline, _ = result.rows
     assert dense.latency.ms_per_token == 10.0
     assert agents.accuracy == 34 / 40
     assert agents.loss == pytest.approx(1 - 34 / 80)
@@ -60,11 +63,11 @@ def test_a_row_has_what_the_interface_promises() -> None:
 
 
 def test_what_adaptivity_adds_is_one_paired_number() -> None:
-    found = summarise([c for c in RUNS if c.seed == 0], 0.7).adaptivity
+    result = summarise([c for c in RUNS if c.seed == 0], 0.7).adaptivity
     paired = paired_difference(flipped(0, 1), flipped(*range(8)), resamples=2_000)
-    assert (found.gain, found.ci95) == (paired.diff, paired.ci95)
-    assert found.target == 0.7
-    assert found.loss.diff == pytest.approx(-paired.diff / 2)
+    assert (result.gain, result.ci95) == (paired.diff, paired.ci95)
+    assert result.target == 0.7
+    assert result.loss.diff == pytest.approx(-paired.diff / 2)
     over_seeds = summarise(RUNS, 0.7).adaptivity
     assert over_seeds.gain == pytest.approx(7 / 40)
     assert over_seeds.ci95[0] < 7 / 40 < over_seeds.ci95[1]
@@ -88,27 +91,29 @@ def test_the_front_holds_what_nothing_beats() -> None:
 
 
 def test_sparsity_by_difficulty_and_family() -> None:
-    found = summarise(RUNS, 0.7)
-    assert found.follows_difficulty.rank_correlation == pytest.approx(-1)
-    by_family = found.sparsity_by_family
+    result = summarise(RUNS, 0.7)
+    assert result.follows_difficulty.rank_correlation == pytest.approx(-1)
+    by_family = result.sparsity_by_family
     assert list(by_family) == ["a", "b"]
     assert by_family["a"] - by_family["b"] == pytest.approx(0.01)
 
 
 def test_sparsity_is_the_mean_over_seeds() -> None:
-    runs = [RUNS[0], *(run("agents", DENSE, seed=s, kept=k) for s, k in ((0, 0.6), (1, 0.8))), RUNS[2]]
-    for c in runs[2].measured.answers.answers:  # the second seed says the opposite, and twice as loud
+    first, second = run("agents", DENSE, seed=0, kept=0.6), run("agents", DENSE, seed=1, kept=0.8)
+    for c in second.measured.answers.answers:  # the opposite, and twice as loud
         object.__setattr__(c, "keep_ratio", 0.8 - 2 * (int(c.id) % 4) / 100)
-    found = summarise(runs, 0.7)
-    assert found.follows_difficulty.rank_correlation == pytest.approx(1)
-    assert found.sparsity_by_difficulty["0"] == pytest.approx(0.3)
-    assert found.sparsity_by_difficulty["3"] == pytest.approx(1 - (0.63 + 0.74) / 2)
+    runs = [RUNS[0], first, second, RUNS[2]]
+    result = summarise(runs, 0.7)
+    assert result.follows_difficulty.rank_correlation == pytest.approx(1)
+    assert result.sparsity_by_difficulty["0"] == pytest.approx(0.3)
+    assert result.sparsity_by_difficulty["3"] == pytest.approx(1 - (0.63 + 0.74) / 2)
 
 
 def test_other_prompts_or_a_missing_baseline_are_refused() -> None:
     with pytest.raises(DataError, match="answered different prompts"):
         summarise([*RUNS, run("norm", DENSE, first=5)], 0.7)
-    with pytest.raises(DataError, match=r"no run of static_baseline at the keep ratio 0.7; measure it there"):
+    missing = r"no run of static_baseline at the keep ratio 0.7; measure it there"
+    with pytest.raises(DataError, match=missing):
         summarise([c for c in RUNS if c.policy != "static_baseline"], 0.7)
     with pytest.raises(DataError, match=r"no run of agents at the keep ratio 0.5"):
         summarise(RUNS, 0.5)
@@ -116,7 +121,7 @@ def test_other_prompts_or_a_missing_baseline_are_refused() -> None:
 
 def test_a_baseline_as_good_as_the_agents_adds_nothing() -> None:
     runs = [RUNS[0], RUNS[1], run("static_baseline", flipped(0, 1), ratio=1.3)]
-    found = summarise(runs, 0.7).adaptivity
-    assert found.gain == 0
-    assert found.ci95[0] < 0 < found.ci95[1]
-    assert np.isfinite(found.p_value)
+    result = summarise(runs, 0.7).adaptivity
+    assert result.gain == 0
+    assert result.ci95[0] < 0 < result.ci95[1]
+    assert np.isfinite(result.p_value)
