@@ -19,7 +19,7 @@ from microglia.lease import attached_alone
 from microglia.pruner import Pruner
 from microglia.settings import check_prunable
 from microglia.signals import Measured, Prompt, measured
-from microglia.units import find_sites
+from microglia.units import Site, find_sites
 
 
 @dataclass
@@ -91,7 +91,7 @@ def _checked(lm: Any) -> Callable[..., Any]:
     @functools.wraps(stock)
     def generate(*args: Any, **options: Any) -> Any:
         for config in (lm.generation_config, options.get("generation_config")):
-            check_prunable({} if config is None else config.to_dict())
+            check_prunable({} if config is None else vars(config))
         check_prunable(options)
         return stock(*args, **options)
 
@@ -132,7 +132,7 @@ class _Session:
     """The two states of an attached model: reading a prompt (measured), continuing it (pruned)."""
 
     def __init__(self, lm: nn.Module, pruner: Pruner, execution: Execution, tokens: Tensor | None) -> None:
-        self.sites = find_sites(lm, pruner.units)
+        self.lm, self.sites = lm, find_sites(lm, pruner.units)
         self.geometries = [site.geometry for site in self.sites]
         self.pruner, self.execution, self.tokens = pruner, execution, tokens
         self.trace = Trace()
@@ -196,8 +196,9 @@ class _Session:
             return
         values, self.measured = self.measured, None
         self.reading.close()
-        if output is None or not values.complete:
+        if output is None:
             return  # the pass failed; its own error is on the way
+        self._check_measured(values, cache)
         self._decide(values)
         means = values.values.get("mean_output")
         fill = None if means is None else [means.get(site.index) for site in self.sites]
@@ -214,6 +215,28 @@ class _Session:
 
     def _note_call(self, index: int, *_: Any) -> None:
         self.called.add(index)
+
+    def _check_measured(self, values: Measured, cache: Any) -> None:
+        if not values.complete:
+            raise self._bypassed(self.sites[0])
+        if cache is None and self.execution.prunes:
+            raise MicrogliaError(
+                "the pass that read the prompt kept no key/value cache, so nothing could continue it pruned; read it "
+                "with use_cache=True"
+            )
+
+    def _check_called(self) -> None:
+        """Every pruned layer must take part in a pass; compiled or replaced code would leave it as it was."""
+        if self.execution.calls_layers:
+            for site in self._pruned_sites():
+                if site.index not in self.called:
+                    raise self._bypassed(site)
+
+    def _bypassed(self, site: Site) -> MicrogliaError:
+        return MicrogliaError(
+            f"a pass of this {type(self.lm).__name__} did not go through {site.name} as it is now, so nothing would be "
+            "pruned: its forward is compiled or replaced; give the model without that"
+        )
 
     def _decide(self, values: Measured) -> None:
         """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""

@@ -77,7 +77,7 @@ def generate(
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     if trace is None:
         return Generated(new, texts, lengths)
-    rows = slice(None, None, len(trace.keep[0]) // len(ids))  # beams of a prompt share its decision
+    rows = slice(None, None, max(1, len(trace.keep[0]) // len(ids)))  # beams of a prompt share its decision
     signals = [{name: x[rows] for name, x in site.items()} for site in trace.signals]
     return Generated(new, texts, lengths, [k[rows] for k in trace.keep], signals)
 
@@ -103,6 +103,11 @@ def answering(
         prepared = stack.enter_context(execution.prepared(request))
         stack.enter_context(model_defaults_unset(lm))
         yield trace, prepared
+    if trace is not None and trace.gaps:
+        raise MicrogliaError(
+            f"{trace.gaps} passes did not continue the cache where the one before had ended, so the answer is not that "
+            "of its prompt's decision; in a custom_generate feed every new token once"
+        )
     if trace is not None and trace.prompts != 1:
         raise MicrogliaError(
             f"the model read a whole text {trace.prompts} times, but a prompt is read once and continued by its cache, "

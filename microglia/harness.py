@@ -17,8 +17,9 @@ import torch
 from microglia.anatomy import causal_lm
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.evaluation.likelihood import likelihoods
-from microglia.execution import Request, execution_for
+from microglia.execution import execution_for
 from microglia.generation import answering
+from microglia.settings import merged
 from microglia.system import MicrogliaPruningSystem
 
 try:
@@ -75,7 +76,6 @@ class MicrogliaLM(HFLM):
             self.model,
             pairs,
             self.pruner,
-            pad_token_id=self.tokenizer.pad_token_id,
             execution=self.execution,
             batch_size=override_bs or self.batch_size,
         )
@@ -96,16 +96,15 @@ class MicrogliaLM(HFLM):
         return list(super().loglikelihood_rolling(requests, disable_tqdm))
 
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **options: Any) -> Any:
-        if self.pruner is None:
-            self.keep_ratios += [1.0] * len(context)
-            return super()._model_generate(context, max_length, stop, **options)
         mask = options.get("attention_mask")
         mask = torch.ones_like(context) if mask is None else mask
-        request = Request(mask, max_length - context.shape[1], fill=self.pruner.fill == "mean")
-        with answering(self.model, self.pruner, self.execution, request) as (trace, prepared):
+        given: dict[str, Any] = {"max_new_tokens": max_length - context.shape[1]}
+        given |= {name: options[name] for name in ("num_beams", "num_return_sequences") if name in options}
+        settings = merged(self.model, self.tokenizer, given, pruned=self.pruner is not None)
+        options.setdefault("eos_token_id", settings.config.eos_token_id)
+        with answering(self.model, self.pruner, self.execution, settings, mask) as (trace, prepared):
             tokens = super()._model_generate(context, max_length, stop, **options, **prepared.cache_option)
-        assert trace is not None
-        self.keep_ratios += trace.keep_ratio.tolist()
+        self.keep_ratios += [1.0] * len(context) if trace is None else trace.keep_ratio.tolist()
         return tokens
 
     def get_model_info(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from microglia.errors import DataError
 from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
-from microglia.tasks.prompts import example_prompt, generated_answer_prefix, uses_chat_template
+from microglia.tasks.prompts import answer_end, example_prompt, generated_answer_prefix, prompt_ids
 from microglia.units import find_sites
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def encode(
     """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
     from datasets import Dataset  # here, since importing it takes seconds
 
-    special = not uses_chat_template(tokenizer)
-    prompts = tokenizer([example_prompt(tokenizer, e, template) for e in examples], add_special_tokens=special)
-    prefix = generated_answer_prefix(tokenizer)
-    answers = tokenizer([prefix + e.answer for e in examples], add_special_tokens=False)
-    rows: dict[str, list[Any]] = {"prompt": prompts["input_ids"], "answer": []}
-    rows["answer"] = [[*ids, tokenizer.eos_token_id] for ids in answers["input_ids"]]
+    prefix, end = generated_answer_prefix(tokenizer), answer_end(tokenizer)
+    answers = tokenizer([prefix + e.answer for e in examples], add_special_tokens=False)["input_ids"]
+    rows: dict[str, list[Any]] = {
+        "prompt": prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples]),
+        "answer": [[*ids, end] for ids in answers],
+    }
     rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
     for example, length in zip(examples, rows["length"], strict=True):
         if max_length is not None and length > max_length:
@@ -67,29 +67,26 @@ def encode(
     return Dataset.from_dict(rows)
 
 
-class Collator:
+def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
     """Rows of `prompt` and `answer` ids → one Batch as a dict of tensors (what a Trainer moves to the device)."""
+    prompt, prompt_mask = padded([row["prompt"] for row in rows], left=True)
+    answer, answer_mask = padded([row["answer"] for row in rows], left=False)
+    return {"prompt": prompt, "prompt_mask": prompt_mask, "answer": answer, "answer_mask": answer_mask}
 
-    def __init__(self, pad_token_id: object) -> None:
-        self.pad = pad_token_id if isinstance(pad_token_id, int) else 0
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-        prompt, prompt_mask = self._padded([row["prompt"] for row in rows], left=True)
-        answer, answer_mask = self._padded([row["answer"] for row in rows], left=False)
-        return {"prompt": prompt, "prompt_mask": prompt_mask, "answer": answer, "answer_mask": answer_mask}
+def batch_of(rows: Sequence[dict[str, list[int]]], device: torch.device) -> Batch:
+    """Rows of `prompt` and `answer` ids as a Batch on a device."""
+    return Batch(**{name: x.to(device) for name, x in collate(rows).items()})
 
-    def batch(self, rows: Sequence[dict[str, list[int]]], device: torch.device) -> Batch:
-        """The rows as a Batch on a device."""
-        return Batch(**{name: x.to(device) for name, x in self(rows).items()})
 
-    def _padded(self, rows: Sequence[list[int]], *, left: bool) -> tuple[Tensor, Tensor]:
-        """Ids and mask (B, T)."""
-        width = max(map(len, rows))
-        ids, mask = torch.full((len(rows), width), self.pad), torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            place = slice(width - len(row), width) if left else slice(0, len(row))
-            ids[index, place], mask[index, place] = torch.tensor(row), 1
-        return ids, mask
+def padded(rows: Sequence[list[int]], pad: int = 0, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask (B, T); what stands at padding is never attended to."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), pad), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[index, place], mask[index, place] = torch.tensor(row), 1
+    return ids, mask
 
 
 def positions(mask: Tensor) -> Tensor:

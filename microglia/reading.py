@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia.anatomy import causal_lm, context_length, input_device
+from microglia.anatomy import causal_lm, context_length, input_device, token_rows
 from microglia.attach import attached
 from microglia.errors import DataError
-from microglia.passes import read_prompt
+from microglia.passes import padded, read_prompt
 from microglia.pruner import Pruner
-from microglia.tasks.prompts import check_characters, uses_chat_template
+from microglia.settings import pad_token
+from microglia.tasks.prompts import check_characters, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,18 @@ def encode_prompts(
         raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
     for prompt in prompts:
         check_characters(prompt)
-    tokenizer.padding_side = "left"
-    special = not uses_chat_template(tokenizer)  # a chat template writes its own
-    batch = tokenizer(list(prompts), return_tensors="pt", padding=True, add_special_tokens=special)
-    longest, context = batch["input_ids"].shape[1], context_length(lm)
+    rows = prompt_ids(tokenizer, prompts)
+    longest, context = max(map(len, rows)), context_length(lm)
     if context is not None and longest + max_new_tokens > context:
         raise DataError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones were asked for, but the model's "
             f"context is {context}; shorten the prompt or lower max_new_tokens"
         )
+    if beyond := [token for row in rows for token in row if token >= token_rows(lm)]:
+        raise DataError(
+            f"the tokenizer gives token {beyond[0]}, but the model's embedding has {token_rows(lm)} rows; give the "
+            "tokenizer of this model, or resize its embedding"
+        )
+    ids, mask = padded(rows, pad_token(lm, tokenizer), left=True)
     device = input_device(lm)
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -91,7 +91,7 @@ def merged(
             f"max_length={config.max_length} was given, which counts the prompt too; give max_new_tokens instead"
         )
     if pruned:
-        check_prunable({**config.to_dict(), **others})
+        check_prunable({**vars(config), **others})
         config.use_cache = config.disable_compile = True
     if config.do_sample:
         _fill_in(config, defaults, SAMPLING)

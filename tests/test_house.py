@@ -28,6 +28,7 @@ FLOORS = {
     "microglia.tasks": 2,
     "microglia.units": 3,
     "microglia.signals": 4,
+    "microglia.settings": 5,
     "microglia.gate": 5,
     "microglia.policies": 6,
     "microglia.pruner": 7,

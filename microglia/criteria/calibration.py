@@ -15,7 +15,7 @@ from microglia.anatomy import HeadGeometry, causal_lm, context_length, input_dev
 from microglia.errors import ConfigError, DataError
 from microglia.execution import Decision, Masked
 from microglia.gate import Gate
-from microglia.passes import Batch, Collator, encode, read_prompt, write_answer
+from microglia.passes import Batch, batch_of, encode, read_prompt, write_answer
 from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.reading import Reading, joined, read
@@ -72,9 +72,8 @@ class Calibration:
         rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
-        collate = Collator(self.tokenizer.pad_token_id)
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return [collate.batch(part, self.device) for part in parts]
+        return [batch_of(part, self.device) for part in parts]
 
     def keeps(self, value: float = 1.0, rows: int = 1) -> list[Tensor]:
         """The same keep for every head: (rows, H) per site."""

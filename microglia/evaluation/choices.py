@@ -40,7 +40,6 @@ def score_choices(
         setup.model,
         pairs,
         pruner,
-        pad_token_id=tokenizer.pad_token_id,
         execution=setup.execution,
         batch_size=setup.batch_size,
         progress=progress,

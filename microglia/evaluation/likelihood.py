@@ -16,10 +16,10 @@ from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.errors import ConfigError, DataError
 from microglia.evaluation.run import Progress
 from microglia.execution import EXECUTIONS, Execution, execution_for
-from microglia.passes import Collator, answer_logits, read_prompt, write_answer
+from microglia.passes import answer_logits, batch_of, read_prompt, write_answer
 from microglia.pruner import Pruner
 from microglia.registry import listed
-from microglia.tasks.prompts import uses_chat_template
+from microglia.tasks.prompts import prompt_ids
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of the text after it
 
@@ -38,13 +38,12 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str) -> P
 
     Raises DataError when the prompt or the text has no token of its own.
     """
-    special = not uses_chat_template(tokenizer)
-    ids, whole = (tokenizer(part, add_special_tokens=special)["input_ids"] for part in (prompt, prompt + text))
+    ids, whole = prompt_ids(tokenizer, [prompt, type(prompt)(prompt + text)])
     if not ids or len(whole) <= len(ids):
         raise DataError(
             f"the text {text!r} after a prompt of {len(ids)} tokens has no token to score; give longer ones"
         )
-    return list(ids), list(whole[len(ids) :])
+    return ids, whole[len(ids) :]
 
 
 @torch.inference_mode()
@@ -53,7 +52,6 @@ def likelihoods(
     pairs: Sequence[Pair],
     pruner: Pruner | None = None,
     *,
-    pad_token_id: int | None = 0,
     execution: str | Execution = "compact",
     batch_size: int = 32,
     progress: Progress | None = None,
@@ -76,11 +74,11 @@ def likelihoods(
         )
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    collate, done = Collator(pad_token_id), 0
+    done = 0
 
     def scored(rows: list[int]) -> dict[int, Likelihood]:
         nonlocal done
-        batch = collate.batch([{"prompt": pairs[i][0], "answer": pairs[i][1]} for i in rows], input_device(lm))
+        batch = batch_of([{"prompt": pairs[i][0], "answer": pairs[i][1]} for i in rows], input_device(lm))
         if pruner is None:
             logits, ratios = (
                 write_answer(lm, batch, read_prompt(lm, batch.prompt, batch.prompt_mask)),

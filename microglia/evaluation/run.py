@@ -154,7 +154,7 @@ def evaluate(setup: "Setup", pruner: Pruner | None = None, progress: Progress | 
         seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
-        counts = [min(n, most[i]) for i, n in zip(indices, output.lengths(tokenizer), strict=True)]
+        counts = [min(n, most[i]) for i, n in zip(indices, output.lengths, strict=True)]
         answers = {
             i: Answer(e.id, text, setup.task.correct(e, text), ratio, tokens, e.difficulty, e.family)
             for i, e, text, ratio, tokens in zip(

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.evaluation.run import Evaluation, Progress, evaluate
 from microglia.execution import Execution
-from microglia.passes import Collator, answer_logits, encode
+from microglia.passes import answer_logits, batch_of, encode
 from microglia.pruner import Pruner
 from microglia.reading import read_prompts
 from microglia.tasks.base import Example, Task
@@ -61,9 +61,9 @@ class Setup:
         """
         lm = causal_lm(self.model)
         rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(lm)))
-        collate, losses = Collator(self.tokenizer.pad_token_id), list[float]()
+        losses = list[float]()
         for start in range(0, len(rows), self.batch_size):
-            batch = collate.batch(rows[start : start + self.batch_size], input_device(lm))
+            batch = batch_of(rows[start : start + self.batch_size], input_device(lm))
             logits, _ = answer_logits(lm, batch, pruner)
             losses += [float(task_loss(x[None], y[None])) for x, y in zip(logits, batch.labels, strict=True)]
         return losses

@@ -12,7 +12,7 @@ from microglia.serving.job import Event, Job, Sampling
 from microglia.serving.model import PrunedModel
 from microglia.serving.refusal import Refusal
 from microglia.serving.schema import ChatRequest, CompletionRequest, Message
-from microglia.tasks.prompts import check_characters, render_prompt, uses_chat_template
+from microglia.tasks.prompts import ChatPrompt, check_characters, prompt_ids, render_prompt, uses_chat_template
 
 TOO_LONG = "context_length_exceeded"
 
@@ -55,7 +55,7 @@ class Admission:
         if uses_chat_template(self.tokenizer):
             turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
             try:
-                return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+                return ChatPrompt(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
             except TemplateError as error:
                 sentence = f"the model's chat template refuses these messages ({error}); send others"
                 raise Refusal(400, sentence, param="messages") from error
@@ -72,8 +72,7 @@ class Admission:
         if not prompt.strip():
             raise DataError("the prompt is empty; give it some text")
         check_characters(prompt)
-        special = not uses_chat_template(self.tokenizer)
-        tokens = len(self.tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        tokens = len(prompt_ids(self.tokenizer, [prompt])[0])
         if not tokens:
             raise DataError("the prompt holds no character that the model's tokenizer knows; give it some text")
         most = self.config.max_prompt_tokens

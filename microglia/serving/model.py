@@ -11,13 +11,14 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from microglia.anatomy import causal_lm, context_length
-from microglia.execution import Execution, Request, execution_for
+from microglia.execution import Execution, execution_for
 from microglia.generation import answering
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read_prompts
 from microglia.serving.job import Job, Pruning
 from microglia.serving.rows import AnswerRow, StopRows
 from microglia.serving.sampling import SampleRows
+from microglia.settings import end_tokens, merged
 from microglia.units import Geometry, find_sites
 
 
@@ -87,28 +88,19 @@ class PrunedModel:
         batch = encode_prompts(self.lm, self.tokenizer, [job.prompt for job in jobs], longest)
         rows = [AnswerRow(job, self.tokenizer, batch["input_ids"].device) for job in jobs]
         pruner = None if threshold is None else self.pruner.with_threshold(threshold)
-        request = Request(batch["attention_mask"], longest, fill=pruner is not None and pruner.fill == "mean")
-        with answering(self.lm, pruner, self.executor, request) as (trace, prepared):
 
-            def kept_heads() -> list[int]:
-                if trace is None:
-                    return [self.heads] * len(rows)
-                return torch.stack([k.sum(-1) for k in trace.keep]).sum(0).int().tolist()
+        def kept_heads() -> list[int]:
+            if trace is None:
+                return [self.heads] * len(rows)
+            return torch.stack([k.sum(-1) for k in trace.keep]).sum(0).int().tolist()
 
-            stop_rows = StopRows(rows, self._end_tokens(), kept_heads, self.heads, start)
-            self.lm.generate(
-                **batch,
-                **prepared.cache_option,
-                max_new_tokens=longest,
-                do_sample=False,  # rows that sample do so in SampleRows, each with its own seed
-                pad_token_id=self.tokenizer.pad_token_id,
-                logits_processor=LogitsProcessorList([SampleRows(rows)]),
-                stopping_criteria=StoppingCriteriaList([stop_rows]),
-            )
-
-    def _end_tokens(self) -> set[int]:
-        """The tokens that end an answer: those that the model's own `generate` stops at, else the tokenizer's."""
-        ends = self.lm.generation_config.eos_token_id
-        if ends is None:
-            ends = self.tokenizer.eos_token_id
-        return {ends} if isinstance(ends, int) else {*(ends or ())}
+        ends = end_tokens(self.lm, self.tokenizer)
+        stop_rows = StopRows(rows, {*ends}, kept_heads, self.heads, start)
+        options = {
+            "max_new_tokens": longest,
+            "logits_processor": LogitsProcessorList([SampleRows(rows)]),  # rows that sample, each with its own seed
+            "stopping_criteria": StoppingCriteriaList([stop_rows]),
+        }
+        settings = merged(self.lm, self.tokenizer, options, pruned=pruner is not None)
+        with answering(self.lm, pruner, self.executor, settings, batch["attention_mask"]) as (trace, prepared):
+            self.lm.generate(**batch, **prepared.cache_option, **settings.options)

@@ -140,6 +140,9 @@ class Worker:
         """Let the model answer; when it fails on a batch, each job that has not begun is tried alone."""
         try:
             self.model.answer(jobs)
+            for job in jobs:
+                if not job.ended:  # its generation stopped for a reason that no row knows of
+                    job.end(Failed(BROKE))
             return
         except Exception as error:  # one prompt must not take the thread, hence everybody's answers, with it
             log.exception("a batch of %d failed", len(jobs))

@@ -2,9 +2,9 @@
 
     text = render_prompt(tokenizer, question, template) + generated_answer_prefix(tokenizer) + answer + eos
 
-A chat template writes its own special tokens, a begin-of-text token often among them, so a prompt is tokenised with
-`add_special_tokens=not uses_chat_template(tokenizer)`. Prompt and the rest are tokenised apart: generation starts from
-the prompt's own tokens, whatever a tokeniser would merge across the boundary.
+A chat template writes its own special tokens, a begin-of-text token often among them, so what it made is a ChatPrompt,
+to which tokenizers add none. Prompt and the rest are tokenised apart: generation starts from the prompt's own tokens,
+whatever a tokeniser would merge across the boundary.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError, DataError
 from microglia.tasks.base import Example
+
+
+class ChatPrompt(str):
+    """A text that a chat template wrote, with all of its special tokens."""
+
+    __slots__ = ()
 
 
 def uses_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -38,7 +44,7 @@ def render_prompt(
     if uses_chat_template(tokenizer):
         turns = [turn for shot in shots for turn in zip(("user", "assistant"), shot, strict=True)]
         messages = [{"role": role, "content": text} for role, text in [*turns, ("user", question)]]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        return ChatPrompt(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     solved = [f"{_fill(template, shot)} {answer}\n\n" for shot, answer in shots]
     return "".join([*solved, _fill(template, question)])
 
@@ -73,6 +79,37 @@ def _fill(template: str, question: str) -> str:
     if not has_question:
         raise ConfigError(f"the template {template!r} has no place for the question; put {{question}} into it")
     return prompt
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of complete prompts, with those that begin a text and without those that would end it."""
+    return [_ids(tokenizer, prompt) for prompt in prompts]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    begins = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    special = not (isinstance(prompt, ChatPrompt) or begins)
+    ids = list(tokenizer(str(prompt), add_special_tokens=special)["input_ids"])
+    end = str(tokenizer.eos_token)
+    while special and ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(end):
+        ids.pop()  # of a tokenizer with add_eos_token
+    return ids
+
+
+def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token after which an answer is over: what the chat template puts behind a turn, else the end of text.
+
+    Raises ConfigError where there is neither.
+    """
+    if uses_chat_template(tokenizer):
+        turns = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "Seven."}]
+        conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        rest = tokenizer(conversation.rpartition("Seven.")[2].lstrip(), add_special_tokens=False)["input_ids"]
+        if rest and rest[0] in tokenizer.all_special_ids:
+            return int(rest[0])
+    if tokenizer.eos_token_id is None:
+        raise ConfigError("the tokenizer has no end-of-text token, so an answer could not be ended; give one that has")
+    return int(tokenizer.eos_token_id)
 
 
 def generated_answer_prefix(tokenizer: PreTrainedTokenizerBase) -> str:

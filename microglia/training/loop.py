@@ -20,7 +20,7 @@ from microglia import processes
 from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.passes import Collator, encode
+from microglia.passes import batch_of, collate, encode
 from microglia.pruner import Pruner
 from microglia.reading import joined, read
 from microglia.tasks.base import Task
@@ -153,11 +153,10 @@ def _training(model: nn.Module, *, adapters: bool = True, checkpointing: bool = 
 
 @dataclass(frozen=True)
 class _Data:
-    """Encoded examples to train and to evaluate on, and what makes batches of them."""
+    """Encoded examples to train and to evaluate on."""
 
     train: Any
     evaluation: Any
-    collate: Collator
 
     @classmethod
     def load(
@@ -177,12 +176,12 @@ class _Data:
         limits = {"train": config.limit, "validation": config.eval_limit}
         examples = (task.load(s, limit=n, seed=config.seed, data_dir=data_dir) for s, n in limits.items())
         train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
-        return cls(train, evaluation, Collator(tokenizer.pad_token_id))
+        return cls(train, evaluation)
 
     def sample_features(self, lm: nn.Module, pruner: Pruner) -> list[Tensor]:
         """Features of the first training prompts, (N, F) per site."""
         rows = [self.train[i] for i in range(min(STATISTICS_PROMPTS, len(self.train)))]
-        batches = [self.collate.batch(rows[start : start + 32], input_device(lm)) for start in range(0, len(rows), 32)]
+        batches = [batch_of(rows[start : start + 32], input_device(lm)) for start in range(0, len(rows), 32)]
         return joined([read(lm, batch.prompt, batch.prompt_mask, pruner) for batch in batches]).features
 
 
@@ -203,7 +202,7 @@ class _Stages:
             config=self.config,
             model=trained,
             args=_arguments(self.folder / stage, self.config, **changes),
-            data_collator=self.data.collate,
+            data_collator=collate,
             train_dataset=self.data.train,
             eval_dataset=self.data.evaluation,
             callbacks=[EarlyStoppingCallback(patience)] if patience and stage == STAGE else None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError, DataError
-from microglia.passes import Batch, Collator, encode
+from microglia.passes import Batch, collate, encode
 from microglia.tasks.base import Example
 from microglia.training import TrainingConfig
 from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
@@ -64,7 +64,7 @@ def test_distillation_is_zero_for_equal_logits_and_the_kl_otherwise():
 
 def test_prompts_are_padded_left_and_answers_right():
     rows = [{"prompt": [5, 6], "answer": [7]}, {"prompt": [8], "answer": [9, 10, 11]}]
-    batch = Batch(**Collator(0)(rows))
+    batch = Batch(**collate(rows))
     assert batch.prompt.tolist() == [[5, 6], [0, 8]]
     assert batch.prompt_mask.tolist() == [[1, 1], [0, 1]]
     assert batch.answer.tolist() == [[7, 0, 0], [9, 10, 11]]

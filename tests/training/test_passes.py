@@ -7,7 +7,7 @@ import torch
 
 from microglia.execution import Decision, Masked
 from microglia.gate import Gate
-from microglia.passes import Batch, Collator, answer_logits
+from microglia.passes import Batch, collate, answer_logits
 from microglia.policies import AgentPolicy, StaticPolicy
 from microglia.pruner import Pruner
 from microglia.reading import read
@@ -22,7 +22,7 @@ ROWS = [
     {"prompt": [5, 6, 7, 8, 9, 10, 11, 12, 13], "answer": [20, 21, 22, 1]},
     {"prompt": [30, 31, 32], "answer": [40, 41, 42, 43, 44, 1]},
 ]
-BATCH = Batch(**Collator(0)(ROWS))
+BATCH = Batch(**collate(ROWS))
 COUNTED = BATCH.answer_mask.bool()
 
 

@@ -1,0 +1,308 @@
+"""Settings of a generation: whoever sets them, they are honoured, as if unset, or refused in one sentence."""
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import CompileConfig, GenerationConfig
+
+from microglia.attach import attached
+from microglia.errors import ConfigError, MicrogliaError
+from microglia.generation import generate
+from microglia.models import load_model
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
+from microglia.settings import TOKENS, end_tokens, merged, model_defaults_unset, pad_token
+from microglia.units import find_sites
+from tests.tiny import tiny_model, tiny_prompts, tiny_tokenizer, uneven
+
+PROMPTS = ["what is 3+4?", "7*8-2="]
+IDS, MASK = tiny_prompts(9, 5)
+
+# Every field of a GenerationConfig, with a value that would change something if it were followed.
+ON_THE_MODEL: dict[str, Any] = {
+    "max_length": 2,
+    "max_new_tokens": 1,
+    "min_length": 30,
+    "min_new_tokens": 30,
+    "early_stopping": True,
+    "max_time": 0.0,
+    "stop_strings": ["1", "a", "7"],
+    "do_sample": True,
+    "num_beams": 3,
+    "use_mtp": True,
+    "use_cache": False,
+    "cache_implementation": "static",
+    "cache_config": {"backend": "quanto"},
+    "max_cache_len": 12,
+    "temperature": 9.0,
+    "top_k": 2,
+    "top_p": 0.1,
+    "min_p": 0.5,
+    "top_h": 0.5,
+    "typical_p": 0.5,
+    "epsilon_cutoff": 0.1,
+    "eta_cutoff": 0.1,
+    "repetition_penalty": 5.0,
+    "encoder_repetition_penalty": 5.0,
+    "length_penalty": 3.0,
+    "no_repeat_ngram_size": 1,
+    "bad_words_ids": [[i] for i in range(30)],
+    "renormalize_logits": True,
+    "forced_bos_token_id": 7,
+    "forced_eos_token_id": 7,
+    "remove_invalid_values": True,
+    "exponential_decay_length_penalty": (1, 5.0),
+    "suppress_tokens": list(range(30)),
+    "begin_suppress_tokens": list(range(30)),
+    "sequence_bias": [[[7], 100.0]],
+    "token_healing": True,
+    "guidance_scale": 3.0,
+    "watermarking_config": {"bias": 9.0},
+    "num_return_sequences": 2,
+    "output_attentions": True,
+    "output_hidden_states": True,
+    "output_scores": True,
+    "output_logits": True,
+    "return_dict_in_generate": True,
+    "encoder_no_repeat_ngram_size": 1,
+    "decoder_start_token_id": 7,
+    "is_assistant": True,
+    "num_assistant_tokens": 3,
+    "num_assistant_tokens_schedule": "constant",
+    "assistant_confidence_threshold": 0.9,
+    "prompt_lookup_num_tokens": 3,
+    "max_matching_ngram_size": 2,
+    "assistant_early_exit": 1,
+    "assistant_lookbehind": 3,
+    "target_lookbehind": 3,
+    "assistant_ensemble_weight": 0.5,
+    "speculation_type": "suffix",
+    "compile_config": {},
+    "disable_compile": True,
+    "continuous_batching_config": {},
+    "low_memory": True,
+    "penalty_alpha": 0.6,
+    "dola_layers": "low",
+    "diversity_penalty": 1.0,
+    "num_beam_groups": 2,
+    "constraints": [],
+    "force_words_ids": [[7]],
+    "prefill_chunk_size": 3,
+}
+EXECUTIONS = ("masked", "compact", "captured", None)  # None: dense
+
+
+def answers(model, pruner, execution):
+    options = {"execution": execution or "compact", "max_new_tokens": 6, "eos_token_id": None}
+    return generate(model, tiny_tokenizer(), PROMPTS, pruner if execution else None, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def truths(model):
+    return {execution: answers(model, uneven(model), execution) for execution in EXECUTIONS}
+
+
+def test_every_field_of_this_version_is_tried() -> None:
+    fields = {name for name in GenerationConfig().to_dict() if not name.startswith("_")}
+    assert fields - {*ON_THE_MODEL, *TOKENS, "transformers_version"} == set()
+
+
+@pytest.mark.parametrize("name", [name for name in ON_THE_MODEL if hasattr(GenerationConfig(), name)])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_what_the_model_says_of_anything_but_tokens_is_as_if_unset(model, truths, name, execution, monkeypatch) -> None:
+    config = GenerationConfig()
+    setattr(config, name, ON_THE_MODEL[name])
+    monkeypatch.setattr(model, "generation_config", config)
+    result = answers(model, uneven(model), execution)
+    assert result.tokens.equal(truths[execution].tokens)
+    assert [len(k) for k in result.keep] == [2] * len(truths[execution].keep)
+    assert model.generation_config is config
+
+
+@pytest.mark.parametrize("name", ["prefill_chunk_size", "prompt_lookup_num_tokens", "use_cache", "guidance_scale"])
+@pytest.mark.parametrize("where", ["option", "config", "model"])
+def test_what_cannot_be_pruned_is_refused_in_a_generation_of_the_callers_own(model, name, where, monkeypatch) -> None:
+    value = ON_THE_MODEL[name]
+    options = {"option": {name: value}, "config": {"generation_config": GenerationConfig(**{name: value})}, "model": {}}
+    if where == "model":
+        monkeypatch.setattr(model, "generation_config", GenerationConfig(**{name: value}))
+    with attached(model, uneven(model)), pytest.raises(ConfigError, match=f"{name}.*leave it out"):
+        model.generate(input_ids=IDS, attention_mask=MASK, max_new_tokens=3, **options[where])
+    assert "generate" not in vars(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prefill_chunk_size", 3),
+        ("prompt_lookup_num_tokens", 3),
+        ("use_cache", False),
+        ("guidance_scale", 2.0),
+        ("token_healing", True),
+        ("compile_config", CompileConfig()),
+        ("assistant_model", object()),
+    ],
+)
+def test_what_cannot_be_pruned_is_refused(model, name, value) -> None:
+    config = GenerationConfig()
+    for options in [{name: value}] + ([{"generation_config": config}] if hasattr(config, name) else []):
+        setattr(config, name, value)
+        with pytest.raises(ConfigError, match=f"{name}.*leave it out"):
+            generate(model, tiny_tokenizer(), PROMPTS, uneven(model), max_new_tokens=3, **options)
+
+
+def test_guidance_of_one_is_none(model) -> None:
+    generate(model, tiny_tokenizer(), PROMPTS, uneven(model), max_new_tokens=3, guidance_scale=1.0)
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact", "captured"])
+def test_a_configuration_of_the_callers_own_is_followed(model, execution) -> None:
+    def answer(**options):
+        return generate(model, tiny_tokenizer(), PROMPTS, uneven(model), execution=execution, **options)
+
+    plain = answer(max_new_tokens=6, eos_token_id=None)
+    penalised = answer(max_new_tokens=6, eos_token_id=None, repetition_penalty=5.0)
+    config = GenerationConfig(max_new_tokens=6, repetition_penalty=5.0)
+    before = copy.deepcopy(config)
+    same = answer(generation_config=config, eos_token_id=None)
+    assert same.tokens.equal(penalised.tokens)
+    assert not same.tokens.equal(plain.tokens)
+    assert config == before
+    assert answer(generation_config=config, max_new_tokens=2, eos_token_id=None).tokens.shape == (2, 2)
+
+
+def test_sampling_in_the_callers_configuration_samples(model) -> None:
+    def answer(**options):
+        torch.manual_seed(3)
+        return generate(model, tiny_tokenizer(), PROMPTS, uneven(model), eos_token_id=None, **options).tokens
+
+    config = GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=12)
+    sampled = answer(generation_config=config)
+    assert sampled.equal(answer(do_sample=True, temperature=5.0, max_new_tokens=12))
+    assert not sampled.equal(answer(max_new_tokens=12))
+
+
+def test_who_samples_does_so_as_the_model_says(model, monkeypatch) -> None:
+    def answer(**options):
+        torch.manual_seed(3)
+        options = {"do_sample": True, "max_new_tokens": 12, "eos_token_id": None, **options}
+        return generate(model, tiny_tokenizer(), PROMPTS, uneven(model), **options).tokens
+
+    cold, hot = answer(temperature=0.01), answer(temperature=5.0)
+    assert not cold.equal(hot)
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(temperature=5.0))
+    assert answer().equal(hot)
+    assert answer(temperature=0.01).equal(cold)
+
+
+def test_lengths_that_count_the_prompt_are_refused(model) -> None:
+    with pytest.raises(ConfigError, match="max_length=40 was given, which counts the prompt too; give max_new_tokens"):
+        generate(model, tiny_tokenizer(), PROMPTS, max_length=40)
+
+
+def test_stop_texts_need_no_tokenizer() -> None:
+    reasoner, tokenizer = load_model("reasoner")
+    pruner = Pruner(StaticPolicy.random([site.geometry for site in find_sites(reasoner)], seed=0))
+
+    def answer(**options):
+        options = {"max_new_tokens": 12, "eos_token_id": None, **options}
+        return generate(reasoner, tokenizer, ["Tom has 3 apples and buys 4. Answer:"], pruner, **options)
+
+    full = answer()
+    stop = full.texts[0][-4:]
+    result = answer(max_new_tokens=40, stop_strings=[stop])
+    assert result.texts[0].endswith(stop)
+    assert result.lengths[0] < 40
+    assert answer(max_new_tokens=40, generation_config=GenerationConfig(stop_strings=[stop])).texts == result.texts
+
+
+def test_every_end_of_the_model_ends_an_answer_and_its_length(model, monkeypatch) -> None:
+    full = generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=8, eos_token_id=None)
+    ends = sorted({int(full.tokens[0, 2]), int(full.tokens[1, 4])})
+    expected = [next((i + 1 for i, token in enumerate(row) if token in ends), 8) for row in full.tokens.tolist()]
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(eos_token_id=ends))
+    for execution in EXECUTIONS:
+        result = generate(model, tiny_tokenizer(), PROMPTS, None, execution=execution or "dense", max_new_tokens=8)
+        assert result.lengths == expected
+        assert result.tokens.shape[1] == max(expected)
+    assert end_tokens(model, tiny_tokenizer()) == tuple(ends)
+
+
+def test_a_padding_token_is_one_that_the_model_has(model) -> None:
+    tokenizer = tiny_tokenizer()
+    usual = generate(model, tokenizer, PROMPTS, uneven(model), max_new_tokens=5, eos_token_id=None)
+    tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
+    assert pad_token(model, tokenizer) < model.get_input_embeddings().num_embeddings
+    result = generate(model, tokenizer, PROMPTS, uneven(model), max_new_tokens=5, eos_token_id=None)
+    assert result.tokens.equal(usual.tokens)
+
+
+def test_a_tokenizer_without_padding_and_end_serves(model) -> None:
+    tokenizer = tiny_tokenizer()
+    usual = generate(model, tokenizer, PROMPTS, uneven(model), max_new_tokens=5, eos_token_id=None)
+    tokenizer.pad_token = tokenizer.eos_token = None
+    result = generate(model, tokenizer, PROMPTS, uneven(model), max_new_tokens=5)
+    assert result.tokens.equal(usual.tokens)
+    assert result.lengths == [5, 5]
+
+
+def test_threads_leave_the_models_defaults_as_they_were(model) -> None:
+    config, started, go_on = model.generation_config, threading.Event(), threading.Event()
+
+    def inside() -> None:
+        with model_defaults_unset(model):
+            started.set()
+            go_on.wait(5)
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    started.wait(5)
+    with model_defaults_unset(model):
+        assert model.generation_config is not config
+        assert end_tokens(model, tiny_tokenizer()) == end_tokens(model, tiny_tokenizer())
+    assert model.generation_config is not config
+    go_on.set()
+    thread.join()
+    assert model.generation_config is config
+
+
+def test_options_that_do_not_fit_are_one_sentence(model) -> None:
+    with pytest.raises(ConfigError, match="the options of a generation do not fit together: "):
+        merged(model, tiny_tokenizer(), {"max_new_tokens": -3}, pruned=False)
+
+
+# --- pruning that did not happen --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+@pytest.mark.parametrize("when", ["before", "wrapped"])
+def test_a_compiled_model_is_pruned_all_the_same(model, truths, execution, when) -> None:
+    compiled = tiny_model("llama")
+    if when == "before":
+        compiled.compile(backend="eager")
+        generate(compiled, tiny_tokenizer(), PROMPTS, max_new_tokens=6, eos_token_id=None)  # dense code is there now
+        given = compiled
+    else:
+        given = torch.compile(compiled, backend="eager")
+    result = answers(given, uneven(compiled), execution)
+    assert result.tokens.equal(truths[execution].tokens)
+    assert len(result.keep) == 2
+    assert not result.tokens.equal(truths[None].tokens)
+
+
+def test_a_forward_that_passes_pruned_layers_by_is_refused(model) -> None:
+    other = tiny_model("llama")
+    dense = tiny_model("llama")
+    other.forward = dense.forward  # as a compiled one, it knows nothing of what is swapped
+    for execution in ("masked", "compact"):
+        with pytest.raises(MicrogliaError, match=r"did not go through model\.layers\.0\.self_attn as it is now"):
+            answers(other, uneven(other), execution)
