@@ -142,6 +142,6 @@ def test_rows_of_their_own_need_a_cache():
     model = tiny_model("llama")
     with (
         attached(model, uneven(model, 3), "compact"),
-        pytest.raises(MicrogliaError, match="rows that decide for themselves live in the key/value cache"),
+        pytest.raises(MicrogliaError, match="the pass that read the prompt kept no key/value cache"),
     ):
         model(IDS, use_cache=False)

@@ -50,7 +50,7 @@ def test_a_batch_is_answered_with_its_usage(served, library):
     assert len({choice.text for choice in answer.choices}) == len(PROMPTS)
     usage, kept = answer.usage, sum(map(kept_heads, truths))
     assert (usage.heads_kept, usage.heads, usage.sparsity) == (kept, 64, 1 - kept / 64)
-    assert usage.completion_tokens == sum(truth.lengths(served.model.tokenizer)[0] for truth in truths)
+    assert usage.completion_tokens == sum(truth.lengths[0] for truth in truths)
     assert (usage.sparsity == 0) == (served.model.execution == "dense")
     assert getattr(served.model.executor, "captures", 1) > 0  # captured steps wrote it, where there are any
 

@@ -46,7 +46,7 @@ def test_rows_of_different_lengths_say_what_they_say_alone(model, library):
     for row, (text, end) in enumerate(found):
         truth = library(PROMPTS[row], 6 + 5 * row)
         assert text == truth.texts[0]
-        assert end.completion_tokens == truth.lengths(model.tokenizer)[0]
+        assert end.completion_tokens == truth.lengths[0]
         assert end.heads_kept == sum(int(keep.sum()) for keep in truth.keep)
         assert end.heads == 16
         assert end.reason == ("length" if end.completion_tokens == 6 + 5 * row else "stop")
