@@ -10,7 +10,8 @@ import typer
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
 from microglia.cli.settings import write_settings
-from microglia.cli.verb import Interrupted, Outcome, facts, verb
+from microglia.cli.show import facts
+from microglia.cli.verb import Interrupted, Outcome, verb
 from microglia.errors import ConfigError
 from microglia.training.config import TrainingConfig
 
@@ -33,7 +34,7 @@ def train(
     loading: o.Unquantised = o.Loading(model="reasoner"),
     task: o.TaskOptions,
     output_dir: Annotated[Path, "Folder for the checkpoint."] = Path("checkpoints"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, "Go on with an interrupted run."] = False,
     training: Training,
     pruner: o.PrunerOptions,
     num_heads: Annotated[int | None, "Heads of a layer, checked against the model."] = None,

@@ -360,6 +360,7 @@ def test_a_wrong_file_of_options_ends_in_one_sentence(text, sentence, tmp_path):
         ("evaluate --checkpoint x", "model_path", "x"),
         ("evaluate --base_model x", "model", "x"),
         ("compare --answer-room 1.5", "answer_limit", 1.5),
+        ("ablate --no-own", "as_trained", False),
         ("train --features norm", "signals", "norm"),
         ("train --gate soft", "estimator", "soft"),
         ("train --num_epochs 2", "num_epochs", 2.0),
