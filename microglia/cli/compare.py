@@ -107,7 +107,9 @@ def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple
     from microglia.system import MicrogliaPruningSystem
 
     if folders or output_dir is None:
-        raise ConfigError("--train-pairs trains agents instead of loading them; leave --model-path out and give --output-dir")
+        raise ConfigError(
+            "--train-pairs trains agents instead of loading them; leave --model-path out and give --output-dir"
+        )
     return MicrogliaPruningSystem(loading.model or "reasoner", **loading.arguments()), []
 
 

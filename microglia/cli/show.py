@@ -53,13 +53,14 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
     """Summaries in columns, and a paired difference in a sentence."""
     rows = {
         "accuracy (95 % interval)": [
-            f"{share(r.accuracy)} ({interval(r.accuracy_ci95, '{:.1f}%')})" for r in runs.values()
+            f"{share(r.accuracy)} ({interval(r.accuracy_ci95, '{:.1f}', sign='–')})" for r in runs.values()
         ],
         "sparsity": [share(r.sparsity) for r in runs.values()],
         "tokens per answer": [f"{r.mean_tokens:.1f}" for r in runs.values()],
         "seconds": [f"{r.seconds:.1f}" for r in runs.values()],
     }
-    view: list[Any] = [table(title, ("", *runs), [(name, *cells) for name, cells in rows.items()], padding=(0, 1))]
+    lines = [(name, *cells) for name, cells in rows.items()]
+    view: list[Any] = [table(title, ("", *runs), lines, padding=(0, 1), fold=True)]
     if test:
         words = with_interval(f"{difference}: {points(test.diff)} points", test.ci95)
         view.append(f"{words}, McNemar p = {test.p_value:.3g}")

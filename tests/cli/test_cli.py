@@ -230,6 +230,7 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(model, tmp_path, monkeypatch
     assert result.exit_code == 130
     assert result.stdout == ""
     assert f"{tmp_path} keeps the agents up to step 40: go on with the same command and --resume" in result.stderr
+    assert yaml.safe_load((tmp_path / "train.yaml").read_text())["output-dir"] == str(tmp_path)
     assert "keeps no step; start again" in kept(tmp_path / "empty")
 
     monkeypatch.setattr(
