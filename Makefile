@@ -14,9 +14,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
 # A process per core, whole files each, so that a module's fixtures are made once; ARGS="-n 0" stays in one process.
 SPREAD := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # What depends on other people's code most: models, hooks, caches, adapters, the Trainer, checkpoints, the web, the shell.
-CORE := $(addprefix tests/, sites test_models.py test_attach.py test_compact.py test_compact_wrapped.py test_generation.py \
-	test_device_map.py test_checkpoint.py test_network.py training/test_passes.py training/test_training.py \
-	training/test_saved.py replay serving cli/test_cli.py)
+CORE := $(addprefix tests/, anatomy units execution test_models.py test_attach.py test_generation.py test_device_map.py \
+	test_checkpoint.py test_network.py training/test_passes.py training/test_training.py training/test_saved.py serving \
+	cli/test_cli.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format docs notebooks reasoner bench wheel lowest clean

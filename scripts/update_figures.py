@@ -17,32 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
 LABELS = {"dense": "dense", "pruned": "agents", "static_baseline": "static baseline", "random": "random masks"}
-# Keys and names of records that were written before version 0.2 → today's.
-RENAMED = {
-    "static": "static_baseline",
-    "static-twin": "static_baseline",
-    "gate": "static_baseline",
-    "scarce": "low_budget",
-    "sparsity_follows_difficulty": "follows_difficulty",
-    "path": "execution",
-}
-
-
-def renamed(value: Any) -> Any:
-    """A record, or a part of one, under today's names and in today's shape."""
-    if isinstance(value, dict):
-        value = {RENAMED.get(key, key): renamed(x) for key, x in value.items()}
-        if "diff_ci95" in value:
-            value["to_dense"] = {"diff": value["diff"], "ci95": value["diff_ci95"]}
-        if "timed_keep_ratio" in value:
-            value["latency"] = {**value, "keep_ratio": value["timed_keep_ratio"]}
-        if "by_keep_ratio" in value.get("adaptivity", {}):
-            value["by_keep_ratio"] = value["adaptivity"]["by_keep_ratio"]
-            value["circumstances"] = {"device": value["device"]}
-        return value
-    if isinstance(value, list):
-        return [renamed(x) for x in value]
-    return RENAMED.get(value, value) if isinstance(value, str) else value
 
 
 def read(name: str) -> list[Any]:
@@ -51,7 +25,7 @@ def read(name: str) -> list[Any]:
     if not path.is_file():
         return []
     text = path.read_text(encoding="utf-8")
-    return [renamed(json.loads(part)) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+    return [json.loads(part) for part in (text.splitlines() if path.suffix == ".jsonl" else [text])]
 
 
 def points(value: float, interval: list[float]) -> str:

@@ -1,21 +1,22 @@
 """`microglia ablate`: what each part of the recipe is worth."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.number_lists import numbers
+from microglia.cli.show import interval, points, share, table
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
+from microglia.cli.writing import measured_on, recorder, write_run
 from microglia.errors import ConfigError
 
-LEDGER, RECORDS, SUMMARY = "ledger.jsonl", "records.jsonl", "ablation.json"
+LEDGER, SUMMARY = "ledger.jsonl", "ablation.json"
+VARIED = "alpha, beta, temperature, policy, hidden-dim, signals, fill, bucket, lora"
+BASE = "Base recipe: max-steps=400; repeat it for more."
 HELD_OUT = 200  # prompts on which the keep ratio becomes a threshold
 
 
@@ -23,20 +24,12 @@ HELD_OUT = 200  # prompts on which the keep ratio becomes a threshold
 def ablate(
     *,
     output_dir: Annotated[Path, "Folder for runs and records."] = Path("runs/ablation"),
-    vary: Annotated[
-        o.Many,
-        "What to vary: beta=0,0.1; repeat it for more.",
-        "alpha, beta, temperature, policy, hidden-dim, signals, fill, bucket, lora",
-    ] = None,
-    base: Annotated[
-        o.Many, typer.Option("--set", help="Base recipe: max-steps=400; repeat it for more.", show_default="the demo's")
-    ] = None,
-    full_grid: Annotated[
-        bool, typer.Option("--full-grid", help="All combinations; otherwise one change at a time.")
-    ] = False,
+    vary: Annotated[o.Many, "What to vary: beta=0,0.1; repeat it for more.", VARIED] = None,
+    base: Annotated[o.Many, typer.Option("--set", help=BASE, show_default="the demo's")] = None,
+    full_grid: Annotated[bool, "All combinations, not one change at a time."] = False,
     seeds: Annotated[o.Many, "Seeds of the trainings: 0,1,2.", "0"] = None,
     keep_ratio: Annotated[float, "Keep ratio at which all are compared."] = 0.75,
-    own: Annotated[bool, "Judge each at the keep ratio of its own training as well."] = True,
+    as_trained: Annotated[bool, "Judge each at the keep ratio that its training led to as well."] = True,
     answer_limit: o.AnswerLimit = None,
     examples: o.Examples = o.Examples(split="validation"),
     generation: Annotated[o.Generation, Fields(without=("execution",))],
@@ -46,15 +39,11 @@ def ablate(
 
     microglia ablate --vary beta=0,0.01 --vary fill=zero,mean --seeds 0,1,2 --limit 500
     """
-    from microglia.checkpoint import check_writable
-    from microglia.evaluation.setup import Setup
     from microglia.experiments.ablate import FACTORS, Ablation, Recipe, variants
     from microglia.experiments.ablate import ablate as measure
     from microglia.experiments.demo import RECIPE
     from microglia.experiments.ledger import Ledger
     from microglia.models import load_model
-    from microglia.record import append_records, circumstances
-    from microglia.results import Circumstances
     from microglia.units import find_sites
 
     recipe = Recipe(RECIPE.second, RECIPE.policy, RECIPE.hidden_dim, baseline_steps=RECIPE.first.max_steps)
@@ -62,13 +51,13 @@ def ablate(
         recipe = recipe.changed(name, tuple(values) if len(values) > 1 else values[0])
     factors = pairs("--vary", vary) or FACTORS
     variants(recipe, factors, full_grid=full_grid)  # what is wrong with them is better known before loading a model
-    check_writable(output_dir)
+    o.check_output(output_dir)
     model, task, how = loading.model or "reasoner", examples.task(), loading.arguments()
     lm, tokenizer = load_model(model, **how)
     usual = {site.geometry.default_bucket for site in find_sites(lm)}
     usual_bucket = usual.pop() if len(usual) == 1 else None
     wanted = variants(recipe, factors, full_grid=full_grid, usual_bucket=usual_bucket)
-    setup = Setup(lm, tokenizer, task, examples.load(), answer_limit=answer_limit, **generation.how())
+    setup = generation.setup(lm, tokenizer, task, examples.load(), answer_limit)
     others = examples.load(split="train", limit=HELD_OUT, seed=examples.seed + 1)
     where, settings = examples.settings()
     settings |= {"model": loading.model, "answer_limit": answer_limit, "max_new_tokens": setup.max_new_tokens}
@@ -79,18 +68,14 @@ def ablate(
         keep_ratio,
         output_dir / "runs",
         examples.data_dir,
-        own,
+        as_trained,
         Ledger(output_dir / LEDGER, {**where, **settings, "data_dir": str(examples.data_dir or "")}),
     )
     with progress("ablating", f"{output_dir / LEDGER} keeps the finished runs: {GO_ON}") as update:
-        result = measure(replace(ablation, progress=update), wanted, numbers("--seeds", seeds, int) or [0])
-    made = Circumstances(**circumstances(lm.device))
-    result = replace(result, **where, settings=settings, circumstances=made)
-    data = result.to_json()
-    (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this ablation, as the summary is
-    append_records(output_dir / RECORDS, records(result))
-    (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return Outcome(data, views(result))
+        result = measure(replace(ablation, progress=update), wanted, o.numbers("--seeds", seeds, int) or [0])
+    result = replace(result, **where, settings=settings, circumstances=measured_on(lm))
+    write_run(output_dir / SUMMARY, result, records(result))
+    return Outcome(result.to_json(), views(result))
 
 
 def pairs(option: str, given: o.Many) -> dict[str, list[Any]]:
@@ -115,40 +100,32 @@ def _value(word: str) -> Any:
 
 def records(result: Any) -> list[Any]:
     """One record per variant: accuracy at the common keep ratio."""
-    from microglia.record import Record
     from microglia.results import plain
 
     names = ("dataset", "split", "at_keep_ratio", "base")
-    extra = {**{name: result[name] for name in names}, "seeds": list(result.seeds), **result.settings}
-    around = {"n": result.prompts, "seed": extra.pop("seed"), **asdict(result.circumstances)}
-    return [
-        Record("ablation_accuracy", row.accuracy, "ratio", extra={**extra, **plain(row)}, **around)
-        for row in result.rows
-    ]
+    shared = {**{name: result[name] for name in names}, "seeds": list(result.seeds), **result.settings}
+    record = recorder(result.circumstances, shared.pop("seed"), shared)
+    return [record("ablation_accuracy", row.accuracy, result.prompts, **plain(row)) for row in result.rows]
 
 
 def views(result: Any) -> list[Any]:
     """One line per variant, and how to read it."""
-    seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
-    title = f"{result.dataset}, {result.split}, {result.prompts} prompts, {seeds}"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("")  # long names fold, so that the figures of a line fit 80 columns
     as_trained = result.rows[0].as_trained is not None
     rest = ("trained\nkept", "trained\nright") if as_trained else ("to base",)  # both do not fit 80 columns
-    for name in ("right", "to base", "95 %", "p", "loss", *rest):
-        table.add_column(name, justify="right", no_wrap=True)
+    rows = []
     for row in result.rows:
-        difference, loss = ["", "", ""], ""
-        if row.to_base is not None:
-            low, high = row.to_base.ci95
-            ends = "" if low != low else f"{100 * low:+.1f} {100 * high:+.1f}"
-            difference = [f"{100 * row.to_base.diff:+.1f}", ends, f"{row.to_base.p_holm:.2g}"]
-            loss = f"{1000 * row.loss_to_base.diff:+.2g}"
-        trained = [f"{row.as_trained.keep_ratio:.1%}", f"{row.as_trained.accuracy:.1%}"] if as_trained else [loss]
-        table.add_row(row.variant, f"{row.accuracy:.1%}", *difference, f"{1000 * row.loss:.3g}", *trained)
+        difference = ["", "", ""]
+        if test := row.to_base:
+            difference = [points(test.diff), interval(test.ci95, sign=" "), f"{test.p_holm:.2g}"]
+        last = [f"{1000 * row.loss_to_base.diff:+.2g}" if row.loss_to_base else ""]
+        if as_trained:
+            last = [share(row.as_trained.keep_ratio), share(row.as_trained.accuracy)]
+        rows.append([row.variant, share(row.accuracy), *difference, f"{1000 * row.loss:.3g}", *last])
+    seeds = f"{len(result.seeds)} seed{'s' if len(result.seeds) > 1 else ''}"
+    title = f"{result.dataset}, {result.split}, {result.prompts} prompts, {seeds}"
     how = " Trained: at the keep ratio that the training itself led to." if as_trained else ""
     return [
-        table,
-        f"Right, loss and differences with {result.at_keep_ratio:.0%} of the heads kept; p is Holm-corrected, losses "
-        f"are in thousandths of a nat per token.{how}",
+        table(title, ("", "right", "to base", "95 %", "p", "loss", *rest), rows, padding=(0, 1), fold=True),
+        f"Right, loss and differences with {share(result.at_keep_ratio, 0)} of the heads kept; p is Holm-corrected, "
+        f"losses are in thousandths of a nat per token.{how}",
     ]

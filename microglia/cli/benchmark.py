@@ -1,19 +1,20 @@
 """`microglia benchmark`: time and memory dense, masked and compacted, beside the best that the pattern allows."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.number_lists import numbers
-from microglia.cli.verb import Outcome, progress, table, verb
+from microglia.cli.show import interval, share, table
+from microglia.cli.verb import Outcome, progress, verb
 from microglia.errors import ConfigError
 
 MIB = 2**20
+SHAPES = "Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json."
 DEFAULT_SHAPE, DEFAULT_LAYERS = "phi3-mini", 4  # bound by memory like the whole model, and fits a small machine
 TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: some 100,000 tokens
 
@@ -22,11 +23,7 @@ TEXTS = 2000  # problems of the arithmetic task that a checkpoint is timed on: s
 def benchmark(
     *,
     model_path: o.CheckpointPath = None,
-    random_weights: Annotated[
-        str | None,
-        "Without a checkpoint: phi3-mini, qwen2.5-3b, llama3-8b, reasoner, or a folder with a config.json.",
-        "phi3-mini, 4 layers",
-    ] = None,
+    random_weights: Annotated[str | None, SHAPES, "phi3-mini, 4 layers"] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of its layers.", show_default="all")] = None,
     keep_ratio: Annotated[o.Many, "One or several keep ratios: 0.75,0.5.", "0.75, or as the checkpoint decides"] = None,
     batch_sizes: Annotated[o.Many, "Batch sizes: 1,8.", "1"] = None,
@@ -34,9 +31,7 @@ def benchmark(
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer in tokens.")] = 64,
     num_runs: Annotated[int, typer.Option(min=1, help="Repetitions.")] = 20,
     executions: Annotated[o.Many, "What is timed beside dense: masked,compact,captured.", "masked,compact"] = None,
-    per_row: Annotated[
-        bool, typer.Option("--per-row", help="Every row of a batch decides for itself; otherwise all rows together.")
-    ] = False,
+    per_row: Annotated[bool, "Each row of a batch decides for itself."] = False,
     output: Annotated[Path | None, "File of records to append to, e.g. results/cpu.jsonl.", "none"] = None,
     seed: o.Seed = 0,
     loading: Annotated[o.Loading, Fields(defaults={"dtype": "bfloat16 for random weights"})],
@@ -49,17 +44,15 @@ def benchmark(
     """
     from microglia.benchmark import Plan, records
     from microglia.benchmark import benchmark as measure
-    from microglia.checkpoint import check_writable
     from microglia.record import append_records
 
     if model_path is not None and random_weights is not None:
         raise ConfigError("--model-path and --random-weights were both given; a benchmark measures one of them")
-    if output is not None:
-        check_writable(output.parent)
-    ratios: list[Any] = numbers("--keep-ratio", keep_ratio, float)
+    o.check_output(output and output.parent)
+    ratios: list[Any] = o.numbers("--keep-ratio", keep_ratio, float)
     plan = Plan(
-        batch_sizes=numbers("--batch-sizes", batch_sizes, int) or (1,),
-        contexts=numbers("--context", context, int) or (128, 1024),
+        batch_sizes=o.numbers("--batch-sizes", batch_sizes, int) or (1,),
+        contexts=o.numbers("--context", context, int) or (128, 1024),
         keep_ratios=ratios or ([0.75] if model_path is None else [None]),
         new_tokens=new_tokens,
         num_runs=num_runs,
@@ -129,22 +122,19 @@ def views(report: Any) -> list[Any]:
     return parts
 
 
-def variants(rows: list[Any]) -> Table:
+def variants(timings: Sequence[Any]) -> Any:
     """The variants of one combination."""
-    row = rows[-1]
-    title = f"batch {row.batch_size}, context {row.context:,}, {row.keep_ratio:.0%} of the heads, decided {row.decides}"
-    view = table(title, "", "ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB")
-    for row in rows:
-        share = "" if row.realised_share is None else f"{row.realised_share:.0%}" + "*" * (row.realised_share > 1)
-        speed = [f"{row.ratio_to_dense:.3f}", "{:.3f}–{:.3f}".format(*row.ratio_ci95), f"{row.ceiling:.3f}", share]
-        view.add_row(
-            row.variant,
-            f"{row.ms_per_token:.2f}",
-            *(["", "", "", ""] if row.variant == "dense" else speed),
-            f"{row.kv_bytes / MIB:,.1f}",
-            "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}",
-        )
-    return view
+    rows = []
+    for row in timings:
+        realised = "" if row.realised_share is None else share(row.realised_share, 0) + "*" * (row.realised_share > 1)
+        ends = interval(row.ratio_ci95, "{:.3f}", 1, "–")
+        speed = [f"{row.ratio_to_dense:.3f}", ends, f"{row.ceiling:.3f}", realised]
+        memory = [f"{row.kv_bytes / MIB:,.1f}", "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}"]
+        speed = [""] * len(speed) if row.variant == "dense" else speed
+        rows.append([row.variant, f"{row.ms_per_token:.2f}", *speed, *memory])
+    heads = f"{share(row.keep_ratio, 0)} of the heads, decided {row.decides}"
+    title = f"batch {row.batch_size}, context {row.context:,}, {heads}"
+    return table(title, ("", "ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB"), rows)
 
 
 def summary(dense: Any, total: Any) -> str:

@@ -49,9 +49,7 @@ class Bundle:
                 kind, default, option.metavar = str, ",".join(map(str, default)), "START,END"
             option.rich_help_panel = self.how.panel or getattr(self.kind, "panel", None)
             name = self.how.names.get(name, name)
-            if kind is bool and not option.param_decls:
-                option.param_decls = (f"--{name.replace('_', '-')}",)  # without a --no-… beside it
-            yield keyword(name, Annotated[kind, option], default)
+            yield keyword(name, switch(name, kind, option, default), default)
 
     def take(self, options: dict[str, Any]) -> Any:
         """The value of this bundle; takes its options away. Raises ConfigError for a pair that is none."""
@@ -82,6 +80,13 @@ def as_option(annotation: Any) -> tuple[Any, Any]:
     return kind, typer.Option(help=text, show_default=default, metavar="<name>")
 
 
+def switch(name: str, kind: Any, option: Any, default: Any) -> Any:
+    """The annotation of a parameter; what is off by default has no --no-… beside it."""
+    if kind is bool and not default and not option.param_decls:
+        option.param_decls = (f"--{name.replace('_', '-')}",)
+    return Annotated[kind, option]
+
+
 def pair(name: str, text: str, default: tuple[float, float]) -> tuple[float, float]:
     """`"0.1,0.3"` → (0.1, 0.3)."""
     try:
@@ -103,7 +108,8 @@ def command_line(
             bundles[name] = bundle
             parameters += bundle.parameters()
         elif name != "settings":
-            parameters.append(parameter.replace(annotation=Annotated[as_option(parameter.annotation)]))
+            kind, option = as_option(parameter.annotation)
+            parameters.append(parameter.replace(annotation=switch(name, kind, option, parameter.default)))
     parameters += [keyword(name, kind, default) for name, (kind, default) in common.items()]
     if shown is not None:
         rest = [p for p in parameters if p.name not in {*shown, *common}]

@@ -1,22 +1,20 @@
 """`microglia calibrate`: prune as far as a promise about the accuracy of a checkpoint allows."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
-from microglia.cli.number_lists import numbers
+from microglia.cli.show import points, share, table
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
+from microglia.cli.writing import measured_on, recorder
 from microglia.errors import CheckpointError
 
 LEDGER, RECORDS = "calibration-ledger.jsonl", "calibration.jsonl"
-
-
+TO_TRY = "Keep ratios to try."
 Examples = Annotated[o.Examples, Fields(without=("shots", "question_field", "answer_field"))]
 
 
@@ -26,15 +24,9 @@ def calibrate(
     model_path: o.CheckpointPath = None,
     max_drop: Annotated[float, "Largest loss of accuracy; 0.02 is two points."] = 0.02,
     confidence: Annotated[float, "Confidence of the promise."] = 0.95,
-    keep_ratio: Annotated[
-        float | None, "Set this keep ratio instead, and say what it may lose.", "by the promise"
-    ] = None,
-    latency_ratio: Annotated[
-        float | None, "Or reach this speed-up of a decode step, dense time divided by pruned time.", "by the promise"
-    ] = None,
-    settings_to_try: Annotated[
-        o.Many, typer.Option("--settings", help="Keep ratios to try.", show_default="0.95,0.9,…,0.3")
-    ] = None,
+    keep_ratio: Annotated[float | None, "Set this one instead, and say what it may lose.", "by the promise"] = None,
+    latency_ratio: Annotated[float | None, "Or reach this: dense time ÷ time of a step.", "by the promise"] = None,
+    settings_to_try: Annotated[o.Many, typer.Option("--settings", help=TO_TRY, show_default="0.95,0.9,…,0.3")] = None,
     output_dir: Annotated[Path | None, "Folder for the result.", "the checkpoint itself"] = None,
     examples: Examples = o.Examples(split="validation"),
     generation: o.Generation,
@@ -46,16 +38,15 @@ def calibrate(
 
     microglia calibrate --model-path checkpoints --latency-ratio 1.1
     """
-    from microglia.checkpoint import check_writable
     from microglia.experiments.calibrate import KEEP_RATIOS
     from microglia.record import append_records
 
-    ratios = numbers("--settings", settings_to_try, float) or KEEP_RATIOS
+    ratios = o.numbers("--settings", settings_to_try, float) or KEEP_RATIOS
     folder = output_dir or Path(model_path or "")
     if output_dir is None and model_path is not None and not folder.is_dir():
         raise CheckpointError(f"{model_path} is no folder to save the result in; say --output-dir FOLDER")
     system = loading.system(model_path)
-    check_writable(folder)
+    o.check_output(folder)
     with progress("answering", f"{folder / LEDGER} keeps the finished settings: {GO_ON}") as update:
         promise = system.calibrate(
             examples.dataset,
@@ -65,14 +56,14 @@ def calibrate(
             latency_ratio=latency_ratio,
             keep_ratios=ratios,
             **examples.which(),
-            **generation.how(),
+            **vars(generation),
             ledger=folder / LEDGER,
             progress=update,
         )
     save(str(model_path), folder, system)
-    append_records(folder / RECORDS, records(promise, next(system.model.parameters()).device, examples.seed))
+    append_records(folder / RECORDS, records(promise, measured_on(system.model), examples.seed))
     data = replace(promise, settings={**promise.settings, "output_dir": str(folder)}).to_json()
-    return Outcome(data, [*([table(promise)] if promise.tried else []), promise.sentence])
+    return Outcome(data, [*([tried(promise)] if promise.tried else []), promise.sentence])
 
 
 def save(source: str, folder: Path, system: Any) -> None:
@@ -82,40 +73,32 @@ def save(source: str, folder: Path, system: Any) -> None:
     Checkpoint.from_pretrained(source).calibrated(system.pruner, system.promise).save_pretrained(folder)
 
 
-def records(promise: Any, device: Any, seed: int) -> list[Any]:
+def records(promise: Any, made: Any, seed: int) -> list[Any]:
     """One record per setting that was tried."""
-    from microglia.record import Record, circumstances
+    from microglia.results import plain
 
-    around = {**circumstances(device), "seed": seed}
-    settings = {name: promise.settings[name] for name in ("dataset", "split", "execution")}
-    settings |= {"confidence": promise.confidence, "max_drop": promise.max_drop}
+    shared = {name: promise.settings[name] for name in ("dataset", "split", "execution")}
+    record = recorder(made, seed, {**shared, "confidence": promise.confidence, "max_drop": promise.max_drop})
     return [
-        Record(
-            "accuracy_drop",
-            tried.drop,
-            "ratio",
-            n=promise.prompts,
-            extra={**settings, **asdict(tried), "chosen": tried.threshold == promise.threshold},
-            **around,
-        )
-        for tried in promise.tried
+        record("accuracy_drop", one.drop, promise.prompts, **plain(one), chosen=one.threshold == promise.threshold)
+        for one in promise.tried
     ]
 
 
-def table(promise: Any) -> Table:
+def tried(promise: Any) -> Any:
     """One line per setting, gentlest first."""
-    title = f"{promise.prompts} prompts, dense {promise.dense_accuracy:.1%} right"
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in ("heads kept", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", ""):
-        view.add_column(name, justify="right", no_wrap=True)
-    for tried in promise.tried:
-        view.add_row(
-            f"{tried.keep_ratio:.1%}",
-            f"{tried.accuracy:.1%}",
-            str(tried.lost),
-            str(tried.won),
-            f"{100 * tried.drop:+.1f}",
-            f"{100 * tried.drop_bound:+.1f}",
-            "chosen" if tried.threshold == promise.threshold else "",
-        )
-    return view
+    rows = [
+        [
+            share(one.keep_ratio),
+            share(one.accuracy),
+            str(one.lost),
+            str(one.won),
+            points(one.drop),
+            points(one.drop_bound),
+            "chosen" if one.threshold == promise.threshold else "",
+        ]
+        for one in promise.tried
+    ]
+    columns = ("heads kept", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", "")
+    title = f"{promise.prompts} prompts, dense {share(promise.dense_accuracy)} right"
+    return table(title, columns, rows, padding=(0, 1))

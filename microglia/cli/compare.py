@@ -1,21 +1,18 @@
 """`microglia compare`: agents, their static baseline and criteria on the same prompts, over keep ratios and seeds."""
 
-import json
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from microglia.cli import options as o
-from microglia.cli.number_lists import numbers
+from microglia.cli.show import adds, follows, interval, share, table
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
+from microglia.cli.writing import measured_on, recorder, write_run
 from microglia.errors import ConfigError
 
-LEDGER, RECORDS, SUMMARY, PAIRS = "ledger.jsonl", "records.jsonl", "comparison.json", "pairs"
+LEDGER, SUMMARY, PAIRS = "ledger.jsonl", "comparison.json", "pairs"
 HELD_OUT = 200  # held-out prompts on which each keep ratio becomes a threshold
 
 
@@ -23,10 +20,7 @@ HELD_OUT = 200  # held-out prompts on which each keep ratio becomes a threshold
 def compare(
     *,
     model_path: Annotated[o.Many, "Checkpoint with agents; one, or one per seed."] = None,
-    train_pairs: Annotated[
-        bool,
-        typer.Option("--train-pairs", help="Train agents and static baseline for each seed instead."),
-    ] = False,
+    train_pairs: Annotated[bool, "Train agents and baseline per seed instead."] = False,
     policies: Annotated[o.Many, "Criteria (norm,taylor:per-input) or name=FOLDER.", "random"] = None,
     keep_ratios: Annotated[
         o.Many,
@@ -46,21 +40,17 @@ def compare(
 
     microglia compare --model-path checkpoints --policies random,norm,taylor --limit 500 --output-dir results/compare
     """
-    from microglia.checkpoint import check_writable
     from microglia.experiments.compare import BASELINE, draw, make_entries, summarise
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
     from microglia.experiments.ledger import Ledger
-    from microglia.record import append_records, circumstances
-    from microglia.results import Circumstances
 
     if plot is not None:
         check_plot(plot)
-    if output_dir is not None:
-        check_writable(output_dir)
-    ratios = numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
-    all_seeds = numbers("--seeds", seeds, int) or [0]
+    o.check_output(output_dir)
+    ratios = o.numbers("--keep-ratios", keep_ratios, float) or [0.9, 0.8, 0.7, 0.6, 0.5]
+    all_seeds = o.numbers("--seeds", seeds, int) or [0]
     system, agents = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
     comparison, training_examples = prepared(system, examples, generation, answer_limit, num_runs)
     baselines = list[Any]()
@@ -86,31 +76,25 @@ def compare(
     kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
     with progress("comparing", kept) as update:
         runs = measure(replace(comparison, ledger=ledger, progress=update), compared, [*ratios, at], all_seeds)
-    made = Circumstances(**circumstances(next(system.model.parameters()).device))
-    result = replace(summarise(runs, at), **where, settings=settings, circumstances=made)
-    data = result.to_json()
+    result = replace(summarise(runs, at), **where, settings=settings, circumstances=measured_on(system.model))
     if output_dir is not None:
-        (output_dir / RECORDS).unlink(missing_ok=True)  # they are of this comparison, as the summary is
-        append_records(output_dir / RECORDS, records(result))
-        (output_dir / SUMMARY).write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_run(output_dir / SUMMARY, result, records(result))
     if plot is not None:
         draw(result, plot, title=f"{Path(str(system.source)).name}, {examples.dataset}")
-    return Outcome(data, views(result))
+    return Outcome(result.to_json(), views(result))
 
 
 def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
     """The system of the first checkpoint, and the agents of all of them."""
     from microglia.checkpoint import Checkpoint
 
-    names = [name for text in folders or () for name in text.split(",") if name]
+    names = o.names(folders or ())
     system = loading.system(names[0] if names else None)
     checkpoints = [Checkpoint.from_pretrained(name) for name in names]
     for name, checkpoint in zip(names, checkpoints, strict=True):
         checkpoint.check(system.model)
         if checkpoint.config.policy == "static":
-            raise ConfigError(
-                f"{name} holds a static mask; give agents, and the mask as --policies static_baseline={name}"
-            )
+            raise ConfigError(f"{name} holds a static mask; give agents, and it as --policies static_baseline={name}")
         if checkpoint.config.lora and len(names) > 1:
             raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
     device = next(system.model.parameters()).device
@@ -124,8 +108,7 @@ def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple
 
     if folders or output_dir is None:
         raise ConfigError(
-            "--train-pairs trains agents instead of loading them and keeps them in a folder; leave --model-path out "
-            "and give --output-dir"
+            "--train-pairs trains agents instead of loading them; leave --model-path out and give --output-dir"
         )
     return MicrogliaPruningSystem(loading.model or "reasoner", **loading.arguments()), []
 
@@ -141,31 +124,22 @@ def pairs(
     most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
     for seed in seeds:
         with progress(f"training, seed {seed}", f"{output_dir / PAIRS} keeps the finished pairs: {GO_ON}") as update:
-            on_log = partial(_steps, update, most)
             place = output_dir / PAIRS / str(seed)
+
+            def on_log(row: dict[str, Any], update: Any = update) -> None:
+                update("steps", row["step"], most)
+
             made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
     return [pair.agents.policy for pair in made], [pair.static_baseline.policy for pair in made]
-
-
-def _steps(update: Any, most: int, row: dict[str, Any]) -> None:
-    update("steps", row["step"], most)
 
 
 def prepared(
     system: Any, examples: o.Examples, generation: o.Generation, answer_limit: float | None, num_runs: int
 ) -> tuple[Any, Any]:
     """What is compared on, and a function that draws training examples for criteria."""
-    from microglia.evaluation.setup import Setup
     from microglia.experiments.compare import Comparison
 
-    setup = Setup(
-        system.model,
-        system.tokenizer,
-        examples.task(),
-        examples.load(),
-        answer_limit=answer_limit,
-        **generation.how(),
-    )
+    setup = generation.setup(system.model, system.tokenizer, examples.task(), examples.load(), answer_limit)
     other = "validation" if examples.split != "validation" else "train"
     held_out = replace(setup, examples=examples.load(split=other, limit=HELD_OUT), answer_limit=None)
 
@@ -178,65 +152,46 @@ def prepared(
 
 def records(result: Any) -> list[Any]:
     """One record per row, and one for what adaptivity adds."""
-    from microglia.record import Record
     from microglia.results import plain
 
     names = ("execution", "base_model", "max_new_tokens", "answer_limit")
-    extra = {"dataset": result.dataset, "split": result.split, **{name: result.settings[name] for name in names}}
-    around = {"seed": result.settings["seed"], **asdict(result.circumstances)}
-    rows = [
-        Record("accuracy", row.accuracy, "ratio", n=row.prompts, extra={**extra, **plain(row)}, **around)
-        for row in result.rows
-    ]
-    n, gain = result.rows[0].prompts, result.adaptivity
-    return [*rows, Record("adaptivity", gain.gain, "ratio", n=n, extra={**extra, **plain(gain)}, **around)]
+    shared = {"dataset": result.dataset, "split": result.split, **{name: result.settings[name] for name in names}}
+    record, gain = recorder(result.circumstances, result.settings["seed"], shared), result.adaptivity
+    rows = [record("accuracy", row.accuracy, row.prompts, **plain(row)) for row in result.rows]
+    return [*rows, record("adaptivity", gain.gain, result.rows[0].prompts, **plain(gain))]
 
 
 def views(result: Any) -> list[Any]:
     """The table, and what it shows in sentences."""
-    first = result.rows[0]
-    title = f"{result.dataset}, {result.split}, {first.prompts} prompts"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    table.add_column("", no_wrap=True)
-    for name in ("kept", "right, 95 %", "loss", "tokens", *(("ms", "faster", "KV KiB") * bool(first.latency)), "p", ""):
-        table.add_column(name, justify="right", no_wrap=True)
+    first, rows = result.rows[0], []
     for row in result.rows:
         time = []
-        if row.latency:
-            time = [f"{row.latency.ms_per_token:.2f}", f"{row.latency.ratio_to_dense:.2f}×"]
-            time.append(f"{row.latency.kv_bytes / 1024:,.0f}")
-        low, high = row.ci95
+        if latency := row.latency:
+            time = [f"{latency.ms_per_token:.2f}", f"{latency.ratio_to_dense:.2f}×", f"{latency.kv_bytes / 1024:,.0f}"]
         best = row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency
-        table.add_row(
-            row.policy,
-            f"{row.keep_ratio:.1%}",
-            f"{100 * row.accuracy:.1f} ({100 * low:.0f}–{100 * high:.0f})",
-            f"{row.loss:.3f}",
-            f"{row.mean_tokens:.0f}",
-            *time,
-            f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
-            "*" if best else "",
+        rows.append(
+            [
+                row.policy,
+                share(row.keep_ratio),
+                f"{100 * row.accuracy:.1f} ({interval(row.ci95, '{:.0f}', sign='–')})",
+                f"{row.loss:.3f}",
+                f"{row.mean_tokens:.0f}",
+                *time,
+                f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
+                "*" if best else "",
+            ]
         )
-    return [table, *sentences(result)]
-
-
-def sentences(result: Any) -> list[str]:
-    """What adaptivity adds, and whether sparsity follows difficulty and family."""
-    gain, (low, high) = result.adaptivity, result.adaptivity.ci95
-    agents, baseline = gain.keep_ratios["agents"], gain.keep_ratios["static_baseline"]
-    ends = "" if low != low else f", 95 % interval {100 * low:+.1f} to {100 * high:+.1f}"
-    lines = [
+    timed = ("ms", "faster", "KV KiB") if first.latency else ()
+    families = [f"{name} {share(value)}" for name, value in result.sparsity_by_family.items() if name]
+    return [
+        table(
+            f"{result.dataset}, {result.split}, {first.prompts} prompts",
+            ("", "kept", "right, 95 %", "loss", "tokens", *timed, "p", ""),
+            rows,
+        ),
         "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
-        + ("fast. ms: of a step; faster: dense time ÷ this." if result.rows[0].latency else "small."),
-        f"Adapting to the input adds {100 * gain.gain:+.1f} points{ends}, at {agents:.1%} of the heads against "
-        f"{baseline:.1%} of the static baseline's: this run {'supports' if low > 0 else 'does not support'} a gain.",
+        + ("fast. ms: of a step; faster: dense time ÷ this." if timed else "small."),
+        adds(result.adaptivity),
+        follows(result.follows_difficulty),
+        *(["Heads pruned by family: " + ", ".join(families)] if families else []),
     ]
-    if follows := result.follows_difficulty:
-        rho, (low, high) = follows.rank_correlation, follows.ci95
-        lines.append(f"Rank correlation of steps and sparsity: {rho:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}.")
-    else:
-        lines.append("The agents prune every prompt alike, so sparsity follows nothing.")
-    families = {name: value for name, value in result.sparsity_by_family.items() if name}
-    if families:
-        lines.append("Heads pruned by family: " + ", ".join(f"{name} {value:.1%}" for name, value in families.items()))
-    return lines

@@ -1,11 +1,12 @@
 """How `microglia inspect --prompt` shows a decision: a row of heads per site, or a site head by head."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.text import Text
 
-from microglia.cli.verb import table
+from microglia.cli.show import share, table
 
 SIGNS = {
     "kept": ("█", "bold green"),
@@ -13,22 +14,25 @@ SIGNS = {
     "pruned": ("·", "dim"),
     "displaced": ("○", "yellow"),
 }
+MEANINGS = {
+    "kept to fill": "kept, not requested: counts are rounded up",
+    "displaced": "requested, but better heads fill its group",
+}
 
 
 def overview(decision: dict[str, Any]) -> list[Any]:
     """Every site in a row: its heads, how many are kept, and the mean signals of those kept and those pruned."""
-    sites = decision["sites"]
-    heads = sum(len(site["keep"]) for site in sites)
-    kept = sum(sum(site["keep"]) for site in sites)
-    signals = list(sites[0]["signals"])
-    view = table(None, "site", "heads", "kept", *(f"{name}: kept, pruned" for name in signals), padding=(0, 1))
-    view.columns[0].justify, view.columns[1].justify = "right", "left"
+    sites, rows = decision["sites"], []
     for number, site in enumerate(sites):
-        means = [_kept_and_pruned(site["signals"][name], site["keep"]) for name in signals]
-        view.add_row(str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means)
+        means = [_kept_and_pruned(values, site["keep"]) for values in site["signals"].values()]
+        rows.append([str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means])
+    columns = ("site", "heads", "kept", *(f"{name}: kept, pruned" for name in sites[0]["signals"]))
+    view = table(None, columns, rows, padding=(0, 1))
+    view.columns[0].justify, view.columns[1].justify = "right", "left"
+    kept = [keep for site in sites for keep in site["keep"]]
     return [
-        f"Prompt of {decision['tokens']} tokens: {kept} of {heads} heads kept ({decision['keep_ratio']:.1%}); "
-        f"{decision['requested']} were requested.",
+        f"Prompt of {decision['tokens']} tokens: {sum(kept)} of {len(kept)} heads kept "
+        f"({share(decision['keep_ratio'])}); {decision['requested']} were requested.",
         view,
         legend({outcome for site in sites for outcome in site["outcome"]}),
     ]
@@ -37,17 +41,15 @@ def overview(decision: dict[str, Any]) -> list[Any]:
 def of_site(decision: dict[str, Any], number: int) -> list[Any]:
     """One site, head by head: its signals, how far from those of training, its logit, and what became of it."""
     site = decision["sites"][number]
-    names = [column for name in site["signals"] for column in (name, *["deviation"] * (name in site["deviations"]))]
-    view = table(f"site {number}, {site['name']}", "head", *names, "logit", "decision", padding=(0, 1))
+    columns: dict[str, list[Any]] = {"head": [str(head) for head in range(len(site["outcome"]))]}
+    for name, values in site["signals"].items():
+        columns[name] = [f"{value:.3g}" for value in values]
+        if name in site["deviations"]:
+            columns[f"{name}, σ"] = [f"{value:+.1f} σ" for value in site["deviations"][name]]
+    columns["logit"] = [f"{value:+.2f}" for value in site["logit"]]
+    columns["decision"] = [Text(outcome, style=SIGNS[outcome][1]) for outcome in site["outcome"]]
+    view = table(f"site {number}, {site['name']}", list(columns), zip(*columns.values(), strict=True), padding=(0, 1))
     view.columns[0].justify, view.columns[-1].justify = "right", "left"
-    for head, outcome in enumerate(site["outcome"]):
-        cells: list[Any] = []
-        for name, values in site["signals"].items():
-            cells.append(f"{values[head]:.3g}")
-            if name in site["deviations"]:
-                cells.append(f"{site['deviations'][name][head]:+.1f} σ")
-        cells += [f"{site['logit'][head]:+.2f}", Text(outcome, style=SIGNS[outcome][1])]
-        view.add_row(str(head), *cells)
     return [
         view,
         f"A head is requested when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations from the "
@@ -60,25 +62,13 @@ def row_of_heads(outcomes: Sequence[str]) -> Text:
     return Text.assemble(*(SIGNS[outcome] for outcome in outcomes))
 
 
-def legend(seen: set[str]) -> Text:
+def legend(outcomes: set[str]) -> Text:
     """What the signs mean, those that were used."""
-    meanings = {
-        "kept": "kept",
-        "kept to fill": "kept, not requested: counts are rounded up",
-        "pruned": "pruned",
-        "displaced": "requested, but better heads fill its group",
-    }
-    parts: list[Any] = []
-    for outcome in SIGNS:
-        if outcome in seen:
-            parts += [SIGNS[outcome], f" {meanings[outcome]}   "]
-    return Text.assemble(*parts)
+    used = [name for name in SIGNS if name in outcomes]
+    return Text.assemble(*(part for name in used for part in (SIGNS[name], f" {MEANINGS.get(name, name)}   ")))
 
 
 def _kept_and_pruned(values: Sequence[float], keep: Sequence[int]) -> str:
     """Mean over kept and over pruned heads."""
-    shown = []
-    for wanted in (1, 0):
-        chosen = [value for value, kept in zip(values, keep, strict=True) if kept == wanted]
-        shown.append(f"{sum(chosen) / len(chosen):.3g}" if chosen else "–")
-    return f"{shown[0]:>6}  {shown[1]:>6}"
+    groups = [[value for value, kept in zip(values, keep, strict=True) if kept == wanted] for wanted in (1, 0)]
+    return "  ".join(f"{f'{fmean(group):.3g}' if group else '–':>6}" for group in groups)

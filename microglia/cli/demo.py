@@ -4,19 +4,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 from rich.text import Text
 
 from microglia.cli import options as o
+from microglia.cli.benchmark import variants
+from microglia.cli.show import adds, follows, interval, points, share, table
 from microglia.cli.verb import Outcome, progress, tell, verb
-
-ROWS = {
-    "dense": "dense",
-    "masked": "masked only",
-    "compact": "compact",
-    "compact_total": "with its decision",
-}
 
 
 @verb()
@@ -34,47 +27,31 @@ def demo(
 
     with progress("answering", "nothing was kept, run the demo again to start anew") as update:
         result = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
-    return Outcome(result.to_json(), (comparison(result), picture(result), cost(result), verdict(result)))
+    return Outcome(result.to_json(), (comparison(result), picture(result), variants(result.latency), verdict(result)))
 
 
-def comparison(result: Any) -> Table:
-    """One line per variant; differences to dense are paired on the same problems."""
-    table = Table(title=f"{result.problems} held-out problems", title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for name in ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    rows = {"dense": result.dense, "pruned (agents)": result.pruned, "static baseline": result.static_baseline}
-    low = {"agents, fewer heads": result.low_budget.pruned, "baseline, fewer heads": result.low_budget.static_baseline}
-    for name, row in (*rows.items(), ("random masks", result.random), *low.items()):
-        cells = [name, f"{row.accuracy:.1%}", "", f"{row.sparsity:.1%}", "", ""]
-        if row is not result.random:
-            start, end = row.accuracy_ci95
-            cells[2], cells[5] = f"{100 * start:.1f}–{100 * end:.1f}", f"{row.mean_tokens:.0f}"
-            if row.to_dense:
-                cells[4] = "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-                    *(100 * x for x in (row.to_dense.diff, *row.to_dense.ci95))
-                )
-        table.add_row(*cells)
-    return table
-
-
-def cost(result: Any) -> Table:
-    """What a decode step of one prompt costs, with the best that its kept heads allow."""
-    dense, *_ = result.latency
-    title = f"One prompt of {dense.context} tokens, {dense.new_tokens} new ones"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0)
-    for name in ("", "ms/token", "speed-up", "95 %", "ceiling", "heads kept", "KV KiB"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in result.latency:
-        low, high = row.ratio_ci95
-        ratio = (f"{row.ratio_to_dense:.2f}×", f"{low:.2f}–{high:.2f}", f"{row.ceiling:.2f}×")
-        table.add_row(
-            ROWS[row.variant],
-            f"{row.ms_per_token:.2f}",
-            *(("", "", "") if row is dense else ratio),
-            f"{row.keep_ratio:.0%}",
-            f"{row.kv_bytes / 1024:,.0f}",
-        )
-    return table
+def comparison(result: Any) -> Any:
+    """One line per policy; differences to dense are paired on the same problems."""
+    low = result.low_budget
+    summaries = {
+        "dense": result.dense,
+        "pruned (agents)": result.pruned,
+        "static baseline": result.static_baseline,
+        "random masks": None,
+        "agents, fewer heads": low.pruned,
+        "baseline, fewer heads": low.static_baseline,
+    }
+    rows = []
+    for name, row in summaries.items():
+        if row is None:  # means over several masks
+            rows.append([name, share(result.random.accuracy), "", share(result.random.sparsity), "", ""])
+            continue
+        test = row.to_dense
+        difference = f"{points(test.diff)} [{interval(test.ci95, sign=', ')}]" if test else ""
+        ends = interval(row.accuracy_ci95, "{:.1f}", sign="–")
+        rows.append([name, share(row.accuracy), ends, share(row.sparsity), difference, f"{row.mean_tokens:.0f}"])
+    columns = ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens")
+    return table(f"{result.problems} held-out problems", columns, rows)
 
 
 def picture(result: Any) -> Text:
@@ -88,25 +65,6 @@ def picture(result: Any) -> Text:
 
 def verdict(result: Any) -> Text:
     """What the demo shows, in sentences."""
-    difficulty = "Every problem lost the same number of heads."
-    if follows := result.follows_difficulty:
-        low, high = follows.ci95
-        rho = follows.rank_correlation
-        difficulty = f"Rank correlation of steps and sparsity: {rho:+.2f} [{low:+.2f}, {high:+.2f}]."
-    return Text(
-        f"{adds(result.adaptivity)}\n"
-        f"{adds(result.low_budget.adaptivity)}\n"
-        f"{difficulty}\n"
-        f"The agents have {result.agent_parameters:,} parameters ({result.agent_share:.2%} of the model); "
-        f"{result.seconds:.0f} s in all."
-    )
-
-
-def adds(adaptivity: Any) -> str:
-    """What deciding by the prompt adds at this sparsity."""
-    low, high = adaptivity.ci95
-    return (
-        f"Agents against the static baseline with {1 - adaptivity.keep_ratios['static_baseline']:.0%} of the heads "
-        f"pruned: {100 * adaptivity.gain:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]: this run "
-        f"{'supports' if low > 0 else 'does not support'} a gain from adapting to the prompt."
-    )
+    lines = [adds(result.adaptivity), adds(result.low_budget.adaptivity), follows(result.follows_difficulty)]
+    agents = f"{result.agent_parameters:,} parameters ({result.agent_share:.2%} of the model)"
+    return Text("\n".join([*lines, f"The agents have {agents}; {result.seconds:.0f} s in all."]))

@@ -1,22 +1,23 @@
 """`microglia inspect`: where a model's heads are, what a checkpoint holds, or which heads a prompt keeps and why."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from microglia.cli import decided
 from microglia.cli import options as o
-from microglia.cli.verb import Outcome, facts, verb
+from microglia.cli.show import facts, table
+from microglia.cli.verb import Outcome, verb
 from microglia.errors import ConfigError, MicrogliaError, first_line
+
+SHOWN = "base_model model_class policy policy_options signals window fill lora training".split()  # of a checkpoint
 
 
 @verb()
 def inspect(
-    what: Annotated[
-        str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint folder.", show_default="reasoner")
-    ] = "reasoner",
+    what: Annotated[str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint.")] = "reasoner",
     *,
     prompt: Annotated[str | None, "Which heads of a checkpoint this prompt keeps, and why."] = None,
     png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
@@ -66,17 +67,11 @@ def of_model(source: str, trust_remote_code: bool) -> Outcome:
 
     lm = _without_weights(source, trust_remote_code)
     sites = saved_sites(lm, ("head",))
-    parameters = sum(p.numel() for p in lm.parameters())
-    data = {
-        "kind": "model",
-        "model": source,
-        "model_class": type(lm).__name__,
-        "parameters": parameters,
-        "heads": sum(site.geometry["heads"] for site in sites),
-        "sites": [site.flat for site in sites],
-    }
-    rows = {"model": source, "class": data["model_class"], "parameters": f"{parameters:,}", "heads": data["heads"]}
-    return Outcome(data, [facts(rows), site_table(sites)])
+    rows: dict[str, Any] = {"model": source, "model_class": type(lm).__name__}
+    rows["parameters"] = sum(p.numel() for p in lm.parameters())
+    rows["heads"] = sum(site.geometry["heads"] for site in sites)
+    data = {"kind": "model", **rows, "sites": [site.flat for site in sites]}
+    return Outcome(data, [facts({**rows, "parameters": f"{rows['parameters']:,}"}), site_table(sites)])
 
 
 def of_checkpoint(folder: str) -> Outcome:
@@ -86,26 +81,14 @@ def of_checkpoint(folder: str) -> Outcome:
     saved = Checkpoint.from_pretrained(folder)
     config = saved.config
     parameters = sum(p.numel() for p in saved.pruner.policy.parameters())
-    data = {
-        "kind": "checkpoint",
-        "base_model": config.base_model,
-        "model_class": config.model_class,
-        "policy": config.policy,
-        "agent_parameters": parameters,
-        "agent_share": parameters / config.base_parameters if config.base_parameters else None,
-        "policy_options": config.policy_options,
-        "signals": list(config.signals),
-        "window": config.window,
-        "gate": {"threshold": config.threshold, "temperature": config.temperature, "bucket": config.bucket},
-        "fill": config.fill,
-        "lora": config.lora,
-        "training": config.training,
-        "sites": [site.flat for site in config.sites],
-    }
-    share = f"{data['agent_share']:.3%} of the model" if data["agent_share"] else ""
+    share = parameters / config.base_parameters if config.base_parameters else None
+    data: dict[str, Any] = {"kind": "checkpoint", "agent_parameters": parameters, "agent_share": share}
+    data |= {name: getattr(config, name) for name in SHOWN}
+    data["gate"] = {name: getattr(config, name) for name in ("threshold", "temperature", "bucket")}
+    data["sites"] = [site.flat for site in config.sites]
     rows = {
         "checkpoint of": f"{config.base_model} ({config.model_class})",
-        "policy": f"{config.policy}: {parameters:,} parameters {share}",
+        "policy": f"{config.policy}: {parameters:,} parameters" + (f", {share:.3%} of the model" if share else ""),
         "reads": f"{', '.join(config.signals) or 'nothing'} of a prompt, entropy window {config.window or 'all'}",
         "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill {config.fill}",
         "LoRA": "yes" if config.lora else "no",
@@ -114,17 +97,13 @@ def of_checkpoint(folder: str) -> Outcome:
     return Outcome(data, [facts(rows), site_table(config.sites)])
 
 
-def site_table(sites: Any) -> Table:
+def site_table(sites: Any) -> Any:
     """One row per run of sites that differ in their place only."""
-    table = Table("sites", "first", "heads", "KV heads", "head size")
-    shapes = [tuple(site.geometry.values()) for site in sites]
-    start = 0
-    for end in range(1, len(shapes) + 1):
-        if end == len(shapes) or shapes[end] != shapes[start]:
-            numbers = f"{start}" if end == start + 1 else f"{start} to {end - 1}"
-            table.add_row(numbers, sites[start].name, *map(str, shapes[start]))
-            start = end
-    return table
+    rows = []
+    for shape, run in groupby(enumerate(sites), key=lambda pair: tuple(pair[1].geometry.values())):
+        (first, site), *_, (last, _) = [*run] * 2
+        rows.append((f"{first} to {last}" if last > first else str(first), site.name, *map(str, shape)))
+    return table(None, ("sites", "first", "heads", "KV heads", "head size"), rows, padding=(0, 1))
 
 
 def _without_weights(source: str, trust_remote_code: bool) -> Any:

@@ -24,14 +24,29 @@ AnswerLimit = Annotated[
 KeepRatio = Annotated[
     float | None, "Share of heads to keep on average; prompts still differ.", "as the checkpoint decides"
 ]
-Raw = Annotated[bool, typer.Option("--raw", help="The prompt is complete: put no template around it.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")]
+Raw = Annotated[bool, "The prompt is complete: put no template around it."]
 Seed = Annotated[int, "Seed of everything that is drawn."]
 
 
 def names(given: Sequence[str]) -> list[str]:
     """`["a,b", "c"]` → a, b and c."""
     return [name.strip() for text in given for name in text.split(",") if name.strip()]
+
+
+def check_output(folder: Path | None) -> None:
+    """Raise CheckpointError when results could not be written there: better known before than after."""
+    from microglia.checkpoint import check_writable
+
+    if folder is not None:
+        check_writable(folder)
+
+
+def numbers(option: str, given: Sequence[str] | None, kind: type) -> list:
+    """`["1,8", "16"]` → `[1, 8, 16]`. Raises ConfigError for what is no number."""
+    try:
+        return [kind(word) for word in names(given or ())]
+    except ValueError:
+        raise ConfigError(f"{option} {','.join(given or ())} was given; give numbers separated by commas") from None
 
 
 @dataclass(frozen=True)
@@ -127,9 +142,11 @@ class Generation:
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 32
 
-    def how(self) -> dict[str, Any]:
-        """Keyword arguments of the library."""
-        return asdict(self)
+    def setup(self, model: Any, tokenizer: Any, task: Any, examples: Any, answer_limit: float | None = None) -> Any:
+        """How every pruner is put to these examples."""
+        from microglia.evaluation.setup import Setup
+
+        return Setup(model, tokenizer, task, examples, answer_limit=answer_limit, **asdict(self))
 
 
 @dataclass(frozen=True)

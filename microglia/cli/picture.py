@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from microglia.cli.writing import write
 from microglia.errors import MicrogliaError
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -45,11 +47,9 @@ def draw_decision(decision: dict[str, Any], path: Path, *, title: str = "") -> P
     axes[0].set_ylabel("site")
     kept = f"{decision['keep_ratio']:.1%} of the heads kept, prompt of {decision['tokens']} tokens"
     figure.suptitle("\n".join(line for line in (_short(title), kept) if line), fontsize=11)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=160)
-    except OSError as error:
-        raise MicrogliaError(f"{path} cannot be written ({error.strerror}); give another --png") from error
+    image = BytesIO()
+    figure.savefig(image, dpi=160, format=path.suffix[1:])
+    write(path, image.getvalue(), "--png")
     return path
 
 

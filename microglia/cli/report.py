@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from microglia.cli.verb import Outcome, facts, verb
+from microglia.cli.show import facts
+from microglia.cli.verb import Outcome, verb
 
 
 @verb()

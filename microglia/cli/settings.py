@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from microglia.errors import MicrogliaError
+from microglia.cli.writing import write
 
 NOT_SET = {"config", "help-all", "help"}  # options that no file can set
 
@@ -20,6 +20,8 @@ RENAMED = {
     "features": "signals",
     "gate": "estimator",
     "answer-room": "answer-limit",
+    "own": "as-trained",
+    "no-own": "no-as-trained",
 }
 
 
@@ -83,17 +85,10 @@ def write_settings(path: Path, verb: str, settings: dict[str, Any]) -> None:
     """Write all settings that have a value, so that `microglia VERB --config path` takes them again."""
     import yaml
 
-    from microglia.checkpoint import write_atomically
-
     plain = {hyphenated(name): value for name, value in settings.items() if value is not None}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in plain.items()}
-    header = (
-        f"# Repeat this run: microglia {verb} --config {path} --output-dir FOLDER. Go on with it: --resume instead.\n"
-    )
-    try:
-        write_atomically(path, (header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)).encode())
-    except OSError as error:
-        raise MicrogliaError(f"{path} cannot be written ({error.strerror}); give another --output-dir") from error
+    header = f"# Repeat it: microglia {verb} --config {path} --output-dir OTHER. Go on with it: --resume instead.\n"
+    write(path, (header + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)).encode())
 
 
 FILE = typer.Option("--config", callback=load_settings, is_eager=True, help="File of options, YAML or TOML.")

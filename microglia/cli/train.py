@@ -10,7 +10,8 @@ import typer
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
 from microglia.cli.settings import write_settings
-from microglia.cli.verb import Interrupted, Outcome, facts, verb
+from microglia.cli.show import facts
+from microglia.cli.verb import Interrupted, Outcome, verb
 from microglia.errors import ConfigError
 from microglia.training.config import TrainingConfig
 
@@ -20,10 +21,7 @@ SHOWN = (
     *("batch_size", "learning_rate", "seed", "resume"),
 )
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
-Training = Annotated[
-    TrainingConfig,
-    Fields(names={"epochs": "num_epochs"}, panel="Training"),
-]
+Training = Annotated[TrainingConfig, Fields(names={"epochs": "num_epochs"}, panel="Training")]
 Old = typer.Option(hidden=True)
 
 
@@ -33,7 +31,7 @@ def train(
     loading: o.Unquantised = o.Loading(model="reasoner"),
     task: o.TaskOptions,
     output_dir: Annotated[Path, "Folder for the checkpoint."] = Path("checkpoints"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[bool, "Go on with an interrupted run."] = False,
     training: Training,
     pruner: o.PrunerOptions,
     num_heads: Annotated[int | None, "Heads of a layer, checked against the model."] = None,
@@ -85,6 +83,8 @@ def train(
         )
         keep_settings()
     except KeyboardInterrupt:
+        if output_dir.is_dir() and not (output_dir / SETTINGS).exists():  # it came before the first line of the log
+            keep_settings()
         raise Interrupted(kept(output_dir)) from None
     saved = system.checkpoint().config
     parameters = sum(p.numel() for p in result.pruner.policy.parameters())
@@ -113,8 +113,6 @@ def kept(output_dir: Path) -> str:
     steps = [int(path.name.rpartition("-")[2]) for path in output_dir.glob("agents/checkpoint-*") if path.is_dir()]
     first = [path for path in output_dir.glob("lora/checkpoint-*") if path.is_dir()]
     if not steps and not first:
-        return (
-            f"interrupted before the first save, so {output_dir} keeps no step; start again, with smaller --save-steps"
-        )
+        return f"interrupted before the first save: {output_dir} keeps no step; start again, with smaller --save-steps"
     what = f"agents up to step {max(steps)}" if steps else "a part of the LoRA stage"
     return f"interrupted; {output_dir} keeps the {what}: go on with the same command and --resume"

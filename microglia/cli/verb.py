@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
-from rich.table import Table
 
 from microglia.cli.bundles import command_line
 from microglia.cli.settings import Config
@@ -152,25 +150,6 @@ def quiet(verbose: bool) -> Iterator[None]:
         finally:
             logging.disable(logging.NOTSET)
             transformers_logging.enable_progress_bar()
-
-
-def table(title: str | None, left: str, *columns: str, padding: Any = 0) -> Table:
-    """An empty table without a frame: the first column on the left, figures on the right."""
-    view = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=padding)
-    view.add_column(left, no_wrap=True)
-    for name in columns:
-        view.add_column(name, justify="right", no_wrap=True)
-    return view
-
-
-def facts(rows: dict[str, Any], title: str | None = None) -> Table:
-    """A table of names and values."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, value in rows.items():
-        table.add_row(name, str(value))
-    return table
 
 
 def finite(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from microglia.cli.benchmark import views
 from microglia.cli.main import app
-from microglia.cli.number_lists import numbers
+from microglia.cli.options import numbers
 from microglia.errors import ConfigError
 from microglia.record import read_records
 from tests.tiny import tiny_model

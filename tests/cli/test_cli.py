@@ -230,6 +230,7 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(model, tmp_path, monkeypatch
     assert result.exit_code == 130
     assert result.stdout == ""
     assert f"{tmp_path} keeps the agents up to step 40: go on with the same command and --resume" in result.stderr
+    assert yaml.safe_load((tmp_path / "train.yaml").read_text())["output-dir"] == str(tmp_path)
     assert "keeps no step; start again" in kept(tmp_path / "empty")
 
     monkeypatch.setattr(
@@ -360,6 +361,7 @@ def test_a_wrong_file_of_options_ends_in_one_sentence(text, sentence, tmp_path):
         ("evaluate --checkpoint x", "model_path", "x"),
         ("evaluate --base_model x", "model", "x"),
         ("compare --answer-room 1.5", "answer_limit", 1.5),
+        ("ablate --no-own", "as_trained", False),
         ("train --features norm", "signals", "norm"),
         ("train --gate soft", "estimator", "soft"),
         ("train --num_epochs 2", "num_epochs", 2.0),

@@ -83,7 +83,9 @@ def test_a_wrong_request_ends_in_one_sentence(arguments, sentence, checkpoint, t
     saved = Checkpoint.from_pretrained(checkpoint)
     places = {"CHECKPOINT": checkpoint, "NEW": tmp_path / "new"}
     if "UNTRAINED" in arguments:
-        places["UNTRAINED"] = Checkpoint(replace(saved.pruner, budget=None), saved.config).save_pretrained(tmp_path / "untrained")
+        places["UNTRAINED"] = Checkpoint(replace(saved.pruner, budget=None), saved.config).save_pretrained(
+            tmp_path / "untrained"
+        )
     if "MEANFILL" in arguments:
         system = MicrogliaPruningSystem.from_pretrained(checkpoint)
         system.pruner = replace(system.pruner, fill="mean")
