@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.anatomy import causal_lm, swap
+from microglia.anatomy import causal_lm, never_reread, swap
 from microglia.errors import MicrogliaError
 from microglia.execution import Decision, Execution, execution_for
 from microglia.gate import keep_ratio
@@ -90,10 +90,16 @@ def _checked(lm: Any) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def generate(*args: Any, **options: Any) -> Any:
-        for config in (lm.generation_config, options.get("generation_config")):
-            check_prunable({} if config is None else vars(config))
-        check_prunable(options)
-        return stock(*args, **options)
+        configs = [vars(config) for config in (lm.generation_config, options.get("generation_config")) if config]
+        for given in (*configs, options):
+            check_prunable(given)
+        ids = args[0] if args else options.get("inputs", options.get("input_ids"))
+        with ExitStack() as stack:
+            if ids is not None:
+                limit = {name: x for given in (*configs, options) for name, x in given.items() if x is not None}
+                longest = limit.get("max_length", ids.shape[1] + 20)  # as transformers has it
+                never_reread(stack, lm, ids.shape[1], limit.get("max_new_tokens", longest - ids.shape[1]))
+            return stock(*args, **options)
 
     return generate
 

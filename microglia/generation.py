@@ -36,7 +36,6 @@ class Generated:
     signals: list[dict[str, Tensor]] = field(default_factory=list)
 
 
-@torch.inference_mode()
 def generate(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +64,9 @@ def generate(
     settings = merged(lm, tokenizer, options, pruned=pruner is not None)
     batch = encode_prompts(lm, tokenizer, prompts, settings.new_tokens)
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    with answering(lm, pruner, execution, settings, mask) as (trace, prepared):
+    # A cache of the caller's own would come back with tensors that nobody may write outside inference mode.
+    mode = torch.no_grad() if "past_key_values" in options else torch.inference_mode()
+    with mode, answering(lm, pruner, execution, settings, mask) as (trace, prepared):
         if prepared.greedy is not None and settings.is_plain:
             first = read_prompt(lm, ids, mask, **prepared.cache_option)
             new = prepared.greedy(first.logits[:, -1])

@@ -73,9 +73,7 @@ class Settings:
         return [_length(row, self.end_tokens, self.config.pad_token_id) for row in tokens.tolist()]
 
 
-def merged(
-    lm: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], *, pruned: bool
-) -> Settings:
+def merged(lm: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], *, pruned: bool) -> Settings:
     """The caller's options over a generation_config of the caller's over ours.
 
     given: as for the model's own `generate`. Raises ConfigError for what does not fit together, or with pruning.

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia import processes
-from microglia.anatomy import Anatomy, input_device
+from microglia.anatomy import Anatomy, causal_lm, input_device
 from microglia.checkpoint import Checkpoint, check_writable
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import paired
 from microglia.evaluation.setup import Setup
-from microglia.execution import Execution, execution_for
+from microglia.execution import Execution, execution_for, kind_of
 from microglia.experiments.calibrate import Aim, calibrate, unused_examples
 from microglia.experiments.ledger import Ledger
 from microglia.explain import Explanation, explain
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
+from microglia.lease import attached_alone
 from microglia.models import REASONER, load_model
 from microglia.policies import new_agents
 from microglia.pruner import Fill, Pruner
@@ -320,7 +321,9 @@ class MicrogliaPruningSystem:
         if isinstance(execution, Execution):
             return execution
         if execution not in self._executions:
-            self._executions[execution] = execution_for(execution, self.model)
+            lm = causal_lm(self.model)
+            with nullcontext() if kind_of(execution).shares else attached_alone(lm):  # not of what a thread has cut
+                self._executions[execution] = execution_for(execution, lm)
         return self._executions[execution]
 
     def _rendered(self, prompts: Sequence[str], raw: bool = False) -> list[str]:

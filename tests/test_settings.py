@@ -4,19 +4,21 @@ import copy
 import threading
 from typing import Any
 
+import peft
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig
+from transformers import CompileConfig, GenerationConfig, StaticCache
 
 from microglia.attach import attached
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
+from microglia.execution import Captured
 from microglia.generation import generate
 from microglia.models import load_model
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
 from microglia.settings import TOKENS, end_tokens, merged, model_defaults_unset, pad_token
 from microglia.units import find_sites
-from tests.tiny import tiny_model, tiny_prompts, tiny_tokenizer, uneven
+from tests.tiny import tiny_model, tiny_prompts, tiny_tokenizer, uneven, wild
 
 PROMPTS = ["what is 3+4?", "7*8-2="]
 IDS, MASK = tiny_prompts(9, 5)
@@ -306,3 +308,132 @@ def test_a_forward_that_passes_pruned_layers_by_is_refused(model) -> None:
     for execution in ("masked", "compact"):
         with pytest.raises(MicrogliaError, match=r"did not go through model\.layers\.0\.self_attn as it is now"):
             answers(other, uneven(other), execution)
+
+
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "rows"])
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_a_static_cache_of_the_callers_own_serves_again_and_again(model, make, execution) -> None:
+    pruner, cache = make(model), StaticCache(config=model.config, max_cache_len=40)
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    truth = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution=execution, **options).tokens
+    dense = generate(model, tiny_tokenizer(), PROMPTS, **options).tokens
+    for _ in range(2):
+        given = {"past_key_values": cache, "execution": execution, **options}
+        assert generate(model, tiny_tokenizer(), PROMPTS, pruner, **given).tokens.equal(truth)
+        cache.reset()
+    assert generate(model, tiny_tokenizer(), PROMPTS, past_key_values=cache, **options).tokens.equal(dense)
+    for _ in range(2):
+        given = {"cache_implementation": "static", "execution": execution, **options}
+        assert generate(model, tiny_tokenizer(), PROMPTS, pruner, **given).tokens.equal(truth)
+    assert generate(model, tiny_tokenizer(), PROMPTS, cache_implementation="static", **options).tokens.equal(dense)
+
+
+# --- texts that are read anew -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact", "captured"])
+def test_phi3_continues_beyond_its_original_length_where_nothing_changes_there(execution) -> None:
+    model = tiny_model("phi3", original_max_position_embeddings=16)
+    pruner, options = uneven(model), {"max_new_tokens": 12, "eos_token_id": None}
+    usual = tiny_model("phi3", original_max_position_embeddings=4096)
+    result = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution=execution, **options)
+    truth = generate(usual, tiny_tokenizer(), PROMPTS, pruner, execution="masked", **options)
+    assert result.tokens.equal(truth.tokens)
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_phi3_does_not_change_its_rotary_embedding_within_a_pruned_answer(execution) -> None:
+    half = 6 // 2
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * half, "long_factor": [4.0] * half,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    model = tiny_model("phi3", original_max_position_embeddings=16, rope_parameters=rope)
+    sentence = "12 tokens of prompt and 12 new ones cross the length of 16 at which this model changes its rotary"
+    with pytest.raises(ConfigError, match=sentence):
+        generate(
+            model, tiny_tokenizer(), PROMPTS, uneven(model), execution=execution, max_new_tokens=12, eos_token_id=None
+        )
+    for length in (4, 5):  # up to the length, and its last token, which is never read
+        generate(model, tiny_tokenizer(), PROMPTS, uneven(model), execution=execution, max_new_tokens=length)
+    long = ["what is 3+4? what is 3+4?"]
+    generate(model, tiny_tokenizer(), long, uneven(model), execution=execution, max_new_tokens=12)
+    generate(model, tiny_tokenizer(), PROMPTS, uneven(model), execution="dense", max_new_tokens=12)
+
+
+# --- wrappers of peft -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["PromptTuning", "PrefixTuning", "PromptEncoder"])
+def test_adapters_that_add_tokens_are_refused(kind) -> None:
+    config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(UnsupportedModelError, match="adds tokens of its own to every prompt"):
+        generate(wrapped, tiny_tokenizer(), PROMPTS, max_new_tokens=3)
+
+
+def test_an_adaption_prompt_is_refused() -> None:
+    config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=1)
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(UnsupportedModelError, match="the adapter is ADAPTION_PROMPT"):
+        generate(wrapped, tiny_tokenizer(), PROMPTS, max_new_tokens=3)
+
+
+def test_a_projection_that_peft_trains_whole_is_masked_or_refused() -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["o_proj"])
+    wrapped = peft.get_peft_model(tiny_model("llama"), config)
+    pruner = uneven(wrapped)
+    masked = generate(wrapped, tiny_tokenizer(), PROMPTS, pruner, execution="masked", max_new_tokens=5)
+    assert masked.tokens.shape == (2, 5)
+    with pytest.raises(MicrogliaError, match=r"ModulesToSaveWrapper, of which heads cannot be cut out"):
+        generate(wrapped, tiny_tokenizer(), PROMPTS, pruner, execution="compact", max_new_tokens=5)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_dense_answers_of_threads_are_right_or_refused_on_captured_steps(model) -> None:
+    captured = Captured(model)
+    options = {"max_new_tokens": 20, "eos_token_id": None}
+    truths = {p: generate(model, tiny_tokenizer(), [p], **options).texts for p in PROMPTS}
+    right, refused = [], []
+
+    def work(prompt: str) -> None:
+        for _ in range(8):
+            try:
+                result = generate(model, tiny_tokenizer(), [prompt], execution=captured, **options)
+                right.append(result.texts == truths[prompt])
+            except MicrogliaError as error:
+                refused.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in PROMPTS * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(right) + len(refused) == 32
+    assert right
+    assert all(right)
+    assert all("leave that context first" in sentence for sentence in refused)
+
+
+def test_captured_steps_are_never_made_of_a_model_that_another_thread_has_cut() -> None:
+    model = tiny_model("llama")
+    pruner = uneven(model)
+    truth = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution="masked", max_new_tokens=6)
+    refused = []
+
+    def other() -> None:
+        try:
+            generate(model, tiny_tokenizer(), PROMPTS, pruner, execution="captured", max_new_tokens=6)
+        except MicrogliaError as error:
+            refused.append(error)
+
+    with attached(model, pruner, "compact"):
+        model(input_ids=IDS, attention_mask=MASK)
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(refused) == 1
+    result = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution="captured", max_new_tokens=6)
+    assert result.tokens.equal(truth.tokens)

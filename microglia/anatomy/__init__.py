@@ -5,6 +5,7 @@ from microglia.anatomy.attention import View, replaced_attention, stock_attentio
 from microglia.anatomy.families import FAMILIES, Family
 from microglia.anatomy.geometry import HeadGeometry, RowShape
 from microglia.anatomy.layouts import Fused, FusedEqual, Mlp, Separate
+from microglia.anatomy.rereading import never_reread, rope_types
 from microglia.anatomy.swap import swap
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "causal_lm",
     "context_length",
     "input_device",
+    "never_reread",
     "replaced_attention",
+    "rope_types",
     "stock_attention",
     "swap",
     "token_rows",

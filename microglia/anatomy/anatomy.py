@@ -19,11 +19,22 @@ def causal_lm(model: nn.Module) -> Any:
         if "_orig_mod" in model._modules:  # what torch.compile returns: its code is that of the dense model
             model = model._modules["_orig_mod"]  # type: ignore[assignment]
         elif hasattr(model, "get_base_model"):
+            _check_adapter(model)
             model = model.get_base_model()  # type: ignore[operator]
         elif hasattr(model, "module") and not hasattr(model, "generate"):
             model = model.module  # type: ignore[assignment]
         else:
             return model
+
+
+def _check_adapter(model: Any) -> None:
+    """Raise UnsupportedModelError for adapters of peft that are more than weights inside the base model."""
+    config = getattr(model, "active_peft_config", None)
+    if config and (config.is_prompt_learning or getattr(config, "is_adaption_prompt", False)):
+        raise UnsupportedModelError(
+            f"the adapter is {config.peft_type.value}, which adds tokens of its own to every prompt, and of those "
+            "nothing is known here; give the base model, or one with LoRA"
+        )
 
 
 def input_device(model: nn.Module) -> torch.device:

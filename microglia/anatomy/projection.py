@@ -92,6 +92,11 @@ def sliced(projection: nn.Module, cut: Cut, name: str = "the projection", block:
 
 def resized(inner: nn.Module, weight: Tensor, bias: Tensor | None, size: int, *, of_inputs: bool) -> nn.Module:
     """A projection like `inner` with these parameters and `size` inputs or outputs; hooks stay behind."""
+    if not isinstance(inner, nn.Linear | Conv1D):
+        raise MicrogliaError(
+            f"a projection is a {type(inner).__module__}.{type(inner).__name__}, of which heads cannot be cut out; "
+            "load the model without it (modules_to_save of peft, say) or use execution='masked'"
+        )
     smaller = copy.copy(inner)
     for hooked in ("forward", "_hf_hook", "_old_forward"):  # accelerate's, which would fetch the whole weights again
         smaller.__dict__.pop(hooked, None)

@@ -74,7 +74,7 @@ class HeadSite(Site):
             swap(stack, self.attention, one.projection, smaller)
         self.rewrite(stack, kept)
         if cache is not None:
-            keep_kv_heads(cache, self.layer.index, groups)
+            keep_kv_heads(stack, cache, self.layer.index, groups)
 
     def rewrite(self, stack: ExitStack, kept: HeadGeometry, **changes: Any) -> None:
         """Until `stack` closes, the attention module believes that it has the geometry `kept`.
@@ -94,7 +94,7 @@ class HeadSite(Site):
             )
         shape = self.geometry.row_shape(keep)
         stack.enter_context(replaced_attention(self.attention, _row_attention(self, shape)))
-        keep_kv_heads(cache, self.layer.index, shape.groups)
+        keep_kv_heads(stack, cache, self.layer.index, shape.groups)
 
     def filled(self, stack: ExitStack, keep: Tensor, fill: Tensor) -> None:
         bias = self.fill_bias(keep, fill)

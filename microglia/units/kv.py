@@ -1,12 +1,22 @@
 """Key/value caches that hold kept heads only: of all rows the same, or of each row its own."""
 
+from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 from microglia.errors import MicrogliaError
+
+# Layers that are known to hold every token they attend to in `keys` and `values`; quantised ones, say, do not.
+WHOLE = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -14,17 +24,19 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None, None].expand(-1, -1, x.shape[2], x.shape[3]))
 
 
-def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
-    """Drop the key/value heads not in `index` from one layer of a prompt's cache, for good.
+def keep_kv_heads(stack: ExitStack, kv: Cache, layer: int, index: Tensor) -> None:
+    """Drop the key/value heads not in `index` from one layer of a prompt's cache; what they held is gone for good.
 
     `index` (k,) for the same heads in every row; (B, k) for each row's own, in which case later updates are cut too.
+    When `stack` closes, a static cache is empty and whole again: its owner fills it anew, with every head.
     """
     entry: Any = kv.layers[layer]
-    if not hasattr(entry, "keys"):
+    if type(entry) not in WHOLE:
         raise MicrogliaError(
-            f"the cache's layer {layer} is a {type(entry).__name__}, which holds no keys and values; "
-            "use a dynamic or static cache"
+            f"the cache's layer {layer} is a {type(entry).__name__}, which may not hold every token in its keys and "
+            "values; use a dynamic or static cache"
         )
+    stack.callback(_made_whole, kv, layer, entry)
     if index.dim() == 1:
         if entry.keys is not None and entry.keys.numel():
             entry.keys, entry.values = entry.keys.index_select(1, index), entry.values.index_select(1, index)
@@ -35,6 +47,14 @@ def keep_kv_heads(kv: Cache, layer: int, index: Tensor) -> None:
     view = kind.__new__(kind)
     view.__dict__.update(entry.__dict__, index=index)
     kv.layers[layer] = view
+
+
+def _made_whole(kv: Cache, layer: int, entry: Any) -> None:
+    if isinstance(entry, StaticLayer):
+        kv.layers[layer] = entry
+        for one in kv.layers:
+            one.reset()
+        entry.is_initialized = False  # makes its tensors anew, of the shape that the model then writes
 
 
 class RowHeads:

@@ -7,7 +7,7 @@ import torch
 
 from microglia.execution import Decision, Masked
 from microglia.gate import Gate
-from microglia.passes import Batch, collate, answer_logits
+from microglia.passes import Batch, answer_logits, collate
 from microglia.policies import AgentPolicy, StaticPolicy
 from microglia.pruner import Pruner
 from microglia.reading import read

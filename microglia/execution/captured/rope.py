@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.anatomy import swap
+from microglia.anatomy import rope_types, swap
 from microglia.errors import UnsupportedModelError
 
 MOVING = ("dynamic", "longrope")
@@ -59,10 +59,7 @@ def rotaries(lm: nn.Module) -> list[Rotary]:
 
 
 def _sets(module: Any) -> Iterator[Rotary]:
-    kinds = getattr(module, "rope_type", None)
-    if isinstance(kinds, str):
-        kinds = {None: kinds}
-    for layer_type, kind in (kinds or {}).items():
+    for layer_type, kind in rope_types(module).items():
         if kind not in MOVING:
             continue
         if not hasattr(type(module).forward, "__wrapped__"):
