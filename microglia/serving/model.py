@@ -86,7 +86,7 @@ class PrunedModel:
         start, threshold = time.monotonic(), jobs[0].pruning.threshold
         longest = max(job.sampling.max_new_tokens for job in jobs)
         batch = encode_prompts(self.lm, self.tokenizer, [job.prompt for job in jobs], longest)
-        rows = [AnswerRow(job, self.tokenizer, batch["input_ids"].device) for job in jobs]
+        rows = [AnswerRow(job, self.tokenizer, ids) for job, ids in zip(jobs, batch["input_ids"], strict=True)]
         pruner = None if threshold is None else self.pruner.with_threshold(threshold)
 
         def kept_heads() -> list[int]:

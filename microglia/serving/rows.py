@@ -11,14 +11,18 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from microglia.serving.job import Finished, Job, Reason
 from microglia.serving.text import GrowingText
+from microglia.tasks.prompts import ChatPrompt
+
+NEIGHBOURS = 4  # tokens of the prompt beside which a completion is decoded
 
 
 class AnswerRow:
-    """One answer while it is written."""
+    """One answer while it is written, behind the prompt's ids (T,)."""
 
-    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    def __init__(self, job: Job, tokenizer: PreTrainedTokenizerBase, prompt: Tensor) -> None:
         self.job, self.tokens, self.done = job, 0, False
-        self.text = GrowingText(tokenizer, job.sampling.stop)
+        before = [] if isinstance(job.prompt, ChatPrompt) else prompt[-NEIGHBOURS:].tolist()  # a turn stands alone
+        self.text, device = GrowingText(tokenizer, job.sampling.stop, before), prompt.device
         self.generator: torch.Generator | None = None
         if not job.sampling.greedy:
             self.generator = torch.Generator(device)

@@ -12,12 +12,17 @@ class GrowingText:
 
     All pieces together are the decoded tokens, up to the first stop text if there is one. A few tokens are decoded
     again at every step, not all of them, since what a token looks like can depend on its left neighbour.
+
+    before: tokens that the text continues. SentencePiece shows no space in front of the first of all tokens, so a word
+    that begins a completion would stick to its prompt.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
-        self.tokens: list[int] = []
-        self.start = self.read = 0  # of the window that is decoded, and how far it has become text
+        self.tokens = list(before)
+        self.start, self.read = 0, len(before)  # of the window that is decoded, and how far it has become text
         self.held = ""
         self.stopped = False
 

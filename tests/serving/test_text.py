@@ -55,3 +55,21 @@ def test_the_first_stop_ends_the_text_and_is_not_in_it(text, stops):
 )
 def test_what_may_become_a_stop_is_held_back(text, pieces):
     assert grown(text, ["###"])[0] == pieces
+
+
+def word_tokenizer():
+    """As SentencePiece has it: a space is part of the word behind it, and is not shown in front of the first."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁The": 3, "▁answer": 4, "▁is": 5, "▁7": 6, "7": 7, ",": 8}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("before", "text"), [((), "7, answer"), ((5,), " 7, answer"), ((1, 3, 4, 5), " 7, answer"), ((1,), "7, answer")]
+)
+def test_a_completion_keeps_the_space_behind_its_prompt(before, text):
+    growing = GrowingText(word_tokenizer(), (), before)
+    pieces = [growing.add(token) for token in (6, 8, 4)]
+    assert "".join([*pieces, growing.rest()]) == text

@@ -2,17 +2,24 @@
 
 import importlib
 import pkgutil
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from microglia import tasks
 from microglia.cli import options
 from microglia.errors import ConfigError
 from microglia.tasks import TASKS, Task, get_task
-from microglia.tasks.prompts import example_prompt, generated_answer_prefix, render_prompt, uses_chat_template
+from microglia.tasks.prompts import (
+    answer_end,
+    example_prompt,
+    generated_answer_prefix,
+    prompt_ids,
+    render_prompt,
+    uses_chat_template,
+)
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
@@ -92,3 +99,45 @@ def test_a_chat_tokenizer_speaks_its_own_template() -> None:
 def test_a_template_that_cannot_hold_the_question_is_refused(template: str) -> None:
     with pytest.raises(ConfigError, match=r"template .*\{question\}"):
         render_prompt(tokenizer(), "How many?", template)
+
+
+def special_tokenizer(template: str | None = None, *, end: bool = False) -> PreTrainedTokenizerFast:
+    """Words and punctuation; it begins a text with <s> and, if `end`, ends it with </s>."""
+    words = ["<unk>", "<s>", "</s>", "<turn>", "<end>", "hello", "Seven", ".", "user", "assistant"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    single = "<s> $A </s>" if end else "<s> $A"
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=["<turn>", "<end>"], chat_template=template, **special
+    )
+
+
+TURNS = "{% for m in messages %}<turn>{{ m.content }}<end>{% endfor %}{% if add_generation_prompt %}<turn>{% endif %}"
+
+
+@pytest.mark.parametrize("template", [None, TURNS])
+@pytest.mark.parametrize("end", [False, True])
+def test_a_raw_prompt_begins_as_a_text_does_and_does_not_end(template, end) -> None:
+    tokenizer = special_tokenizer(template, end=end)
+    assert prompt_ids(tokenizer, ["hello", "<s>hello", "hello</s>"]) == [[1, 5], [1, 5], [1, 5, 2, 2][: 3 + end]]
+
+
+def test_what_a_chat_template_wrote_gets_no_more_special_tokens() -> None:
+    tokenizer = special_tokenizer(TURNS)
+    prompt = render_prompt(tokenizer, "hello", "{question}")
+    assert prompt == "<turn>hello<end><turn>"
+    assert prompt_ids(tokenizer, [prompt]) == [[3, 5, 4, 3]]
+    assert prompt_ids(tokenizer, [str(prompt) + ""]) == [[1, 3, 5, 4, 3]]  # a text of somebody else
+
+
+def test_an_answer_ends_as_the_chat_template_ends_a_turn() -> None:
+    assert answer_end(special_tokenizer()) == 2
+    assert answer_end(special_tokenizer(TURNS)) == 4
+    assert answer_end(special_tokenizer(TURNS.replace("<end>", " <end> </s>"))) == 4
+    assert answer_end(special_tokenizer(TURNS.replace("<end>", ""))) == 2
+    without = special_tokenizer()
+    without.eos_token = None
+    with pytest.raises(ConfigError, match="the tokenizer has no end-of-text token"):
+        answer_end(without)
