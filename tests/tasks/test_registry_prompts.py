@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from tokenizers import Tokenizer, models
