@@ -35,9 +35,11 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 from transformers.trainer_utils import get_last_checkpoint
 
-from microglia.evaluation.run import Evaluation, evaluate
+from microglia.evaluation.run import Evaluation
+from microglia.evaluation.setup import Setup
 from microglia.models import load_model
 from microglia.reasoner.problems import FAMILIES, problems
+from microglia.results import plain
 from microglia.tasks import get_task
 
 PROMPT = "Question: {question}\nAnswer:"
@@ -279,8 +281,9 @@ def write_card(folder: Path) -> None:
     """Answer the held-out problems with the stored weights and write the model card."""
     model, tokenizer = load_model(folder)
     task = get_task("arithmetic")
-    scores = evaluate(model, tokenizer, task, task.load("test", limit=HELD_OUT), batch_size=100, max_new_tokens=192)
-    facts = json.loads((folder / "training.json").read_text()) | {"test": scores.summary()}
+    held_out = task.load("test", limit=HELD_OUT)
+    scores = Setup(model, tokenizer, task, held_out, batch_size=100, max_new_tokens=192).answers(None)
+    facts = json.loads((folder / "training.json").read_text()) | {"test": plain(scores.summary())}
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     (folder / "README.md").write_text(card(facts, scores))
     print(f"{scores.accuracy:.1%} of {HELD_OUT} held-out problems right", flush=True)
@@ -292,8 +295,8 @@ def card(facts: dict[str, Any], scores: Evaluation) -> str:
     families = "\n".join(
         f"| {name} | {right:.1%} |" for name, right in scores.by("family", lambda a: a.correct).items()
     )
-    low, high = scores.summary()["accuracy_ci95"]
-    told = " then ".join(f"{phase['steps']} steps at {phase['learning_rate']}" for phase in facts["phases"])
+    low, high = scores.summary().accuracy_ci95
+    phases = " then ".join(f"{phase['steps']} steps at {phase['learning_rate']}" for phase in facts["phases"])
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -314,7 +317,7 @@ Prompt: `Question: {{question}}\\nAnswer:`
 
 ## Training
 
-`python scripts/train_reasoner.py`: seed {facts["seed"]}, {told} of {facts["batch_size"]} \
+`python scripts/train_reasoner.py`: seed {facts["seed"]}, {phases} of {facts["batch_size"]} \
 problems a step (each seen once),
 Muon for the matrices inside the layers and AdamW for the rest, warm-up and linear decay each time, \
 {facts["precision"]} on

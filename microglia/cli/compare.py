@@ -168,17 +168,16 @@ def views(result: Any) -> list[Any]:
         time = []
         if latency := row.latency:
             time = [f"{latency.ms_per_token:.2f}", f"{latency.ratio_to_dense:.2f}×", f"{latency.kv_bytes / 1024:,.0f}"]
-        best = row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency
+        best = bool(row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency)
         rows.append(
             [
-                row.policy,
+                row.policy + "*" * best,
                 share(row.keep_ratio),
                 f"{100 * row.accuracy:.1f} ({interval(row.ci95, '{:.0f}', sign='–')})",
                 f"{row.loss:.3f}",
                 f"{row.mean_tokens:.0f}",
                 *time,
                 f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
-                "*" if best else "",
             ]
         )
     timed = ("ms", "faster", "KV KiB") if first.latency else ()
@@ -186,8 +185,9 @@ def views(result: Any) -> list[Any]:
     return [
         table(
             f"{result.dataset}, {result.split}, {first.prompts} prompts",
-            ("", "kept", "right, 95 %", "loss", "tokens", *timed, "p", ""),
+            ("", "kept", "right, 95 %", "loss", "tokens", *timed, "p"),
             rows,
+            fold=True,
         ),
         "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
         + ("fast. ms: of a step; faster: dense time ÷ this." if timed else "small."),

@@ -38,8 +38,8 @@ def comparison(result: Any) -> Any:
         "pruned (agents)": result.pruned,
         "static baseline": result.static_baseline,
         "random masks": None,
-        "agents, fewer heads": low.pruned,
-        "baseline, fewer heads": low.static_baseline,
+        "agents, low budget": low.pruned,
+        "static, low budget": low.static_baseline,
     }
     rows = []
     for name, row in summaries.items():

@@ -11,6 +11,7 @@ from microglia.cli.bundles import Fields
 from microglia.errors import ConfigError
 from microglia.tasks import TASKS, get_task
 
+Execution = Literal["dense", "masked", "compact", "captured"]
 Many = list[str] | None  # numbers or names, separated by commas, repeated, or both
 
 CheckpointPath = Annotated[
@@ -135,7 +136,7 @@ class Generation:
 
     panel: ClassVar = "Generation"
     execution: Annotated[
-        Literal["dense", "masked", "compact", "captured"],
+        Execution,
         "dense: not pruned. masked: pruned, but no time is saved. compact: pruned heads are sliced out. captured: "
         "compact, in captured steps (CUDA graphs).",
     ] = "compact"
