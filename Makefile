@@ -7,6 +7,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13 python; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 ARGS ?=
+FUZZ_SECONDS ?= 300
 # What is installed beside the package; CI asks for all that it needs at once, which saves pip two more looks.
 EXTRAS ?= dev
 # One thread a process: with two, the tiny models of the tests spend more time on sharing the work than on doing it.
@@ -19,7 +20,7 @@ CORE := $(addprefix tests/, anatomy units execution test_models.py test_attach.p
 	cli/test_cli.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format docs notebooks reasoner bench wheel lowest clean
+.PHONY: help setup demo test fuzz check format docs notebooks reasoner bench wheel lowest clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -43,6 +44,12 @@ demo: setup ## train agents on the embedded reasoner and show dense against prun
 test: setup ## run the tests, a process per core; warnings are errors
 	@echo "test: pytest -q $(SPREAD) $(ARGS)"
 	@$(PYTEST) $(SPREAD) $(ARGS)
+
+# Each round draws anew; the first find ends it. What is printed becomes an @example of the test that it broke.
+fuzz: setup ## search for inputs that break the property tests, for FUZZ_SECONDS (300)
+	@echo "fuzz: pytest -q --hypothesis-profile search tests/fuzz $(ARGS), for $(FUZZ_SECONDS) seconds"
+	@end=$$(($$(date +%s) + $(FUZZ_SECONDS))); while [ $$(date +%s) -lt $$end ]; do \
+		$(PYTEST) --hypothesis-profile search tests/fuzz $(ARGS) || exit 1; done
 
 check: setup ## formatting, lint and types, changing nothing
 	@echo "check: ruff format, ruff check, mypy"

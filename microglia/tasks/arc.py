@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
-from microglia.tasks.answers import before_next_question
+from microglia.tasks.answers import reply, stated, without_negated
 from microglia.tasks.base import Choices, Example, Task
 from microglia.tasks.rows import first_file, hub_rows, read_rows, usable_rows
 
@@ -16,13 +16,16 @@ HUB_ID = "allenai/ai2_arc"
 FILES = {"train": "Train", "validation": "Dev", "test": "Test"}
 LETTERS = "ABCDEFGH"  # some questions number their choices; all are lettered here
 INSTRUCTION = "Answer with the letter of the right choice."
-LETTER = r"[\s*_(\[{$\\]*(?:boxed\{)?(?:\\?text\{)?\(?([A-H])\b(?!['\u2019])"
-# Tried in turn: "the answer is (C)", \boxed{C}, a text that begins "C." or is just "C", the last "(C)" or "C)".
-PATTERNS = (
-    re.compile(r"\b(?:answer|choice|option)\b\W{0,4}(?:is|would be|must be|[:=])?" + LETTER, re.I),
-    re.compile(r"\\boxed\{\s*(?:\\text\{)?\(?([A-H])\b"),
-    re.compile(r"^[\s*_(]*([A-H])(?:[.):,*]|\s*$)", re.M),
-    re.compile(r"(?<!\w)\(?([A-H])\)"),
+# A letter alone; an A before a word is the article, unless that word goes on about a choice.
+LETTER = r"(?!A\s+(?!(?:because|since|as|is|and|or|for|due)\b)[a-z])([A-H])\b(?!['\u2019])"
+STATED = re.compile(rf"(?:(?i:option|choice|letter)\b)?[\s*_(\[{{$\\]*(?:boxed\{{)?(?:\\?text(?:bf)?\{{)?\(?{LETTER}")
+BOXED = re.compile(r"\\boxed\{\s*(?:\\text(?:bf)?\{)?\(?([A-H])\b")
+FIRST = re.compile(r"\A[\s*_(]*([A-H])(?:[.):,*]|\s*$)", re.M)
+# "(C)", "C)", "so C", "I choose option C", "C is right"; not "option C is wrong".
+CONCLUSION = r"(?:so|it['\u2019]s|thus|hence|therefore|choose|pick|select|is|be|answer|option|choice)"
+MENTIONED = re.compile(
+    rf"(?:\b(?i:{CONCLUSION})\b\W{{1,4}}{LETTER}|(?<!\w)\(?([A-H])\)"
+    r"|\b([A-H])(?=\s+is\s+(?:the\s+)?(?:correct|right|best)\b))(?!\W+is\s+(?:wrong|incorrect|false|not)\b)"
 )
 
 
@@ -44,12 +47,18 @@ class ArcChallengeTask(Task):
             return [self._example(row) for row in rows]
 
     def extract(self, text: str) -> str | None:
-        """The letter that the text gives; what follows a new `Question:` is the model's own invention."""
-        text = before_next_question(text)
-        for pattern in PATTERNS:
-            if letters := [letter for letter in pattern.findall(text) if letter.isupper()]:
-                return str(letters[0] if pattern is PATTERNS[2] else letters[-1])
-        return None
+        """The letter that the text gives.
+
+        Tried in turn: the last "the answer is C", the last `\\boxed{C}`, a text that begins "C." or is just "C", the
+        last mention.
+        """
+        text = without_negated(reply(text))
+        letters = [match[1] for rest in stated(text) if (match := STATED.match(rest))]
+        for found in (letters, BOXED.findall(text), FIRST.findall(text)):
+            if found:
+                return str(found[-1])
+        mentions = ["".join(letters) for letters in MENTIONED.findall(text)]
+        return mentions[-1] if mentions else None
 
     def _rows(self, folder: Path, name: str) -> list[dict[str, Any]]:
         advice = (

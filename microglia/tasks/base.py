@@ -115,11 +115,21 @@ def sample(examples: Sequence[Example], limit: int | None, seed: int) -> list[Ex
 def split_off(examples: Sequence[Example], split: str) -> list[Example]:
     """Train or validation out of training examples that come without a validation split; all of them for test.
 
-    500 are held out, or a tenth of a small set; which ones depends on the number of examples alone.
+    500 are held out, or a tenth of a small set; which ones depends on the number of examples alone. Validation goes
+    without those of them whose question stands in train word for word.
     """
     if split == "test":
         return list(examples)
     order = list(range(len(examples)))
     random.Random(VALIDATION_SEED).shuffle(order)
     held_out = frozenset(order[len(order) - min(VALIDATION_SIZE, max(1, len(order) // 10)) :])
-    return [example for index, example in enumerate(examples) if (index in held_out) == (split == "validation")]
+    train = [example for index, example in enumerate(examples) if index not in held_out]
+    if split == "train":
+        return train
+    learned = {_wording(example) for example in train}
+    return [examples[index] for index in sorted(held_out) if _wording(examples[index]) not in learned]
+
+
+def _wording(example: Example) -> str:
+    """The question, however it is spaced and capitalised."""
+    return " ".join(example.question.casefold().split())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
-from microglia.tasks.answers import NUMBER, UNICODE, before_next_question, extract_answer, normalise_answer
+from microglia.tasks.answers import NUMBER, UNICODE, extract_answer, normalise_answer, reply, stated, without_negated
 from microglia.tasks.base import Example, Task
 from microglia.tasks.rows import first_file, hub_rows, read_json, usable_rows
 
@@ -37,8 +37,7 @@ TASKS_27 = tuple(
     )
 )
 INSTRUCTION = 'Think step by step and end with "So the answer is" and the answer.'
-ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is\b|[:=])[ \t:]*", re.I)
-OPTION = re.compile(r"\(([A-Z])\)|^\W*([A-Z])(?:[.):,]|\W*$)")
+OPTION = re.compile(r"\(([A-Z])\)|^\W*(?:(?i:option|choice)\W+)?([A-Z])(?:[.):,]|\W*$)")
 
 
 class BbhTask(Task):
@@ -79,9 +78,9 @@ class BbhTask(Task):
 
     def extract(self, text: str) -> str | None:
         """What follows the last "the answer is", or else the last line."""
-        text = before_next_question(text)
+        text = reply(text)
         lines = [line for line in text.splitlines() if line.strip()]
-        return _stripped((_stated_answers(text) or lines)[-1]) if lines else None
+        return _stripped((stated(text) or lines)[-1]) if lines else None
 
     def correct(self, example: Example, text: str) -> bool:
         """Whether the answers agree as options, numbers, brackets or words, whichever the gold answer is."""
@@ -89,7 +88,7 @@ class BbhTask(Task):
         if answer is None:
             return False
         if option := re.fullmatch(r"\(([A-Z])\)", gold):
-            letter = OPTION.search(answer)
+            letter = OPTION.search(without_negated(answer))
             return letter is not None and option[1] in (letter[1], letter[2])
         if NUMBER.fullmatch(gold):
             return extract_answer(f"The answer is {answer}") == normalise_answer(gold)
@@ -104,12 +103,6 @@ class BbhLogicTask(BbhTask):
 
     name: ClassVar[str] = "bbh-logic"
     tasks: ClassVar[tuple[str, ...]] = LOGIC
-
-
-def _stated_answers(text: str) -> list[str]:
-    """Each rest of a line after "the answer is"."""
-    rests = [text[marker.end() :].partition("\n")[0] for marker in ANSWER_IS.finditer(text)]
-    return [rest for rest in rests if rest.strip()]
 
 
 def _stripped(answer: str) -> str:
@@ -141,7 +134,7 @@ def _worked(task: str, folder: Path) -> tuple[Example, ...]:
     examples = []
     for number, (question, _, answer) in enumerate(parts):
         text = f"{description.strip()}\n\n{question.strip()}" if number == 0 else question.strip()
-        examples.append(_example(task, f"shot-{number}", text, (_stated_answers(answer) or [""])[-1], answer.strip()))
+        examples.append(_example(task, f"shot-{number}", text, (stated(answer) or [""])[-1], answer.strip()))
     return tuple(examples)
 
 

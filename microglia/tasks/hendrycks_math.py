@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import DataError
-from microglia.tasks.answers import before_next_question, braced, extract_answer
+from microglia.tasks.answers import braced, extract_answer, reply, stated
 from microglia.tasks.base import Example, Task, split_off
 from microglia.tasks.equivalence import check_installed, equivalent
 from microglia.tasks.rows import first_file, hub_rows, read_json, read_rows
@@ -26,8 +26,7 @@ SUBJECTS = (
 )
 INSTRUCTION = "Put the final answer in \\boxed{}."
 BOX = re.compile(r"\\(?:boxed|fbox)\b\s*")
-# "The final answer is $x$.": up to a full stop that ends a sentence.
-ANSWER_IS = re.compile(r"\banswer\W{0,4}(?:is|are|[:=])[\s:]*(.+?)(?:\.(?=\s|$)|$)", re.I | re.M)
+SENTENCE_ENDS = re.compile(r"\.(?=\s|$)")
 LONGEST_BOX = 2000  # characters read in search of the closing brace
 
 
@@ -51,11 +50,11 @@ class MathTask(Task):
 
     def extract(self, text: str) -> str | None:
         """What the last `\\boxed{…}` holds, or else what follows the last "the answer is", or the last number."""
-        text = before_next_question(text)
+        text = reply(text)
         if (boxed := last_boxed(text)) is not None:
             return boxed
-        if stated := ANSWER_IS.findall(text):
-            return str(stated[-1]).strip().strip("$*").strip() or None
+        if rests := stated(text):
+            return SENTENCE_ENDS.split(rests[-1])[0].strip().strip("$*").strip() or None
         return extract_answer(text)
 
     def correct(self, example: Example, text: str) -> bool:

@@ -5,11 +5,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from microglia.errors import ConfigError, DataError
-from microglia.tasks.answers import before_next_question, extract_answer, normalise_answer
+from microglia.tasks.answers import ANSWER_IS, NUMBER, extract_answer, quantity, reply, stated
 from microglia.tasks.base import Example, Task, split_off
 from microglia.tasks.rows import first_file, read_rows
 
-MARKED = re.compile(r"(?:####|\banswer(?:\s+is\b|:))[ \t:]*(\S.*)", re.I)
+MARKER = re.compile(rf"####|{ANSWER_IS.pattern}", re.I)
+# What announces a number inside a phrase: "so 5 are left", "which makes 12"; "in 1990" does not.
+ANNOUNCED = re.compile(
+    r"(?:[=≈~]|\b(?:so|thus|hence|therefore|then|is|are|was|were|be|has|have|had|gets?|makes?|gives?|leaves?|leaving"
+    r"|costs?|equals?|needs?|total|about|around|approximately|approx)\b)[\s$€£*:.]*$",
+    re.I,
+)
 
 
 class JsonlTask(Task):
@@ -45,14 +51,16 @@ class JsonlTask(Task):
         return examples
 
     def extract(self, text: str) -> str | None:
-        """The final number; without any number, the words of the final answer."""
-        return extract_answer(text) or next(iter(_words(text)), None)
+        """The final answer: a number where it is one, or else its words."""
+        if (phrases := _final_phrases(text)) and (number := _number(phrases[0], text)):
+            return number
+        return next((words for phrase in phrases if (words := _words(phrase))), None)
 
     def correct(self, example: Example, text: str) -> bool:
-        """Whether the final answers agree, as numbers where the gold answer has one and as words where it has none."""
-        if extract_answer(example.answer) is not None:
+        """Whether the final answers agree, as numbers where the gold answer is one and as words where it is none."""
+        if NUMBER.fullmatch(example.gold):
             return extract_answer(text) == example.gold
-        return example.gold in _words(text)
+        return example.gold in [_words(phrase) for phrase in _final_phrases(text)]
 
     def _example(self, row: dict[str, Any], identity: str) -> Example:
         texts = [str(row[field]).strip() if isinstance(row[field], str | int | float) else "" for field in self.fields]
@@ -66,9 +74,22 @@ class JsonlTask(Task):
         return Example(identity, question, answer, gold, difficulty=steps)
 
 
-def _words(text: str) -> list[str]:
-    """The final answer in words: the last that `####` or "the answer is" announces, or else the last or first line."""
-    text = before_next_question(text)
+def _final_phrases(text: str) -> list[str]:
+    """What the last `####` or "the answer is" announces, or else the last and the first line."""
+    text = reply(text)
     lines = [line for line in text.splitlines() if line.strip()]
-    candidates = MARKED.findall(text)[-1:] or lines[-1:] + lines[:1]
-    return [words for line in candidates if (words := normalise_answer(line))]
+    return stated(text, MARKER)[-1:] or lines[-1:] + lines[:1]
+
+
+def _number(phrase: str, text: str) -> str | None:
+    """The number that a final phrase is or comes to; None for words, with or without a number among them."""
+    if number := quantity(phrase):
+        return number
+    if (last := [*NUMBER.finditer(phrase)][-1:]) and ANNOUNCED.search(phrase[: last[0].start()]):
+        return extract_answer(text)
+    return extract_answer(text) if "\\boxed" in phrase else None
+
+
+def _words(phrase: str) -> str:
+    """One spelling for one phrase, without emphasis, a full stop and capitals."""
+    return " ".join(phrase.split()).strip("*_ ").rstrip(".").strip("*_ ").casefold()

@@ -32,7 +32,6 @@ def test_wilson_agrees_with_newcombe_1998() -> None:
         assert wilson_ci(successes, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 3000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_ends_where_the_score_test_rejects(counts: tuple[int, int]) -> None:
     successes, n = counts
@@ -62,7 +61,6 @@ def test_mcnemar_by_hand() -> None:
     assert mcnemar_exact(np.array([True, False]), np.array([False, True])) == 1.0
 
 
-@settings(deadline=None)
 @given(outcomes)
 def test_mcnemar_is_the_sum_over_all_coin_tosses(pairs: list[tuple[bool, bool]]) -> None:
     a, b = zip(*pairs, strict=True)
@@ -142,7 +140,7 @@ def test_pairing_takes_out_what_both_share() -> None:
     assert 0.9 < low < high < 1.1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(outcomes)
 def test_an_interval_of_outcomes_has_width_and_holds_the_difference(pairs: list[tuple[bool, bool]]) -> None:
     a, b = zip(*pairs, strict=True)
@@ -188,7 +186,7 @@ def test_spearman_by_hand() -> None:
     assert spearman_ci([1, 2, 3, 4, 5], [10, 30, 20, 40, 50], resamples=200).rho == pytest.approx(0.9)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=3, max_size=40))
 def test_spearman_with_ties_is_scipys(pairs: list[tuple[int, int]]) -> None:
     a, b = zip(*pairs, strict=True)

@@ -14,7 +14,7 @@ from tests.test_checkpoint_format_1 import VERBATIM
 from tests.tiny import tiny_model
 from tests.tiny_folder import checkpoint_for
 
-few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NUMBERS = st.integers() | st.floats() | st.just(10**400)
 VALUES = st.recursive(
     st.none() | st.booleans() | NUMBERS | st.text(max_size=8),

@@ -10,7 +10,7 @@ from microglia.gate import Gate, keep_ratio
 from microglia.pruner import Budget, Pruner
 from tests.tiny import Fixed, step_logits, tiny_model, tiny_prompts
 
-quick = settings(max_examples=150, deadline=None)
+quick = settings(max_examples=150)
 
 
 @st.composite
@@ -72,7 +72,7 @@ def test_a_budget_never_keeps_less_than_was_asked(drawn, target):
     assert keep_ratio([keep]).mean() >= target - 1e-6
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     family=st.sampled_from(["llama", "qwen3", "mistral", "phi3", "gemma3_text"]),
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.sampled_from([2, 4, 8])),

@@ -9,7 +9,7 @@ from microglia.generation import generate
 from tests.tiny import tiny_model, wild
 from tests.tiny_folder import LETTERS, SPECIAL, character_tokenizer
 
-TEXTS = st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cf", "So", "Zs"]), max_size=20)
+TEXTS = st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "So", "Zs"]), max_size=20)
 
 
 @pytest.fixture(scope="module")
@@ -18,12 +18,13 @@ def subject():
     return model, character_tokenizer(), wild(model)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(text=TEXTS)
 @example(text="")
 @example(text="\x00\x1b[2J\r\n\t")
 @example(text="👩‍👩‍👧‍👦 مرحبا 🏳️‍🌈")
 @example(text="half a pair \ud83d")
+@example(text="two halves \ud83d\ude00")
 @example(text="<pad><eos><unk>")
 @example(text="x" * 5000)
 def test_any_prompt(subject, text):
@@ -38,4 +39,5 @@ def test_any_prompt(subject, text):
             sentences.append(str(error))
     assert answers[0] == answers[1]
     assert not any("\n" in sentence for sentence in sentences)
-    assert (answers[0] == "refused") == (not text.strip() or len(text) > 250 or "\ud83d" in text)
+    halves = any("\ud800" <= c <= "\udfff" for c in text)
+    assert (answers[0] == "refused") == (not text.strip() or len(text) > 250 or halves)

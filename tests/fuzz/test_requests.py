@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.fuzz.test_files import VALUES
 from tests.serving.served import NAME, running, tiny_pruned
 
-few = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXTS = st.text(max_size=30) | st.text(st.characters(categories=["Cc", "Cf", "Cs", "So", "Zs"]), max_size=12)
 VALID = {
     "/v1/completions": {"model": NAME, "prompt": "1 + 1 ="},
@@ -59,13 +59,15 @@ def test_any_field_may_hold_anything(served, path, changes):
 @example(text="")
 @example(text="\x00\x1b[2J\r\n")
 @example(text="half a pair \ud83d")
+@example(text="two halves \ud83d\ude00")
 @example(text="<pad><eos><unk>")
 @example(text="x" * 5000)
 def test_any_prompt_is_answered_or_refused(served, text):
+    arrived = json.loads(json.dumps(text))  # JSON joins a high surrogate and the low one behind it to one character
+    refused = not arrived.strip() or len(arrived) > 500 or any("\ud800" <= c <= "\udfff" for c in arrived)
     for path, body in (
         ("/v1/completions", {"prompt": text}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
     ):
         response = said(served, path, json.dumps({"model": NAME, **body}))
-        refused = not text.strip() or len(text) > 500 or any("\ud800" <= c <= "\udfff" for c in text)
         assert (response.status_code == 400) == refused

@@ -30,7 +30,7 @@ def grown(text, stop=()):
     return [*pieces, growing.rest()], growing.stopped
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=HALF), max_size=30))
 def test_pieces_are_the_text_and_whole_characters(text):
     pieces, stopped = grown(text)
@@ -39,7 +39,7 @@ def test_pieces_are_the_text_and_whole_characters(text):
     assert not any(HALF in piece for piece in pieces)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text("abé", max_size=25), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_the_first_stop_ends_the_text_and_is_not_in_it(text, stops):
     # Truth: the prefixes of the text, shortest first; the first that holds a stop is where reading ends.

@@ -9,11 +9,9 @@ import pytest
 from microglia.errors import ConfigError, DataError
 from microglia.tasks import get_task
 from microglia.tasks.answers import extract_answer
+from tests.official import official
 
-OFFICIAL = Path(__file__).parents[2].parent / "shared/data/gsm8k"
-needs_official = pytest.mark.skipif(
-    not OFFICIAL.is_dir(), reason="the official GSM8K files are not beside the checkout"
-)
+OFFICIAL, needs_official = official("gsm8k")
 TASK = get_task("gsm8k")
 
 
@@ -48,6 +46,16 @@ def test_train_goes_without_validation(folder: Path) -> None:
     assert sorted(train + validation) == sorted(f"gsm8k/train/{n}" for n in range(40))
     assert validation == [e.id for e in TASK.load("validation", data_dir=folder, seed=9)]
     assert validation != [f"gsm8k/train/{n}" for n in range(36, 40)]  # shuffled, not the tail of the file
+
+
+def test_validation_goes_without_what_stands_in_train(folder: Path) -> None:
+    rows = [row(number) for number in range(20)]
+    respelled = [{**r, "question": r["question"].upper().replace(" ", "  ")} for r in rows]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows + respelled)))
+    train, validation = (TASK.load(split, data_dir=folder) for split in ("train", "validation"))
+    words = [{e.question.casefold().replace("  ", " ") for e in split} for split in (train, validation)]
+    assert len(train) == 36
+    assert not words[0] & words[1]
 
 
 def test_a_larger_limit_keeps_the_examples_of_a_smaller_one(folder: Path) -> None:

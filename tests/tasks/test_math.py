@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,8 @@ def test_the_last_closed_box_counts(text: str, found: str | None) -> None:
         ("So the answer is 3.5.", "3.5"),
         ("which makes 12", "12"),
         ("nothing", None),
+        ("<think>\\boxed{5}</think>\\boxed{4}", "4"),
+        ("<think>\\boxed{5}", None),
         ("\\boxed{4}\n\nProblem: What is 2+3?\n\\boxed{5}", "4"),
     ],
 )
@@ -102,12 +105,35 @@ def test_equal_is_equal_as_mathematics(gold: str, given: str, equal: bool) -> No
     assert equivalent(gold, given) is equal
 
 
-def test_answers_are_compared_outside_the_main_thread_too() -> None:
+def elsewhere(gold: str, given: str) -> bool:
+    """What a thread other than the main one finds, which no signal reaches."""
     found: list[bool] = []
-    thread = threading.Thread(target=lambda: found.append(equivalent("\\frac12", "0.5")))
+    thread = threading.Thread(target=lambda: found.append(equivalent(gold, given)), daemon=True)
     thread.start()
-    thread.join()
-    assert found == [True]
+    thread.join(60)
+    assert found, "the comparison hangs"
+    return found[0]
+
+
+@pytest.mark.parametrize("where", [equivalent, elsewhere])
+@pytest.mark.parametrize("endless", ["9^{9^{9}}", "9^{9^{9^{9}}}", "(10^9)!"])
+def test_what_cannot_be_reckoned_is_given_up_wherever_it_is_compared(
+    where: Callable[[str, str], bool], endless: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert where("\\frac12", "0.5")
+    monkeypatch.setattr(equivalence, "SECONDS", 1)
+    assert not where("2", endless)
+    monkeypatch.undo()
+    assert where("\\frac12", "0.5")
+
+
+def test_a_child_that_died_is_replaced() -> None:
+    assert equivalent("\\frac12", "0.5")
+    assert equivalence.VERIFIER.process is not None
+    equivalence.VERIFIER.process.kill()
+    equivalence.VERIFIER.process.wait()
+    equivalent("\\frac12", "0.5")
+    assert equivalent("\\frac12", "0.5")
 
 
 def test_the_archive_and_the_hub_give_the_same_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

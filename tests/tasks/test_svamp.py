@@ -27,12 +27,10 @@ ROWS = [
         "Answer": "3.0",
     },
 ]
-TRAIN = (
-    """Question,Numbers,Equation,Answer
+BIRDS = "crows doves ducks finches geese gulls hawks larks owls".split()
+TRAIN = """Question,Numbers,Equation,Answer
 tom had number0 pens . he bought number1 boxes of number2 . how many now ?,3 2.0 4,+ number0 * number1 number2,11.0
-"""
-    + "he saw number0 of number1 birds fly . how many stayed ?,3 9,- number1 number0,6.0\n" * 9
-)
+""" + "".join(f"he saw number0 of number1 {bird} fly . how many stayed ?,3 9,- number1 number0,6.0\n" for bird in BIRDS)
 
 
 @pytest.fixture
@@ -91,9 +89,11 @@ def test_every_official_equation_comes_out_at_its_answer() -> None:
     sizes = {split: TASK.load(split, data_dir=OFFICIAL) for split in TASK.splits}
     assert {split: len(examples) for split, examples in sizes.items()} == {
         "train": 2825,
-        "validation": 313,
+        "validation": 261,
         "test": 1000,
     }
+    questions = {split: {e.question for e in examples} for split, examples in sizes.items()}
+    assert not {*map(str.casefold, questions["validation"])} & {*map(str.casefold, questions["train"])}
     wrong = set()
     for example in (e for examples in sizes.values() for e in examples):
         equation = example.answer.partition(" = ")[0]
