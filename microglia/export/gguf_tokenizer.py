@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from microglia.errors import UnsupportedModelError
+
 NORMAL, CONTROL, USER, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's token types
 # How text is split before merging: the regular expressions of tokenizer.json → llama.cpp's name for them.
 _LIKE_LLAMA3 = (
@@ -19,7 +21,10 @@ LEFT_OUT = "the tokenizer is of a kind that the file cannot hold; tokenise with 
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
-    """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer."""
+    """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer.
+
+    Raises UnsupportedModelError for a tokenizer with more tokens than `size`, the rows of the embedding.
+    """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rows: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
     model = rows["model"]
@@ -31,7 +36,13 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) ->
     added = {entry["content"]: CONTROL if entry["special"] else USER for entry in rows["added_tokens"]}
     vocabulary = {**model["vocab"], **{entry["content"]: entry["id"] for entry in rows["added_tokens"]}}
     names = {index: token for token, index in vocabulary.items()}
-    tokens = [names.get(index, f"[PAD{index}]") for index in range(max(size, len(names)))]
+    if (last := max(names)) >= size:
+        raise UnsupportedModelError(
+            f"the tokenizer has the token {names[last]!r} of id {last}, but the embedding has {size} rows, and llama.cpp "
+            f"wants one for each; add them with model.resize_token_embeddings({last + 1}), or give the model's own "
+            "tokenizer"
+        )
+    tokens = [names.get(index, f"[PAD{index}]") for index in range(size)]
     writer.add_token_list(tokens)
     writer.add_token_types([_type_of(token, index in names, added, kind) for index, token in enumerate(tokens)])
     if kind == "llama":
