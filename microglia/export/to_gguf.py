@@ -19,7 +19,6 @@ from microglia.export.to_hf import family_of, weights_and_config
 
 NAME = "model.gguf"
 ARCHITECTURE = "deci"
-GENERAL_NAME = "microglia"  # llama.cpp has rules for the tokenizers of models by their names (phi-3), so none is given
 TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -99,7 +98,6 @@ def _describe(writer: Any, lm: Any, config: dict[str, Any]) -> list[str]:
     if window is not None and window < context:
         context = window
         lost.append(f"the context ends at {window} tokens, where the sliding window began to forget")
-    writer.add_name(GENERAL_NAME)
     writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[lm.dtype], f"MOSTLY_{TYPES[lm.dtype]}")])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(context)
