@@ -92,7 +92,7 @@ def _kind(rows: dict[str, Any]) -> str | None:
 
 
 def _name(added: list[dict[str, Any]]) -> tuple[str, bool]:
-    """The model's name, by which llama.cpp strips behind special tokens or not, and whether the tokenizer does so too."""
+    """The model's name, by which llama.cpp strips behind special tokens or not, and whether the tokenizer does so."""
     names = {entry["content"] for entry in added}
     behind = {entry["content"] for entry in added if entry["rstrip"]}
     before = {entry["content"] for entry in added if entry["lstrip"]}

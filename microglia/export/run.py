@@ -41,7 +41,7 @@ LOST = {
 @dataclass(frozen=True)
 class Exported:
     """A written export. Sizes are parameters and bytes of weights; `difference` is the largest one found by reading
-    the export back (logits; tensors for gguf), None when that was not asked for.
+    the export back (logits, for onnx to those in float64; tensors for gguf), None when that was not asked for.
     """
 
     format: str
