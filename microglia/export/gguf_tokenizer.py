@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from microglia.errors import UnsupportedModelError
+
 NORMAL, CONTROL, USER, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's token types
 # How text is split before merging: the regular expressions of tokenizer.json → llama.cpp's name for them.
 _LIKE_LLAMA3 = (
@@ -15,30 +17,44 @@ SPLITS = {
     _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}{1,3}"): "llama-bpe",
     _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}"): "qwen2",
 }
+# llama.cpp has rules for tokenizers by the name of the model, so a file gets a neutral one, but for the rule it needs.
+NEUTRAL, STRIPPING = "microglia", "phi-3"
+NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}  # by that rule; behind all other special tokens white space is dropped
+SPACES = "llama.cpp reads other white space beside special tokens than the original tokenizer; give it token ids there"
 LEFT_OUT = "the tokenizer is of a kind that the file cannot hold; tokenise with the original one"
 
 
 def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) -> list[str]:
-    """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer."""
+    """Write the vocabulary, padded to `size`. Returns what is lost: nothing, or the whole tokenizer.
+
+    Raises UnsupportedModelError for a tokenizer with more tokens than `size`, the rows of the embedding.
+    """
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rows: dict[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": {"type": None}}
     model = rows["model"]
     kind = _kind(rows)
     if model["type"] != "BPE" or kind is None:
+        writer.add_name(NEUTRAL)
         writer.add_tokenizer_model("none")
         return [LEFT_OUT]
     merges = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     added = {entry["content"]: CONTROL if entry["special"] else USER for entry in rows["added_tokens"]}
     vocabulary = {**model["vocab"], **{entry["content"]: entry["id"] for entry in rows["added_tokens"]}}
     names = {index: token for token, index in vocabulary.items()}
-    tokens = [names.get(index, f"[PAD{index}]") for index in range(max(size, len(names)))]
+    if (last := max(names)) >= size:
+        raise UnsupportedModelError(
+            f"the tokenizer has the token {names[last]!r} of id {last}, but the embedding has {size} rows, and "
+            f"llama.cpp wants one for each; add them with model.resize_token_embeddings({last + 1}), or give the "
+            "model's own tokenizer"
+        )
+    tokens = [names.get(index, f"[PAD{index}]") for index in range(size)]
     writer.add_token_list(tokens)
     writer.add_token_types([_type_of(token, index in names, added, kind) for index, token in enumerate(tokens)])
     if kind == "llama":
         writer.add_tokenizer_model("llama")
         ranks = {"".join(pair): -float(rank) for rank, pair in reversed(list(enumerate(merges)))}
         writer.add_token_scores([ranks.get(token, -1e6) for token in tokens])  # merged in the order of their scores
-        writer.add_add_space_prefix(_prepends_space(rows))
+        writer.add_add_space_prefix(_space_in_front(rows) != "never")
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(kind)
@@ -50,7 +66,10 @@ def add_tokenizer(writer: Any, tokenizer: PreTrainedTokenizerBase, size: int) ->
     writer.add_add_bos_token(tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-    return []
+    name, exact = _name(rows["added_tokens"])
+    writer.add_name(name)
+    # With a space in front of a text, llama.cpp puts one behind every special token too.
+    return [] if exact and _space_in_front(rows) != "first" else [SPACES]
 
 
 def _kind(rows: dict[str, Any]) -> str | None:
@@ -72,6 +91,16 @@ def _kind(rows: dict[str, Any]) -> str | None:
     return None
 
 
+def _name(added: list[dict[str, Any]]) -> tuple[str, bool]:
+    """The model's name, by which llama.cpp strips behind special tokens or not, and whether the tokenizer does so."""
+    names = {entry["content"] for entry in added}
+    behind = {entry["content"] for entry in added if entry["rstrip"]}
+    before = {entry["content"] for entry in added if entry["lstrip"]}
+    if behind == names - NOT_STRIPPED and names >= {"</s>", *NOT_STRIPPED} and not before:
+        return STRIPPING, True
+    return NEUTRAL, not behind | before
+
+
 def _type_of(token: str, known: bool, added: dict[str, int], kind: str) -> int:
     if not known:
         return UNUSED
@@ -80,8 +109,10 @@ def _type_of(token: str, known: bool, added: dict[str, int], kind: str) -> int:
     return added.get(token, NORMAL)
 
 
-def _prepends_space(rows: dict[str, Any]) -> bool:
-    """Whether text gets a space in front before it is tokenised."""
+def _space_in_front(rows: dict[str, Any]) -> str:
+    """Where text gets a space in front before it is tokenised: `never`, `first` in the whole text, or `always`."""
     normalizer = rows.get("normalizer") or {}
     steps = [*normalizer.get("normalizers", [normalizer]), rows.get("pre_tokenizer") or {}]
-    return any(step.get("type") == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
+    if any(step.get("type") == "Prepend" for step in steps):
+        return "always"
+    return next((step["prepend_scheme"] for step in steps if "prepend_scheme" in step), "never")

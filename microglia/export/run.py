@@ -1,17 +1,21 @@
 """Export: the frozen model in one of three formats, with a record of what was frozen and what is lost."""
 
 import json
-from collections.abc import Mapping
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia import __version__
 from microglia.checkpoint import CONFIG, check_writable, write_atomically
-from microglia.errors import ConfigError, check_choice
+from microglia.errors import CheckpointError, ConfigError, check_choice, first_line
 from microglia.export.frozen import frozen, merged
 from microglia.export.plan import KeepPlan
 from microglia.export.to_gguf import write_gguf
@@ -22,6 +26,7 @@ from microglia.results import ExportResult
 WRITERS = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
 FORMATS = tuple(WRITERS)
 RECORD = "microglia_export.json"
+UNFINISHED = ".unfinished"  # where an export is written before it takes the place of an earlier one
 LOST = {
     "all": (
         "every prompt is answered with the same heads: nothing is decided from the input, and no keep ratio can be set",
@@ -36,7 +41,7 @@ LOST = {
 @dataclass(frozen=True)
 class Exported:
     """A written export. Sizes are parameters and bytes of weights; `difference` is the largest one found by reading
-    the export back (logits; tensors for gguf), None when that was not asked for.
+    the export back (logits, for onnx to those in float64; tensors for gguf), None when that was not asked for.
     """
 
     format: str
@@ -62,13 +67,16 @@ def check_format(name: str) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise ConfigError for a folder with something else in it, CheckpointError for one that cannot be written."""
-    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    new = not folder.exists()
+    others = sorted({path.name for path in folder.iterdir()} - {UNFINISHED}) if folder.is_dir() else []
     if CONFIG in others or (others and RECORD not in others):
         raise ConfigError(
             f"{folder} holds {', '.join(others[:3])}, not an earlier export, and would be mixed with it; give an empty "
             "or a new --output-dir"
         )
     check_writable(folder)
+    if new:
+        folder.rmdir()
 
 
 def export(
@@ -83,6 +91,8 @@ def export(
 ) -> Exported:
     """Write `model` with the heads of `plan` to `folder`; the model itself is not changed.
 
+    An export that fails leaves the folder as it was.
+
     check: read the export back and compare, which for hf needs memory for a second model. details: more for the
     record (accuracy, base model). Raises UnsupportedModelError, one sentence, for what a format cannot hold.
     """
@@ -91,37 +101,65 @@ def export(
     check_folder(folder)
     lm = merged(model)
     dense_parameters, dense_bytes = _size(lm)
-    _clear(folder)
-    before = _files(folder)
-    with frozen(lm, plan) as small:
-        difference, lost = WRITERS[format](small, tokenizer, folder, check=check)
-        parameters, size = _size(small)
-    exported = Exported(
-        format=format,
-        folder=folder,
-        files=tuple(sorted(_files(folder) - before)),
-        parameters=parameters,
-        dense_parameters=dense_parameters,
-        bytes=size,
-        dense_bytes=dense_bytes,
-        difference=difference,
-        lost=(*LOST["all"], *LOST[format], *lost),
-    )
-    record = exported.result(plan, **(details or {})).to_json()
-    write_atomically(folder / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+    with _unfinished(folder) as written:
+        with frozen(lm, plan) as small:
+            difference, lost = WRITERS[format](small, tokenizer, written, check=check)
+            parameters, size = _size(small)
+        exported = Exported(
+            format=format,
+            folder=folder,
+            files=tuple(sorted(path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file())),
+            parameters=parameters,
+            dense_parameters=dense_parameters,
+            bytes=size,
+            dense_bytes=dense_bytes,
+            difference=difference,
+            lost=(*LOST["all"], *LOST[format], *lost),
+        )
+        record = exported.result(plan, **(details or {})).to_json()
+        write_atomically(written / RECORD, json.dumps(record, indent=2, ensure_ascii=False).encode() + b"\n")
+        _clear(folder)
+        for name in (
+            RECORD,
+            *exported.files,
+        ):  # the record first: whatever happens then, the next export may replace it
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(written / name, folder / name)
     return exported
 
 
-def _files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.is_file()}
+@contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` to write into; it is gone afterwards, and so is `folder` if it is new and empty.
+
+    Raises CheckpointError, one sentence, when the disk is full.
+    """
+    new, place = not folder.exists(), folder / UNFINISHED
+    try:
+        shutil.rmtree(place, ignore_errors=True)  # of an export that was killed
+        place.mkdir(parents=True)
+        yield place
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be written ({first_line(error)}); make room or give another") from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if new:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _clear(folder: Path) -> None:
     """Take away what an earlier export wrote, and nothing else."""
-    if (folder / RECORD).is_file():
-        for name in json.loads((folder / RECORD).read_bytes())["files"]:
-            (folder / Path(name).name).unlink(missing_ok=True)
-        (folder / RECORD).unlink()
+    record = folder / RECORD
+    if not record.is_file():
+        return
+    for path in (folder / name for name in json.loads(record.read_bytes())["files"]):
+        if path.parent.resolve().is_relative_to(folder.resolve()):
+            path.unlink(missing_ok=True)
+            if path.parent != folder:
+                with suppress(OSError):
+                    path.parent.rmdir()
+    record.unlink()
 
 
 def _size(lm: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from microglia.anatomy import FAMILIES, Anatomy, HeadGeometry
+from microglia.anatomy import FAMILIES, Anatomy, HeadGeometry, token_rows
 from microglia.errors import MicrogliaError, UnsupportedModelError
 from microglia.export.frozen import Written
 from microglia.export.gguf_tokenizer import add_tokenizer
@@ -39,7 +39,7 @@ def write_gguf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, che
         tensors["rope_freqs.weight"] = factors
     writer = gguf.GGUFWriter(folder / NAME, ARCHITECTURE)
     lost = _describe(writer, lm, config)
-    lost += add_tokenizer(writer, tokenizer, Anatomy(lm).vocab_size)
+    lost += add_tokenizer(writer, tokenizer, token_rows(lm))
     for name, tensor in tensors.items():
         kind = gguf.GGMLQuantizationType[_type(tensor)]
         writer.add_tensor(name, _stored(tensor), raw_dtype=kind)
@@ -98,7 +98,6 @@ def _describe(writer: Any, lm: Any, config: dict[str, Any]) -> list[str]:
     if window is not None and window < context:
         context = window
         lost.append(f"the context ends at {window} tokens, where the sliding window began to forget")
-    writer.add_name(Path(lm.config._name_or_path).name or type(lm).__name__)
     writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(TYPES[lm.dtype], f"MOSTLY_{TYPES[lm.dtype]}")])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(context)
@@ -158,5 +157,7 @@ def _difference(reader: Any, tensors: dict[str, Tensor]) -> float:
     read = {entry.name: read_tensor(entry).float() for entry in reader.tensors}
     for name in sorted(read.keys() | tensors.keys()):
         if name not in read or name not in tensors or not torch.equal(read[name], tensors[name].cpu().float()):
-            raise MicrogliaError(f"{name} reads back differently from the file; write it again, on another disk")
+            raise MicrogliaError(
+                f"{name} reads back differently from the file, so it was not kept; write it again, on another disk"
+            )
     return 0.0

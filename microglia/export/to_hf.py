@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from microglia.anatomy import FAMILIES, Anatomy, Family, FusedEqual
-from microglia.errors import MicrogliaError, UnsupportedModelError
+from microglia.errors import MicrogliaError, UnsupportedModelError, first_line
 from microglia.export.frozen import Written, probe, probe_logits
 from microglia.export.unfused import unfused_config, unfused_weights
 from microglia.models import load_model
@@ -47,7 +48,7 @@ def write_hf(lm: Any, tokenizer: PreTrainedTokenizerBase, folder: Path, *, check
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / FILE).write_text(modelling_source(family), encoding="utf-8")
     if lm.generation_config is not None:
-        lm.generation_config.save_pretrained(folder)
+        valid(lm.generation_config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return _reloaded_difference(lm, folder) if check else None, []
 
@@ -81,6 +82,26 @@ def weights_and_config(lm: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {name: value for name, value in row.items() if name != "_name_or_path"}
 
 
+def valid(settings: GenerationConfig) -> GenerationConfig:
+    """A copy of generation settings that transformers agrees to write: what they set without effect is unset.
+
+    Such is a temperature without sampling. Raises UnsupportedModelError for settings that no model can generate with.
+    """
+    settings = copy.deepcopy(settings)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        for name in re.findall(r"^- `(\w+)`:", str(error), flags=re.MULTILINE):
+            setattr(settings, name, None)
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"the model's generation_config cannot be written ({first_line(error)}); mend it before the export"
+        ) from error
+    return settings
+
+
 def modelling_source(family: Family) -> str:
     """The modelling file, on this family's stock classes."""
     source = (resources.files("microglia.export") / family.modelling).read_text(encoding="utf-8")
@@ -98,7 +119,7 @@ def _reloaded_difference(lm: Any, folder: Path) -> float:
     rounding = ROUNDING * torch.finfo(lm.dtype).eps * max(1.0, float(ours.abs().max()))
     if not difference <= (rounding if family_of(lm).export_as is not None else 0.0):
         raise MicrogliaError(
-            f"the model read back from {folder} differs by {difference:.3g} in its logits over "
-            f"{probe(lm).shape[1]} tokens; do not use it, and report this with the model's name"
+            f"the model that was written reads back with logits that differ by {difference:.3g} over "
+            f"{probe(lm).shape[1]} tokens, so it was not kept; report this with the model's name"
         )
     return difference

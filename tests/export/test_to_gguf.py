@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from microglia.errors import MicrogliaError, UnsupportedModelError
@@ -10,7 +10,7 @@ from microglia.export import export
 from microglia.export.frozen import frozen
 from microglia.export.to_gguf import in_pairs, read_tensor
 from microglia.units import find_sites
-from tests.export.plans import uneven_plan
+from tests.export.plans import byte_fallback_tokenizer, byte_level_tokenizer, phi3_tokenizer, uneven_plan
 from tests.tiny import tiny_model, tiny_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed; pip install microglia[export]")
@@ -163,6 +163,36 @@ def test_bpe_with_bytes_is_written_with_scores_in_the_order_of_its_merges(tmp_pa
     assert scores[7] == 0.0 > scores[8] == -1.0 > scores[5]
     assert contents(reader, "tokenizer.ggml.token_type")[3] == 6
     assert contents(reader, "tokenizer.ggml.add_space_prefix") is True
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows_is_refused(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    model = tiny_model("llama", vocab_size=len(tokenizer) - 1)
+    with pytest.raises(UnsupportedModelError, match=r"the token 'Ġa' of id 98, but the embedding has 98 rows"):
+        export(model, tokenizer, uneven_plan(model), tmp_path / "exported", format="gguf")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_the_name_is_neutral_unless_its_rule_is_the_tokenizers(tmp_path):
+    """llama.cpp strips white space behind special tokens in models that are called phi-3, and wants their tokens."""
+    names = {}
+    for kind, tokenizer in (("neutral", byte_fallback_tokenizer()), ("stripping", phi3_tokenizer())):
+        model = tiny_model("phi3", vocab_size=len(tokenizer))
+        model.config._name_or_path = "somebody/phi-3-tuned"
+        exported = export(model, tokenizer, uneven_plan(model), tmp_path / kind, format="gguf")
+        names[kind] = contents(gguf.GGUFReader(exported.folder / "model.gguf"), "general.name")
+    assert names == {"neutral": "microglia", "stripping": "phi-3"}
+
+
+def test_white_space_that_llama_cpp_reads_otherwise_is_said(tmp_path):
+    stripping = byte_level_tokenizer()
+    stripping.add_tokens([AddedToken("<end>", lstrip=True, special=True)])
+    kinds = {"plain": byte_level_tokenizer(), "stripping": stripping, "space at first": byte_fallback_tokenizer()}
+    for kind, tokenizer in kinds.items():
+        model = tiny_model("llama", vocab_size=len(tokenizer))
+        exported = export(model, tokenizer, uneven_plan(model), tmp_path / kind, format="gguf")
+        said = any("other white space beside special tokens" in sentence for sentence in exported.lost)
+        assert said == (kind != "plain"), kind
 
 
 def test_a_tokenizer_of_another_kind_is_left_out_and_said(tmp_path):

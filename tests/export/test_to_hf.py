@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from microglia.errors import ConfigError, UnsupportedModelError
-from microglia.export import KeepPlan, export, modeling_microglia, modeling_microglia_gpt2
+from microglia.errors import CheckpointError, ConfigError, UnsupportedModelError
+from microglia.export import FORMATS, KeepPlan, export, modeling_microglia, modeling_microglia_gpt2
 from microglia.export.frozen import frozen, merged
 from microglia.export.unfused import unfused_config
 from microglia.models import load_model
 from microglia.training.lora import with_lora
 from microglia.units import find_sites
 from tests.export.plans import uneven_plan
+from tests.full_disk import room_for
 from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer
 
 IDS, MASK = tiny_prompts(9, 4)
@@ -154,6 +155,80 @@ def test_what_cannot_be_written_is_refused(tmp_path):
     long.rope_parameters = {**long.rope_parameters, "partial_rotary_factor": 0.5}
     with pytest.raises(UnsupportedModelError, match=r"turns 0\.5 of a head"):
         unfused_config(long, head_dim=6)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0.7, "top_p": 0.9}, {"length_penalty": 2.0}, {"pad_token_id": -1}])
+def test_generation_settings_without_effect_are_left_out(wrong, tmp_path):
+    model = tiny_model("llama")
+    settings = model.generation_config
+    settings.update(**wrong, repetition_penalty=1.5)
+    exported = export(model, tiny_tokenizer(), uneven_plan(model), tmp_path / "exported")
+    again = AutoModelForCausalLM.from_pretrained(exported.folder, trust_remote_code=True).generation_config
+    again.validate(strict=True)
+    assert (again.repetition_penalty, again.eos_token_id) == (1.5, 1)
+    assert all(getattr(settings, name) == value for name, value in wrong.items())  # the model's own are as they were
+
+
+def test_generation_settings_that_nothing_can_use_are_refused_and_nothing_stays(tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.num_return_sequences = 3
+    folder = tmp_path / "new" / "exported"
+    with pytest.raises(UnsupportedModelError, match=r"generation_config cannot be written \(Greedy methods"):
+        export(model, tiny_tokenizer(), uneven_plan(model), folder)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_that_fails_leaves_the_folder_as_it_was(format, tmp_path, monkeypatch):
+    def fail(_, place, **__):
+        (place / "tokenizer.json" if place.is_dir() else place).write_text("half")
+        raise KeyError("raw")
+
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plan, folder = uneven_plan(model), tmp_path / "exported"
+    export(model, tokenizer, plan, folder, check=False)
+    (folder / "mine.txt").write_text("kept")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if format == "hf":
+        monkeypatch.setattr(type(tokenizer), "save_pretrained", fail)
+    elif format == "onnx":
+        monkeypatch.setattr("microglia.export.to_onnx._save", fail)
+    else:
+        monkeypatch.setattr("microglia.export.to_gguf._difference", lambda *_: {}["raw"])
+    for target in (folder, tmp_path / "other"):
+        with pytest.raises(KeyError, match="raw"):
+            export(model, tokenizer, plan, target, format=format)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    model = tiny_model("llama")
+    with room_for(4096), pytest.raises(CheckpointError, match=r"exported cannot be written \(.*; make room"):
+        export(model, tiny_tokenizer(), uneven_plan(model), tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_what_a_killed_export_left_is_no_hindrance(tmp_path):
+    model, folder = tiny_model("llama"), tmp_path / "exported"
+    (folder / ".unfinished").mkdir(parents=True)
+    (folder / ".unfinished" / "model.safetensors").write_bytes(b"half")
+    exported = export(model, tiny_tokenizer(), uneven_plan(model), folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*exported.files, "microglia_export.json"])
+
+
+def test_files_in_folders_are_written_and_replaced_and_nothing_outside_is(tmp_path):
+    model, tokenizer, folder = tiny_model("llama"), tiny_tokenizer(), tmp_path / "exported"
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool": "{{ tools }}"}
+    first = export(model, tokenizer, uneven_plan(model), folder)
+    assert "additional_chat_templates/tool.jinja" in first.files
+    record = json.loads((folder / "microglia_export.json").read_text())
+    record["files"].append("../outside.txt")
+    (folder / "microglia_export.json").write_text(json.dumps(record))
+    (tmp_path / "outside.txt").write_text("kept")
+    export(model, tiny_tokenizer(), uneven_plan(model), folder)
+    assert not (folder / "additional_chat_templates").exists()
+    assert (tmp_path / "outside.txt").read_text() == "kept"
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
