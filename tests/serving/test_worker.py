@@ -150,7 +150,7 @@ def test_stopping_finishes_the_batch_and_tells_those_who_wait(start):
     stopping.start()
     while not waiting.events:
         threading.Event().wait(0.01)
-    assert waiting.events == [Failed(STOPPED)]
+    assert waiting.events == [Failed(STOPPED, 503)]
     assert worker.thread.is_alive()  # the first job is still being answered
     model.go.set()
     stopping.join(30)
