@@ -170,20 +170,15 @@ class Service:
         """Admit a request, queue its jobs, and answer it at once or piece by piece."""
         pending = PendingRequest(body.model, isinstance(body, s.ChatRequest), self.metrics)
         self.pending.add(pending)
-
-        def close() -> None:
-            pending.cancel()
-            self.pending.discard(pending)
-
         with ExitStack() as stack:
-            stack.callback(close)
+            stack.callback(self.pending.discard, pending)
             # In a thread, so that a long prompt does not hold up the others' pieces.
             pending.jobs = await run_sync(self.admission.jobs, body, pending.receiver, limiter=self.tokenizer_limiter)
             self.worker.submit(pending.jobs)
+            stack.callback(pending.cancel)
             if body.stream:
-                stack.pop_all()
                 with_usage = bool(body.stream_options and body.stream_options.include_usage)
-                return _Events(pending.stream(with_usage), close)
+                return _Events(pending.stream(with_usage), stack.pop_all().close)
             answer, disconnect = asyncio.create_task(pending.answer()), asyncio.create_task(_disconnected(request))
             stack.callback(answer.cancel)
             stack.callback(disconnect.cancel)

@@ -29,6 +29,23 @@ def checkpoint(tmp_path_factory):
     return system.save_pretrained(folder / "tiny-pruned"), system
 
 
+@contextmanager
+def process(folder, *flags, **environment):
+    """`microglia serve` as a process, and where it says that it is."""
+    verb = ["serve", str(folder), "--port", "0", "--json", *flags]
+    command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True) as server:
+        try:
+            said = server.stderr.readline()
+            place = r"microglia: serving tiny-pruned at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C stops\)\n"
+            found = re.fullmatch(place, said)
+            assert found, said + server.stderr.read()
+            yield server, found[1]
+        finally:
+            server.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what service managers and containers send
 def test_a_process_serves_until_a_signal(checkpoint, name):
@@ -43,22 +60,6 @@ def test_a_process_serves_until_a_signal(checkpoint, name):
         stdout, stderr = server.communicate(timeout=300)
     assert (server.returncode, stderr) == (0, "microglia: stopped; every running answer was finished\n")
     assert json.loads(stdout)["answers"] in ({"stop": 0, "length": 1, "cut": 0}, {"stop": 1, "length": 0, "cut": 0})
-
-
-@contextmanager
-def process(folder, *flags, **environment):
-    """`microglia serve` as a process, and where it says that it is."""
-    verb = ["serve", str(folder), "--port", "0", "--json", *flags]
-    command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True)
-    try:
-        said = server.stderr.readline()
-        found = re.fullmatch(r"microglia: serving tiny-pruned at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C stops\)\n", said)
-        assert found, said + server.stderr.read()
-        yield server, found[1]
-    finally:
-        server.kill()
 
 
 @pytest.mark.slow

@@ -325,6 +325,7 @@ def test_limits_key_and_a_full_queue(model):
             ) as full:
                 create(**TEXT)
             assert full.value.response.headers["retry-after"] == "1"
+            assert served.metric("microglia_answers_total", reason="cut") == 0  # it was refused, not cut off
             go.set()
             texts = ["".join(chunk.choices[0].text for chunk in stream) for stream in streams]
         assert texts == [alone(TEXT["prompt"], 12).texts[0]] * 2
