@@ -1,8 +1,8 @@
 """The one value that is trained, saved, loaded, served, compared and attached: who decides, and by which rules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +15,7 @@ from microglia.signals import SIGNALS, MeanOutput, Signal
 from microglia.units import UNITS, Geometry
 
 Fill = Literal["zero", "mean"]
+THRESHOLDS = 1024  # that a budget remembers; each takes forty passes over its logits to find
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,13 @@ class Budget:
         """
         if not 0 < target <= 1:
             raise ConfigError(f"keep_ratio={target} was given; it must be above 0 and at most 1")
+        return self._known_thresholds(target)
+
+    @cached_property
+    def _known_thresholds(self) -> Callable[[float], float]:
+        return lru_cache(THRESHOLDS)(self._find_threshold)
+
+    def _find_threshold(self, target: float) -> float:
         values = self._values
         low, high = float(values.min()) - 1, float(values.max()) + 1
         for _ in range(40):

@@ -33,7 +33,7 @@ REFUSED = {
     "assistant_early_exit": PARTS,
     "use_mtp": PARTS,
     "token_healing": "cuts the end off the prompt and writes it anew, so the prompt read is not the one given",
-    "guidance_scale": "reads a second prompt beside the first, of which nothing was decided",
+    "guidance_scale": "reads a second prompt beside the first, about which nothing was decided",
     "compile_config": "compiles the dense model, whose layers then stay as they are",
 }
 

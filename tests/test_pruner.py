@@ -7,7 +7,7 @@ from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
 from microglia.gate import Gate
 from microglia.policies import StaticPolicy
-from microglia.pruner import Budget, Pruner
+from microglia.pruner import THRESHOLDS, Budget, Pruner
 from microglia.signals import SIGNALS
 from tests.tiny import tiny_model, uneven, wild
 
@@ -30,6 +30,21 @@ def test_the_threshold_hits_its_target_from_above(target, geometry, coarseness):
 def test_a_share_that_can_be_kept_exactly_is(heads, kept):
     budget = Budget([torch.arange(heads).float()[None]], [HeadGeometry(heads, heads, 4)], 1)
     assert budget.keep_ratio(budget.threshold(kept / heads)) == pytest.approx(kept / heads)
+
+
+def test_a_threshold_is_found_once_and_looked_up_from_then_on(monkeypatch):
+    searches, keep_ratio = [], Budget.keep_ratio
+    monkeypatch.setattr(Budget, "keep_ratio", lambda *args: searches.append(1) or keep_ratio(*args))
+    logits = torch.randn(50, 8, generator=torch.Generator().manual_seed(1))
+    first, second = Budget([logits], [MHA], 1), Budget([logits + 1], [MHA], 1)
+    thresholds = [[budget.threshold(target) for target in (0.5, 0.75)] for budget in (first, second)]
+    assert thresholds[0] != thresholds[1]  # each budget knows its own
+    done = len(searches)
+    assert done > 0
+    for _ in range(24):
+        assert [[budget.threshold(target) for target in (0.5, 0.75)] for budget in (first, second)] == thresholds
+    assert len(searches) == done
+    assert first._known_thresholds.cache_info().maxsize == THRESHOLDS  # clients may ask for any number of them
 
 
 @pytest.mark.parametrize("target", [0, -0.1, 1.01])

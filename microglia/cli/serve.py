@@ -53,7 +53,8 @@ def serve(
         ) from error
     given = {field.name: settings[field.name] for field in fields(ServingConfig)}
     given["name"] = name if name is not None else Path(checkpoint).name or checkpoint
-    given["api_key"] = api_key if api_key is not None else os.environ.get(API_KEY) or None
+    key = api_key if api_key is not None else os.environ.get(API_KEY) or None
+    given["api_key"] = key and key.strip()  # a file that it was read from ends in a line break
     config = ServingConfig(**given)
     system = loading.system(checkpoint)
     if keep_ratio is not None:
@@ -62,7 +63,8 @@ def serve(
     app = create_app(model, config)
     with suppress(KeyboardInterrupt):  # the server has caught it first and let every answer end
         run(app, config, ready=lambda url: tell(f"microglia: serving {config.name} at {url} (Ctrl-C stops)"))
-    tell("microglia: stopped; every running answer was finished")
+    cut = len(app.state.service.cut)
+    tell(f"microglia: stopped; {f'running answers cut off: {cut}' if cut else 'every running answer was finished'}")
     return Outcome(totals(app))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,6 +16,7 @@ from microglia.serving.schema import ChatRequest, CompletionRequest, Message
 from microglia.tasks.prompts import ChatPrompt, check_characters, prompt_ids, render_prompt, uses_chat_template
 
 TOO_LONG = "context_length_exceeded"
+CHARACTERS = 8  # of a token, at most, in nearly any text
 
 
 class Admission:
@@ -72,6 +74,7 @@ class Admission:
         if not prompt.strip():
             raise DataError("the prompt is empty; give it some text")
         check_characters(prompt)
+        self.check_length(prompt, field)
         tokens = len(prompt_ids(self.tokenizer, [prompt])[0])
         if not tokens:
             raise DataError("the prompt holds no character that the model's tokenizer knows; give it some text")
@@ -80,6 +83,26 @@ class Admission:
             sentence = f"the prompt has {tokens} tokens and this server reads {most}; shorten it"
             raise Refusal(400, sentence, param=field, code=TOO_LONG)
         return tokens
+
+    def check_length(self, prompt: str, field: str) -> None:
+        """Refuse a prompt that is far too long by its beginning, so that it costs no more than one that fits."""
+        limits = (self.config.max_prompt_tokens, self.model.context_length)
+        most = min((limit for limit in limits if limit is not None), default=None)
+        if most is None:
+            return
+        size = CHARACTERS * most
+        while size < len(prompt):
+            beginning = type(prompt)(prompt[:size])
+            # A cut through a token may make as many of it as it has characters.
+            if len(prompt_ids(self.tokenizer, [beginning])[0]) > most + self.longest_token:
+                sentence = f"the prompt has more than {most} tokens, which is all that this server reads; shorten it"
+                raise Refusal(400, sentence, param=field, code=TOO_LONG)
+            size *= 2
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def new_tokens(self, prompt_tokens: int, max_tokens: int | None, field: str) -> int:
         """The longest answer: `max_tokens`, or else all that server and context allow."""

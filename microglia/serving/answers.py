@@ -14,6 +14,7 @@ from microglia.serving import schema as s
 from microglia.serving.job import Event, Failed, Finished, Job, Piece
 from microglia.serving.metrics import Metrics
 from microglia.serving.refusal import Refusal
+from microglia.serving.worker import STOPPED
 
 
 class PendingRequest:
@@ -40,6 +41,16 @@ class PendingRequest:
 
         return receive
 
+    @property
+    def answered(self) -> bool:
+        """Whether the model has written all that was asked for."""
+        return bool(self.jobs) and all(job.ended for job in self.jobs)
+
+    def cut(self) -> None:
+        """Tell the client that the server ends, behind what was written so far."""
+        self.queue.put_nowait((0, Failed(STOPPED, 503)))
+        self.cancel()
+
     def cancel(self) -> None:
         """Nobody waits any more: let the model write no further. Nothing happens after a whole answer."""
         for job in self.jobs:
@@ -53,7 +64,7 @@ class PendingRequest:
         while open_jobs:
             index, event = await self.queue.get()
             if isinstance(event, Failed):
-                raise Refusal(500, event.sentence)
+                raise Refusal(event.status, event.sentence, code="stopping" if event.status == 503 else None)
             open_jobs -= isinstance(event, Finished)
             yield index, event
 

@@ -1,18 +1,20 @@
 """The addresses of the server: completions, models, health and metrics."""
 
 import asyncio
+import math
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from contextlib import ExitStack, asynccontextmanager
 from functools import cache
-from typing import Annotated, Any
+from typing import Any
 
-from anyio import CapacityLimiter
+from anyio import CancelScope, CapacityLimiter, current_time
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, FastAPI, Response
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -32,11 +34,15 @@ from microglia.serving.worker import Worker
 CLIENT_CLOSED = 499  # what nginx calls a client that hung up; nobody reads it, the metrics count it
 PORT = re.compile(r":\d*$")
 LOOPBACK_NAMES = {"127.0.0.1", "localhost", "[::1]"}
+RECEIVING = 30.0  # seconds in which a request's body must have arrived
+LAST_STEP = 5.0  # seconds for the step that the model is at when nobody waits for its answers any more
+BEARER = HTTPBearer(auto_error=False, description="The server's API key, if it has one.")
 Responses = dict[int | str, dict[str, Any]]
 DESCRIPTIONS: dict[int | str, str] = {
     400: "The request is wrong, or asks for what this server does not do.",
     401: "The API key is missing or wrong.",
     404: "There is no such model.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     429: "The queue is full.",
     "4XX": "Refused.",
@@ -56,13 +62,13 @@ def _events(kind: str) -> Responses:
 
 def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
     """The server's application. The model's thread lives as long as the application does."""
-    service = _Service(model, config)
+    service = Service(model, config)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.worker.start()
         yield
-        await asyncio.to_thread(service.worker.stop)
+        await asyncio.to_thread(service.worker.stop, LAST_STEP)
 
     app = FastAPI(
         title="microglia",
@@ -87,8 +93,8 @@ def create_app(model: PrunedModel, config: ServingConfig) -> FastAPI:
     return app
 
 
-class _Service:
-    """What the addresses share."""
+class Service:
+    """What the addresses share. cut: the requests whose answers the end of the server took away."""
 
     def __init__(self, model: PrunedModel, config: ServingConfig) -> None:
         self.config, self.admission = config, Admission(model, config)
@@ -96,6 +102,19 @@ class _Service:
         self.metrics = Metrics(lambda: len(self.worker.waiting), lambda: len(self.worker.running))
         self.tokenizer_limiter = CapacityLimiter(1)  # no two threads may use it at once
         self.card = s.ModelCard(id=config.name, created=int(time.time()))
+        self.pending: set[PendingRequest] = set()
+        self.cut: set[PendingRequest] = set()
+
+    @property
+    def unanswered(self) -> set[PendingRequest]:
+        """The requests that the model has not answered yet."""
+        return {pending for pending in self.pending if not pending.answered}
+
+    def cut_off(self, requests: Collection[PendingRequest]) -> None:
+        """End requests without the rest of their answers."""
+        self.cut |= {*requests}
+        for pending in requests:
+            pending.cut()
 
     def open_addresses(self) -> APIRouter:
         """Health and metrics, which need no key."""
@@ -120,7 +139,9 @@ class _Service:
 
     def guarded_addresses(self) -> APIRouter:
         """OpenAI's addresses."""
-        router = APIRouter(prefix="/v1", dependencies=[Depends(self.guard())], responses=REFUSALS)
+        route = _route_guarded_by(self.config.api_key)
+        # The dependency is for /openapi.json.
+        router = APIRouter(prefix="/v1", route_class=route, dependencies=[Depends(BEARER)], responses=REFUSALS)
 
         @router.get("/models")
         async def models() -> s.ModelList:
@@ -145,38 +166,49 @@ class _Service:
 
         return router
 
-    def guard(self) -> Callable[..., Awaitable[None]]:
-        """Refuses requests without the API key, if there is one."""
-        key = self.config.api_key
-        bearer = HTTPBearer(auto_error=False, description="The server's API key, if it has one.")
-
-        async def check(credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> None:
-            if key is None or (credentials and secrets.compare_digest(credentials.credentials.encode(), key.encode())):
-                return
-            what = "the API key is wrong" if credentials else "no API key was given"
-            raise Refusal(
-                401, f"{what}; send Authorization: Bearer KEY", code="invalid_api_key", kind="authentication_error"
-            )
-
-        return check
-
     async def complete(self, body: s.ChatRequest | s.CompletionRequest, request: Request) -> Any:
         """Admit a request, queue its jobs, and answer it at once or piece by piece."""
         pending = PendingRequest(body.model, isinstance(body, s.ChatRequest), self.metrics)
-        # In a thread, so that a long prompt does not hold up the others' pieces.
-        pending.jobs = await run_sync(self.admission.jobs, body, pending.receiver, limiter=self.tokenizer_limiter)
-        self.worker.submit(pending.jobs)
-        if body.stream:
-            with_usage = bool(body.stream_options and body.stream_options.include_usage)
-            return _Events(pending.stream(with_usage), pending.cancel)
-        answer, disconnect = asyncio.create_task(pending.answer()), asyncio.create_task(_disconnected(request))
-        try:
+        self.pending.add(pending)
+        with ExitStack() as stack:
+            stack.callback(self.pending.discard, pending)
+            # In a thread, so that a long prompt does not hold up the others' pieces.
+            pending.jobs = await run_sync(self.admission.jobs, body, pending.receiver, limiter=self.tokenizer_limiter)
+            self.worker.submit(pending.jobs)
+            stack.callback(pending.cancel)
+            if body.stream:
+                with_usage = bool(body.stream_options and body.stream_options.include_usage)
+                return _Events(pending.stream(with_usage), stack.pop_all().close)
+            answer, disconnect = asyncio.create_task(pending.answer()), asyncio.create_task(_disconnected(request))
+            stack.callback(answer.cancel)
+            stack.callback(disconnect.cancel)
             await asyncio.wait({answer, disconnect}, return_when=asyncio.FIRST_COMPLETED)
             return answer.result() if answer.done() else Response(status_code=CLIENT_CLOSED)
-        finally:
-            answer.cancel()
-            disconnect.cancel()
-            pending.cancel()
+
+
+def _route_guarded_by(key: str | None) -> type[APIRoute]:
+    """A route that looks at the API key, if there is one, before it reads anything of the body."""
+
+    class Guarded(APIRoute):
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def guarded(request: Request) -> Response:
+                if key is not None:
+                    check_key(await BEARER(request), key)
+                return await handle(request)
+
+            return guarded
+
+    return Guarded
+
+
+def check_key(credentials: HTTPAuthorizationCredentials | None, key: str) -> None:
+    """Refuses what a request without the API key carries."""
+    if credentials and secrets.compare_digest(credentials.credentials.encode(), key.encode()):
+        return
+    sentence = f"{'the API key is wrong' if credentials else 'no API key was given'}; send Authorization: Bearer KEY"
+    raise Refusal(401, sentence, code="invalid_api_key", kind="authentication_error")
 
 
 class _Events(StreamingResponse):
@@ -200,7 +232,10 @@ async def _disconnected(request: Request) -> None:
 
 
 class _BodyLimit:
-    """Refuses bodies of more than `most` bytes before they are read, or while, if they do not say how long they are."""
+    """Refuses bodies of more than `most` bytes before they are read, or while, if they do not say how long they are.
+
+    And those that have not arrived after RECEIVING seconds.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self.app, self.most = app, most
@@ -210,17 +245,21 @@ class _BodyLimit:
         length = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
         if length.isdecimal() and int(length) > self.most:
             return await refusal_of(HTTPException(413)).response(scope, receive, send)
-        total = 0
+        total, deadline = 0, current_time() + RECEIVING
 
         async def receive_limited() -> Message:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self.most:
-                raise HTTPException(413)
-            return message
+            nonlocal total, deadline
+            with CancelScope(deadline=deadline):
+                message = await receive()
+                total += len(message.get("body", b""))
+                if total > self.most:
+                    raise HTTPException(413)
+                if not message.get("more_body"):  # what is waited for from now on is that the client hangs up
+                    deadline = math.inf
+                return message
+            raise HTTPException(408)
 
-        await self.app(scope, receive_limited, send)
+        await self.app(scope, receive_limited if scope["type"] == "http" else receive, send)
 
 
 class _HostNames:

@@ -44,8 +44,14 @@ class ServingConfig:
             raise ConfigError(f"port={self.port} was given; it must be below 65536, 0 takes a free one")
         if not self.name.strip():
             raise ConfigError("the model's name is empty; give it one, or leave it out")
-        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
-            raise ConfigError("the API key must be ASCII and not empty; give another, or leave it out")
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError(
+                "the API key must be ASCII, printable, not empty and without spaces around it; give another, or leave "
+                "it out"
+            )
+        if self.grace is not None and not self.grace >= 0:
+            raise ConfigError(f"grace={self.grace} was given; it must be a number of seconds, 0 or more")
         if not self.loopback and self.api_key is None:
             raise ConfigError(
                 f"host={self.host!r} can be reached from other machines and there is no API key; give one, or listen "

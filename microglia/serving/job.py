@@ -53,9 +53,10 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """No answer: a sentence that says why, for the client."""
+    """No answer: a sentence that says why, for the client, and its HTTP status."""
 
     sentence: str
+    status: Literal[500, 503] = 500
 
 
 Event = Piece | Finished | Failed

@@ -15,8 +15,11 @@ SHOWN = 60  # characters of a wrong value that a sentence repeats
 HTTP_SENTENCES = {
     404: "there is nothing at this address; POST to /v1/chat/completions or /v1/completions",
     405: "this address does not take this method; POST completions, GET everything else",
+    408: "the request's body did not arrive in time; send it again, all at once",
     413: "the request is larger than this server reads; send less text",
 }
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 408: {"Connection": "close"}, 429: {"Retry-After": "1"}}
+CODES = {408: "body_timeout", 413: "body_too_large"}
 
 
 class Refusal(Exception):
@@ -39,7 +42,7 @@ class Refusal(Exception):
 
     @property
     def response(self) -> JSONResponse:
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(self.status)
+        headers = HEADERS.get(self.status)
         return JSONResponse(self.body, self.status, headers)
 
 
@@ -57,8 +60,7 @@ def refusal_of(error: Exception) -> Refusal:
         case RequestValidationError():
             return _invalid(error.errors())
         case HTTPException(status_code=status):
-            code = "body_too_large" if status == 413 else None
-            return Refusal(status, HTTP_SENTENCES.get(status, str(error.detail)), code=code)
+            return Refusal(status, HTTP_SENTENCES.get(status, str(error.detail)), code=CODES.get(status))
     return Refusal(500, "something in the server failed; its log says what")
 
 

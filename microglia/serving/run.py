@@ -1,32 +1,82 @@
 """Listen on a socket and serve until a signal comes; then finish the answers that are being written."""
 
+import asyncio
+import math
 import signal
 import socket
 import threading
+import time
+from asyncio import TimerHandle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import ceil
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from microglia.errors import MicrogliaError
+from microglia.serving.app import Service
 from microglia.serving.config import ServingConfig
 
+CLOSING = 5.0  # seconds for clients to read their answers, once the last of them is written
+SENDING = 30.0  # seconds for a client to read what is sent to it
 
-def server_for(app: FastAPI, config: ServingConfig) -> uvicorn.Server:
-    """A uvicorn server of `app`; its sockets are given to `run`."""
-    return uvicorn.Server(
-        uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            ws="none",
-            lifespan="on",
-            server_header=False,
-            timeout_graceful_shutdown=None if config.grace is None else ceil(config.grace),
+
+class Connection(H11Protocol):
+    """A connection that is cut off when its client does not read what is sent."""
+
+    unread: TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(SENDING, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.unread is not None:
+            self.unread.cancel()
+
+
+class Server(uvicorn.Server):
+    """A server that ends with its answers, or its grace, whatever its clients do; its sockets are given to `run`."""
+
+    def __init__(self, app: FastAPI, config: ServingConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                log_level="warning",
+                access_log=False,
+                ws="none",
+                lifespan="on",
+                server_header=False,
+                timeout_graceful_shutdown=math.ceil(CLOSING),
+            )
         )
-    )
+        self.service: Service = app.state.service
+        self.grace = math.inf if config.grace is None else config.grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections; wait for the model, then a little for the clients; cut off what is left."""
+        service, connections = self.service, self.server_state.connections
+        for server in self.servers:
+            server.close()
+        for connection in [*connections]:
+            connection.shutdown()  # at once if it is idle, else after its answer
+        await self._until(lambda: not service.unanswered, self.grace)
+        service.cut_off(service.unanswered)
+        stop = asyncio.to_thread(service.worker.stop, CLOSING)  # who asks from now on is told to ask again later
+        await asyncio.gather(stop, self._until(lambda: not connections, CLOSING))
+        service.cut_off(service.pending)
+        for connection in [*connections]:
+            connection.transport.abort()
+        await super().shutdown(sockets)
+
+    async def _until(self, done: Callable[[], bool], seconds: float) -> None:
+        """Returns when it is done, the time is over, or a second Ctrl-C has come."""
+        end = time.monotonic() + seconds
+        while not (done() or self.force_exit or time.monotonic() >= end):
+            await asyncio.sleep(0.05)
 
 
 def listen(config: ServingConfig) -> socket.socket:
@@ -54,7 +104,7 @@ def serve(app: FastAPI, config: ServingConfig, *, ready: Callable[[str], None] =
     """
     with listen(config) as sock, _term_as_interrupt():
         ready(address(sock))
-        server_for(app, config).run(sockets=[sock])
+        Server(app, config).run(sockets=[sock])
 
 
 @contextmanager

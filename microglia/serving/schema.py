@@ -1,7 +1,7 @@
 """What requests and answers look like: OpenAI's chat and text completions, plus `pruning`, `keep_ratio` and sparsity.
 
 What this server does not do is refused by name, never ignored. Only what cannot change an answer (`user`, `metadata`,
-`store`) is read over.
+`service_tier`, …) is read over.
 """
 
 from typing import Annotated, Any, Literal
@@ -53,6 +53,10 @@ class Request(RequestModel):
     user: str = Field("", description="Accepted, has no effect.")
     metadata: dict[str, str] = Field(default_factory=dict, description="Accepted, has no effect.")
     store: bool = Field(False, description="Accepted; nothing is ever stored.")
+    safety_identifier: str = Field("", description="Accepted, has no effect.")
+    prompt_cache_key: str = Field("", description="Accepted, has no effect.")
+    prompt_cache_retention: str = Field("", description="Accepted, has no effect.")
+    service_tier: str = Field("auto", description="Accepted, has no effect; there is one tier.")
 
     @property
     def stops(self) -> tuple[str, ...]:

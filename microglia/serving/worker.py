@@ -76,11 +76,14 @@ class Worker:
             self.waiting += jobs
             self.changed.notify()
 
-    def stop(self) -> None:
-        """Finish the batch that is being written, tell the waiting jobs that nobody will answer, end the thread."""
+    def stop(self, seconds: float | None = None) -> None:
+        """Finish the batch that is being written, tell the waiting jobs that nobody will answer, end the thread.
+
+        seconds: to wait for the thread, None for as long as the batch needs.
+        """
         self._dismiss()
         if self.thread.ident is not None:
-            self.thread.join()
+            self.thread.join(seconds)
 
     def _dismiss(self) -> None:
         with self.changed:
@@ -88,7 +91,7 @@ class Worker:
             left, self.waiting = self.waiting, []
             self.changed.notify()
         for job in left:
-            job.end(Failed(STOPPED))
+            job.end(Failed(STOPPED, 503))
 
     def _run(self) -> None:
         try:
@@ -99,6 +102,9 @@ class Worker:
                     self.running = []
         finally:  # should the thread ever die of itself, nobody must wait for it
             self._dismiss()
+            for job in self.running:
+                job.end(Failed(BROKE))
+            self.running = []
 
     def _next(self) -> list[Job]:
         """The next batch, waiting for one; empty when it is time to stop."""

@@ -6,10 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from openai import OpenAI
+from openai import AuthenticationError, OpenAI
 from typer.testing import CliRunner
 
 from microglia.cli.main import app
@@ -28,30 +29,58 @@ def checkpoint(tmp_path_factory):
     return system.save_pretrained(folder / "tiny-pruned"), system
 
 
+@contextmanager
+def process(folder, *flags, **environment):
+    """`microglia serve` as a process, and where it says that it is."""
+    verb = ["serve", str(folder), "--port", "0", "--json", *flags]
+    command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=-1, stderr=-1, text=True) as server:
+        try:
+            said = server.stderr.readline()
+            place = r"microglia: serving tiny-pruned at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C stops\)\n"
+            found = re.fullmatch(place, said)
+            assert found, said + server.stderr.read()
+            yield server, found[1]
+        finally:
+            server.kill()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])  # Ctrl-C, and what service managers and containers send
 def test_a_process_serves_until_a_signal(checkpoint, name):
     folder, system = checkpoint
-    verb = ["serve", str(folder), "--port", "0", "--json"]
-    command = [sys.executable, "-c", "from microglia.cli.main import app; app()", *verb]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=-1, stderr=-1, text=True
-    )
-    try:
-        said = process.stderr.readline()
-        found = re.fullmatch(r"microglia: serving tiny-pruned at (http://127\.0\.0\.1:\d+/v1) \(Ctrl-C stops\)\n", said)
-        assert found, said + process.stderr.read()
-        with OpenAI(base_url=found[1], api_key="none", timeout=300) as client:
+    with process(folder) as (server, url):
+        with OpenAI(base_url=url, api_key="none", timeout=300) as client:
             message = {"role": "user", "content": "1 + 1 ="}
             answer = client.chat.completions.create(model="tiny-pruned", messages=[message], max_tokens=5)
         assert answer.choices[0].message.content.strip() == system.generate("1 + 1 =", 5)
         assert answer.usage.sparsity == pytest.approx(system.get_sparsity())
-        process.send_signal(getattr(signal, name))
-        stdout, stderr = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert (process.returncode, stderr) == (0, "microglia: stopped; every running answer was finished\n")
+        server.send_signal(getattr(signal, name))
+        stdout, stderr = server.communicate(timeout=300)
+    assert (server.returncode, stderr) == (0, "microglia: stopped; every running answer was finished\n")
     assert json.loads(stdout)["answers"] in ({"stop": 0, "length": 1, "cut": 0}, {"stop": 1, "length": 0, "cut": 0})
+
+
+@pytest.mark.slow
+def test_what_the_grace_cuts_off_is_said(checkpoint):
+    with process(checkpoint[0], "--grace", "0") as (server, url), OpenAI(base_url=url, api_key="none") as client:
+        prompts = [f"{n} + {n} =" for n in range(16)]
+        stream = client.completions.create(model="tiny-pruned", prompt=prompts, max_tokens=1000, stream=True)
+        next(iter(stream))
+        server.send_signal(signal.SIGTERM)
+        stdout, stderr = server.communicate(timeout=300)
+    assert (server.returncode, stderr) == (0, "microglia: stopped; running answers cut off: 1\n")
+    assert json.loads(stdout)["answers"]["cut"] > 0
+
+
+@pytest.mark.slow
+def test_a_key_from_a_file_that_ends_in_a_line_break_matches(checkpoint):
+    with process(checkpoint[0], MICROGLIA_API_KEY="sesame\n") as (_, url):
+        with OpenAI(base_url=url, api_key="sesame") as client:
+            assert client.models.list().data[0].id == "tiny-pruned"
+        with OpenAI(base_url=url, api_key="none") as client, pytest.raises(AuthenticationError):
+            client.models.list()
 
 
 @pytest.mark.parametrize(
@@ -60,6 +89,10 @@ def test_a_process_serves_until_a_signal(checkpoint, name):
         ("nowhere/", "there is no checkpoint folder nowhere/"),
         ("x --host 0.0.0.0", "can be reached from other machines and there is no API key"),
         ("x --max-batch 0", "max_batch=0 was given; it must be at least 1"),
+        ("x --grace nan", "grace=nan was given; it must be a number of seconds, 0 or more"),
+        ("x --grace -1", "grace=-1.0 was given; it must be a number of seconds, 0 or more"),
+        ("x --execution nope", "'--execution': 'nope' is not one of 'dense', 'masked', 'compact', 'captured'"),
+        ("x --path nope", "'--execution': 'nope' is not one of 'dense', 'masked', 'compact', 'captured'"),
         ("x --batch-by luck", "'--batch-by': 'luck' is not one of 'settings', 'decision'"),
     ],
 )

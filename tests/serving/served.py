@@ -15,7 +15,7 @@ from microglia.reading import read_prompts
 from microglia.serving.app import create_app
 from microglia.serving.config import ServingConfig
 from microglia.serving.model import PrunedModel
-from microglia.serving.run import address, listen, server_for
+from microglia.serving.run import Server, address, listen
 from microglia.tasks.base import Task
 from tests.tiny import geometries_of, tiny_model
 from tests.tiny_folder import LETTERS, SPECIAL, character_tokenizer, opinionated_pruner
@@ -96,7 +96,7 @@ def running(model: PrunedModel, **options) -> Iterator[Served]:
     config = ServingConfig(**{"name": NAME, "port": 0, "max_waiting": 256, **options})
     app = create_app(model, config)
     sock = listen(config)
-    server = server_for(app, config)
+    server = Server(app, config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
     url = address(sock)
     thread.start()

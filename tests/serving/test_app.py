@@ -1,17 +1,23 @@
 """The server through OpenAI's own client, and what it refuses."""
 
 import json
+import threading
 import time
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 
 import jsonschema
 import openai
 import pytest
+from tokenizers import Regex, normalizers
 
 from microglia.errors import ConfigError, MicrogliaError
+from microglia.pruner import Budget
+from microglia.serving import admission
 from microglia.serving.config import ServingConfig
 from microglia.serving.run import listen
-from tests.serving.served import NAME, alone, running
+from microglia.tasks.prompts import prompt_ids
+from tests.serving.served import NAME, alone, running, tiny_pruned
 
 QUESTION = "How many is 3 times 4?"
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 12}
@@ -106,6 +112,48 @@ def test_a_seed_is_repeatable_and_a_stop_ends(served, model):
     answer = served.client.completions.create(**TEXT, stop=whole[4:6])
     assert answer.choices[0].text == whole[: whole.index(whole[4:6])]
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_a_keep_ratio_is_searched_for_once(served, monkeypatch):
+    searches, keep_ratio = [], Budget.keep_ratio
+    monkeypatch.setattr(Budget, "keep_ratio", lambda *args: searches.append(1) or keep_ratio(*args))
+    for _ in range(24):
+        served.client.completions.create(**{**TEXT, "max_tokens": 1}, extra_body={"keep_ratio": 0.4375})
+    assert 0 < len(searches) <= 40
+
+
+def test_known_fields_that_change_no_answer_are_accepted(served, model):
+    known = {"safety_identifier": "a", "prompt_cache_key": "b", "prompt_cache_retention": "24h", "service_tier": "flex"}
+    answer = served.client.chat.completions.create(**CHAT, **known, user="u", store=True, metadata={"a": "b"})
+    assert answer.choices[0].message.content == alone(wrapped(model), 12).texts[0]
+    answer = served.client.completions.create(**TEXT, extra_body=known)
+    assert answer.choices[0].text == alone(TEXT["prompt"], 12).texts[0]
+
+
+ON_THE_MODEL = {
+    "num_beams": 2,
+    "stop_strings": ["1", "a", " "],
+    "max_time": 0.0,
+    "use_cache": False,
+    "repetition_penalty": 5.0,
+}
+
+
+@pytest.mark.parametrize("name", ON_THE_MODEL)
+def test_the_models_own_settings_are_as_if_unset(name):
+    model = tiny_pruned()
+    setattr(model.lm.generation_config, name, ON_THE_MODEL[name])
+    prompts = ["1 + 1 =", "abc"]
+    with running(model) as served:
+        create = partial(served.client.with_options(timeout=60).completions.create, model=NAME, max_tokens=12)
+        for options in ({}, {"pruning": False}, {"keep_ratio": 0.4}):
+            truths = [alone(prompt, 12, **options) for prompt in prompts]
+            answer = create(prompt=prompts, extra_body=options)
+            assert [choice.text for choice in answer.choices] == [truth.texts[0] for truth in truths]
+            kept = 32 if options == {"pruning": False} else sum(int(k.sum()) for truth in truths for k in truth.keep)
+            assert answer.usage.heads_kept == kept
+        chunks = create(prompt=prompts[0], stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == alone(prompts[0], 12).texts[0]
 
 
 def test_models_health_and_metrics(served):
@@ -277,6 +325,7 @@ def test_limits_key_and_a_full_queue(model):
             ) as full:
                 create(**TEXT)
             assert full.value.response.headers["retry-after"] == "1"
+            assert served.metric("microglia_answers_total", reason="cut") == 0  # it was refused, not cut off
             go.set()
             texts = ["".join(chunk.choices[0].text for chunk in stream) for stream in streams]
         assert texts == [alone(TEXT["prompt"], 12).texts[0]] * 2
@@ -326,6 +375,57 @@ def test_clients_that_hang_up_are_counted_and_not_written_for(model):
         assert served.metric("microglia_answers_total", reason="length") == 1
         assert served.metric("microglia_completion_tokens_total") < 300
         assert served.metric("microglia_requests_total", path="/v1/completions", status="200") == 2
+
+
+def test_a_prompt_that_is_far_too_long_is_refused_by_its_beginning(model, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        admission, "prompt_ids", lambda tokenizer, texts: read.extend(map(len, texts)) or prompt_ids(tokenizer, texts)
+    )
+    with running(model, max_prompt_tokens=40) as served:
+        for path, body in (
+            ("/v1/completions", {"prompt": "x" * 500_000}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x" * 500_000}]}),
+        ):
+            error = check(served, path, served.http.post(path, json={"model": NAME, **body}))["error"]
+            sentence = "the prompt has more than 40 tokens, which is all that this server reads; shorten it"
+            assert (error["message"], error["code"]) == (sentence, "context_length_exceeded")
+        assert sum(read) <= 2 * 40 * 8
+    with running(model) as served:
+        response = served.http.post("/v1/completions", json={"model": NAME, "prompt": "x" * 500_000})
+        assert "the prompt has more than 512 tokens" in response.text
+
+
+def test_a_prompt_of_many_characters_and_few_tokens_is_answered():
+    """By its characters alone it could not fit, but its tokenizer takes any number of spaces for one."""
+    model = tiny_pruned()
+    model.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" +"), " ")
+    with running(model) as served:
+        answer = served.client.completions.create(**{**TEXT, "prompt": "1 +" + " " * 50_000 + "1 ="})
+        assert answer.choices[0].text == alone("1 + 1 =", 12).texts[0]
+        assert answer.usage.prompt_tokens == 7
+
+
+def test_others_are_answered_while_a_prompt_is_tokenised(model, monkeypatch):
+    go, reached = threading.Event(), threading.Event()
+
+    def hold(tokenizer, texts):
+        reached.set()
+        assert go.wait(60)
+        return prompt_ids(tokenizer, texts)
+
+    with running(model) as served, ThreadPoolExecutor(1) as pool:
+        with served.held() as written:
+            stream = served.client.completions.create(**TEXT, stream=True)
+            assert written.reached.wait(60)
+            monkeypatch.setattr(admission, "prompt_ids", hold)
+            long = pool.submit(served.client.completions.create, **TEXT)
+            assert reached.wait(60)
+            assert served.http.get("/health").json()["status"] == "ok"
+        assert "".join(chunk.choices[0].text for chunk in stream) == alone(TEXT["prompt"], 12).texts[0]
+        assert not long.done()
+        go.set()
+        assert long.result().choices[0].text == alone(TEXT["prompt"], 12).texts[0]
 
 
 def test_a_failing_model_is_an_error_and_not_the_end(model):

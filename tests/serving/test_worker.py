@@ -32,7 +32,7 @@ class Noting:
     context_length = 100
 
     def __init__(self):
-        self.batches, self.counted = [], []
+        self.batches, self.counted, self.forgotten = [], [], set()
         self.go, self.busy = threading.Event(), threading.Event()
 
     def answer(self, jobs):
@@ -45,7 +45,8 @@ class Noting:
             if one.prompt == "refused":
                 raise DataError("a sentence")
         for one in jobs:
-            one.end(Finished("stop", 1, 1, 2, 0.0, 0.0))
+            if one.prompt not in self.forgotten:
+                one.end(Finished("stop", 1, 1, 2, 0.0, 0.0))
 
     def count_kept_heads(self, jobs):
         self.counted.append([j.prompt for j in jobs])
@@ -142,6 +143,50 @@ def test_one_bad_prompt_takes_no_other_with_it(start):
     assert worker.alive
 
 
+def test_a_job_that_the_model_did_not_end_has_failed(start):
+    """Whatever stopped its generation: else its client would wait for ever."""
+    worker, model = start()
+    jobs = [job(name) for name in ("ends", "forgotten", "left", "ends too")]
+    model.forgotten = {"forgotten", "left"}
+    jobs[2].cancelled = True
+    worker.submit(jobs[:2])
+    worker.submit(jobs[2:])
+    drained(worker)
+    assert [type(j.events[-1]) for j in (jobs[0], jobs[3])] == [Finished, Finished]
+    assert jobs[1].events == [Failed(BROKE)]
+    assert jobs[1].ended
+    assert worker.alive
+    worker.submit([after := job("after")])
+    drained(worker)
+    assert isinstance(after.events[-1], Finished)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_should_the_thread_die_nobody_waits_for_it(start):
+    def die(jobs):
+        raise RuntimeError("out of luck")
+
+    worker, model = start(max_batch=1)
+    running, waiting = job("running"), job("waiting")
+    worker.submit([running, waiting])
+    worker.on_batch = die
+    model.go.set()
+    worker.thread.join(30)
+    assert not worker.alive
+    assert running.events == [Failed(BROKE)]
+    assert waiting.events == [Failed(STOPPED, 503)]
+    assert (worker.running, worker.waiting) == ([], [])
+
+
+def test_stopping_waits_as_long_as_it_is_told(start):
+    worker, model = start()
+    worker.stop(0.05)
+    assert worker.thread.is_alive()
+    model.go.set()
+    worker.stop()
+    assert not worker.thread.is_alive()
+
+
 def test_stopping_finishes_the_batch_and_tells_those_who_wait(start):
     worker, model = start()
     waiting = job("waiting")
@@ -150,7 +195,7 @@ def test_stopping_finishes_the_batch_and_tells_those_who_wait(start):
     stopping.start()
     while not waiting.events:
         threading.Event().wait(0.01)
-    assert waiting.events == [Failed(STOPPED)]
+    assert waiting.events == [Failed(STOPPED, 503)]
     assert worker.thread.is_alive()  # the first job is still being answered
     model.go.set()
     stopping.join(30)
