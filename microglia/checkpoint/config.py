@@ -17,9 +17,11 @@ from microglia.models import REASONER, reasoner_path
 from microglia.policies import POLICIES, Policy
 from microglia.pruner import Fill, Pruner, check_window
 from microglia.signals import check_signals
-from microglia.units import UNITS, Geometry, find_sites
+from microglia.tasks.prompts import check_template
+from microglia.units import MOST_UNITS, UNITS, Geometry, find_sites
 
 FORMAT_VERSION = 2  # raised when an older microglia could not read what a newer one writes
+MOST_SITES = 4096
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class SavedSite:
     def geometry_value(self) -> Geometry:
         """The geometry as its unit knows it. Raises ConfigError for one that cannot be."""
         kind = UNITS[self.unit].geometry_type
-        if wrong := [f"{name}={value!r}" for name, value in self.geometry.items() if type(value) is not int]:
-            raise ConfigError(f"the geometry of {self.name} has {', '.join(wrong)}; it must be whole numbers")
+        allowed = {name: type(value) is int and value <= MOST_UNITS for name, value in self.geometry.items()}
+        if wrong := [f"{name}={self.geometry[name]!r}" for name, is_allowed in allowed.items() if not is_allowed]:
+            raise ConfigError(
+                f"the geometry of {self.name} has {', '.join(wrong)}; it must be whole numbers of at most {MOST_UNITS}"
+            )
         try:
             geometry: Geometry = kind(**self.geometry)
         except TypeError as error:
@@ -78,10 +83,11 @@ class MicrogliaConfig:
     lora: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sites:
-            raise ConfigError("0 sites make no policy; there must be 1 or more")
+        if not 1 <= len(self.sites) <= MOST_SITES:
+            raise ConfigError(f"{len(self.sites)} sites make no policy; there must be 1 to {MOST_SITES}")
         check_choice("fill", self.fill, get_args(Fill))
         check_window(self.window)
+        check_template(self.template)
         # Each of them checks itself.
         _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
         _ = self.geometries, self.gate
@@ -134,7 +140,10 @@ class MicrogliaConfig:
         return Gate(temperature=self.temperature, threshold=self.threshold, bucket=self.bucket)
 
     def new_policy(self) -> Policy:
-        """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know."""
+        """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know.
+
+        Under `torch.device("meta")` it has shapes and no memory, to be compared with what was saved.
+        """
         try:
             return POLICIES[self.policy].create(self.geometries, self.signals, **self.policy_options)
         except (TypeError, RuntimeError) as error:

@@ -27,7 +27,10 @@ class Policy(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def create(cls, geometries: Sequence[Geometry], signals: Sequence[str], **options: Any) -> Self:
-        """An untrained policy for sites of these geometries; `options` are those that `options()` returns."""
+        """An untrained policy for sites of these geometries; `options` are those that `options()` returns.
+
+        Also made on the meta device, to compare its shapes with those of a checkpoint.
+        """
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
