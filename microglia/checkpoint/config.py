@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -61,7 +61,8 @@ class MicrogliaConfig:
     signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
     pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that training
     used; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
-    measured for this threshold, empty when nothing is promised; lora: an adapter belongs to it.
+    measured for this threshold, empty when nothing is promised; used: keys of the questions that trained the policy or
+    set its thresholds, by `tasks.used`, none in checkpoints of before; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -80,6 +81,7 @@ class MicrogliaConfig:
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
+    used: str = ""
     lora: bool = False
 
     def __post_init__(self) -> None:
@@ -102,6 +104,7 @@ class MicrogliaConfig:
         template: str = "{question}",
         training: Mapping[str, Any] | None = None,
         promise: Mapping[str, Any] | None = None,
+        used: Collection[str] = (),
     ) -> "MicrogliaConfig":
         """The configuration of a pruner on `model` (with LoRA when peft has wrapped it)."""
         lm, policy, gate = causal_lm(model), pruner.policy, pruner.gate
@@ -127,6 +130,7 @@ class MicrogliaConfig:
             template=template,
             training=dict(training or {}),
             promise=dict(promise or {}),
+            used=" ".join(sorted(used)),
             lora=is_lora(model),
         )
 
@@ -202,7 +206,7 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(cls, upgraded(row, where) if version == 1 else row, where)
+        values = _typed(cls, {"used": "", **(upgraded(row, where) if version == 1 else row)}, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
             lists = {name: tuple(values[name]) for name in ("signals", "units")}

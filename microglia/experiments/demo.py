@@ -11,7 +11,7 @@ from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import check_writable
 from microglia.evaluation.run import Evaluation, follows_difficulty, paired
 from microglia.evaluation.setup import Setup
-from microglia.experiments.side_by_side import BASELINE, PairRecipe, save, train_pair
+from microglia.experiments.side_by_side import BASELINE, PairRecipe, questions, save, train_pair
 from microglia.models import REASONER, load_model
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
@@ -94,7 +94,8 @@ def demo(
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
     training = {"dataset": task.name, "config": asdict(recipe.of_seed(seed).second)}
     for name, place in {"pruned": "checkpoint", "static baseline": BASELINE}.items():
-        save(held_out, chosen[name], folder / place, base_model=REASONER, training=training)
+        used = questions(held_out, recipe.of_seed(seed))
+        save(held_out, chosen[name], folder / place, base_model=REASONER, training=training, used=used)
     return result
 
 

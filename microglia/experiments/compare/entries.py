@@ -13,6 +13,7 @@ from microglia.evaluation.setup import Setup
 from microglia.policies import Policy
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
+from microglia.tasks.used import fingerprint
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config
 
@@ -26,18 +27,14 @@ Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a s
 class Entry:
     """A name in tables, and the policy that a seed makes.
 
-    identity: what tells its policies from others of that name, for a ledger; of each policy where they are counted.
-    count: how many policies there are, of which `make` then gives the first, second, …; None when any seed makes one.
+    identity: what tells the policy that a seed makes from others of that name, for a ledger.
+    count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
     """
 
     name: str
-    identity: Any
+    identity: Callable[[int], Any]
     make: Callable[[int], Policy]
     count: int | None = None
-
-    def identity_of(self, place: int) -> Any:
-        """What tells the policy of a seed from others; it does not depend on which other seeds there are."""
-        return self.identity if self.count is None else self.identity[place]
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
@@ -68,7 +65,8 @@ def make_entries(
     entries = []
     for name, folders in parsed(words).items():
         if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
-            entries.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
+            prints = [policy.fingerprint() for policy in ready]
+            entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready)))
         else:
             entries.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
     return entries
@@ -94,7 +92,10 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
     """
     chosen = get_criterion(word.removesuffix(PER_INPUT), **options)
     limit = options["config"].limit if "config" in options else CALIBRATION_PROMPTS
-    identity = {"criterion": word, "prompts": limit, **{name: asdict(value) for name, value in options.items()}}
+    described = {"criterion": word, **{name: asdict(value) for name, value in options.items()}}
+
+    def identity(seed: int) -> Any:
+        return {**described, "prompts": fingerprint(examples(limit, seed))}
 
     def make(seed: int) -> Policy:
         calibration = Calibration(

@@ -54,14 +54,17 @@ def compare(
     An entry that has one policy for all seeds is measured once. Raises ConfigError for no or unfit ratios or seeds.
     """
     _check(entries, keep_ratios, seeds)
+    prompts = {"prompts": comparison.setup.identity, "held_out": comparison.held_out.identity}
+    comparison = replace(comparison, ledger=comparison.ledger.within(**prompts))
     work = partial(measure, comparison.setup, None, comparison.progress)
     runs = [Run(DENSE, 1.0, seeds[0], Measured.from_json(comparison.ledger.get({"run": DENSE}, work)))]
     for entry in entries:
         known: dict[Any, dict[str, Any]] = {}  # a score that no seed changes is measured once
         for place, seed in enumerate(seeds[: entry.count]):
-            make = cache(partial(comparison.make, entry, seed if entry.count is None else place))
+            which = seed if entry.count is None else place
+            make, identity = cache(partial(comparison.make, entry, which)), entry.identity(which)
             for ratio in sorted(set(keep_ratios), reverse=True):
-                key = {"policy": entry.name, "is": entry.identity_of(place), "target": ratio}
+                key = {"policy": entry.name, "is": identity, "target": ratio}
                 answers = partial(_answers, comparison, make, ratio, known)
                 row = comparison.ledger.get({"run": "answers", **key, "seed": seed}, answers)
                 run = Run(entry.name, ratio, seed, Measured.from_json(row))

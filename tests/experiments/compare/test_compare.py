@@ -149,6 +149,22 @@ def test_a_score_that_no_seed_changes_is_measured_once(folder, made, monkeypatch
     assert (norm["policy"], norm["seeds"]) == ("norm:per-input", [0, 1, 2])
 
 
+def test_answers_are_of_the_data_and_not_of_its_name(folder, made, tmp_path) -> None:
+    """A file that was edited is answered anew: the dense model, and every policy on it."""
+    file = tmp_path / "mine.jsonl"
+
+    def answered(times: int) -> int:
+        lines = [json.dumps({"question": f"{n} times {times}?", "answer": f"{n * times}"}) for n in range(1, 30)]
+        file.write_text("\n".join(lines))
+        before = len(keys(tmp_path / "out")) if (tmp_path / "out").exists() else 0
+        place = ["--dataset", "jsonl", "--data-dir", file, "--output-dir", tmp_path / "out", "--policies", "random"]
+        done = run("--model-path", folder, *place, *FEW, *AT, "--json")
+        assert done.exit_code == 0, done.stderr
+        return len(keys(tmp_path / "out")) - before
+
+    assert [answered(times) for times in (2, 2, 3, 2)] == [4, 0, 4, 0]
+
+
 def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) -> None:
     short = TrainingConfig(max_steps=1, limit=4, batch_size=2, eval_limit=2, keep_ratio=0.6)
     monkeypatch.setattr("microglia.experiments.demo.RECIPE", PairRecipe(short, short))
