@@ -20,7 +20,7 @@ from microglia.policies import StaticPolicy, new_agents
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example, Task
 from microglia.tasks.used import fingerprint, question_keys
-from microglia.training import TrainingConfig
+from microglia.training import TrainingConfig, TrainingResult
 from microglia.training.loop import examples_of
 from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
 from microglia.units import find_sites
@@ -67,18 +67,16 @@ def train_pair(
     """Train agents and static baseline of a seed. `tell` hears of each stage; `options` go to `train_in_memory`."""
     recipe = recipe.of_seed(seed)
 
-    def stage(name: str, pruner: Pruner, config: TrainingConfig) -> list[dict[str, Any]]:
+    def stage(name: str, pruner: Pruner, config: TrainingConfig) -> TrainingResult:
         if tell:
             tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
         return train_in_memory(setup.model, setup.tokenizer, setup.task, pruner, config, **options)
 
-    baseline = new_static_baseline(setup.model, gate)
-    stage("static baseline", baseline, recipe.first)
+    baseline = stage("static baseline", new_static_baseline(setup.model, gate), recipe.first).pruner
     agents = agents_from(baseline, setup, seed, recipe.policy, hidden_dim=recipe.hidden_dim)
-    history = stage("agents", agents, recipe.second)
+    trained = stage("agents", agents, recipe.second)
     further = baseline_config(recipe.second, learning_rate=recipe.first.learning_rate / 2)
-    stage("static baseline, on", baseline, further)
-    return Pair(agents, baseline, history)
+    return Pair(trained.pruner, stage("static baseline, on", baseline, further).pruner, trained.history)
 
 
 def agents_from(like: Pruner, setup: Setup, seed: int, kind: str, *, warm: bool = True, **options: Any) -> Pruner:

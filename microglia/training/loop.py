@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,8 @@ def train(
             _write(folder / HISTORY, history)
         processes.wait()
     pruner.policy.eval()
-    return TrainingResult(pruner, model, history, time.monotonic() - started)
+    gate = replace(pruner.gate, temperature=config.temperature[1])  # so that its probabilities are those it learned
+    return TrainingResult(replace(pruner, gate=gate), model, history, time.monotonic() - started)
 
 
 def _run_stages(stages: "_Stages", pruner: Pruner) -> list[dict[str, Any]]:
