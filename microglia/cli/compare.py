@@ -63,7 +63,7 @@ def compare(
         training_examples,
         {"agents": agents, BASELINE: baselines},
         like=comparison.like,
-        training=system.training.get("config"),
+        training=system.training,
     )
     at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
     where, settings = examples.settings()

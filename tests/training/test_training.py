@@ -215,3 +215,13 @@ def test_what_is_trained_is_shown_at_the_temperature_that_training_ended_with(tm
     saved = MicrogliaPruningSystem.from_pretrained(tmp_path / "saved", system.source)
     shown = saved.explain("What is 1 + 2?").sites[0]
     assert shown.probability == pytest.approx(torch.sigmoid(torch.tensor(shown.logit) / 1.5).tolist(), abs=1e-5)
+
+
+def test_the_price_of_a_head_rises_alike_whatever_the_learning_rate(tmp_path):
+    """Agents and their static baseline learn at other rates; too many kept heads must cost both the same."""
+    prices = []
+    for rate in (1e-9, 1e-7):
+        config = replace(SHORT, max_steps=10, keep_ratio=0.5, ramp=0.0, learning_rate=rate, noise=(0.0, 0.0))
+        _, result = tiny_run(tmp_path / str(rate), config)
+        prices.append(next(row["multiplier"] for row in result.history if "multiplier" in row))
+    assert prices[0] == prices[1] > 0.1

@@ -11,7 +11,7 @@ from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
 from microglia.evaluation.setup import Setup
 from microglia.policies import Policy
-from microglia.pruner import Pruner
+from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Example
 from microglia.tasks.used import fingerprint
 from microglia.training import TrainingConfig
@@ -29,12 +29,14 @@ class Entry:
 
     identity: what tells the policy that a seed makes from others of that name, for a ledger.
     count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
+    fill: what its pruned heads leave behind, None for what the agents' leave.
     """
 
     name: str
     identity: Callable[[int], Any]
     make: Callable[[int], Policy]
     count: int | None = None
+    fill: Fill | None = None
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
@@ -58,10 +60,11 @@ def make_entries(
 ) -> list[Entry]:
     """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
 
-    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share. training:
-    options of the agents' training, by which the static baseline is trained too.
+    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share, and its fill
+    but for criteria whose paper has the mean. training: the agents' training as a checkpoint holds it, by which the
+    static baseline is trained too.
     """
-    options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
+    options = {BASELINE: {"config": baseline_of(training)}} if training and training.get("config") else {}
     entries = []
     for name, folders in parsed(words).items():
         if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
@@ -92,7 +95,8 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
     """
     chosen = get_criterion(word.removesuffix(PER_INPUT), **options)
     limit = options["config"].limit if "config" in options else CALIBRATION_PROMPTS
-    described = {"criterion": word, **{name: asdict(value) for name, value in options.items()}}
+    fill: Fill = "mean" if chosen.fill == "mean" else like.fill
+    described = {"criterion": word, "fill": fill, **{name: asdict(value) for name, value in options.items()}}
 
     def identity(seed: int) -> Any:
         return {**described, "prompts": fingerprint(examples(limit, seed))}
@@ -105,13 +109,24 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
             examples(limit, seed),
             window=like.window,
             bucket=like.gate.bucket,
-            fill=like.fill,
+            fill=fill,
             batch_size=16,
             seed=seed,
         )
         return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
 
-    return Entry(word, identity, make)
+    return Entry(word, identity, make, fill=fill)
+
+
+def baseline_of(training: Mapping[str, Any]) -> TrainingConfig:
+    """How the static baseline of trained agents is trained: where they began with one, with all the steps of both."""
+    config = config_of(training["config"])
+    if "first" not in training:
+        return baseline_config(config)
+    first = config_of(training["first"])
+    limits = (first.limit, config.limit)
+    limit = None if None in limits else sum(filter(None, limits))
+    return baseline_config(first, max_steps=first.max_steps + config.max_steps, limit=limit)
 
 
 def config_of(training: Mapping[str, Any]) -> TrainingConfig:

@@ -21,7 +21,8 @@ from microglia.results import BenchmarkRow, Latency, part_from_json, plain
 class Comparison:
     """setup: the prompts that are answered; held_out: others, on which keep ratios become thresholds.
 
-    like: the agents' pruner: all entries share its gate, window and fill. num_runs: of the timing, 0 for none.
+    like: the agents' pruner: all entries share its gate and window, and its fill unless they have their own.
+    num_runs: of the timing, 0 for none.
     """
 
     setup: Setup
@@ -37,7 +38,7 @@ class Comparison:
         report(f"making {entry.name}", 0, 1)
         policy = entry.make(seed).to(input_device(self.setup.model)).eval()
         report(f"making {entry.name}", 1, 1)
-        return self.held_out.calibrated(replace(self.like, policy=policy))
+        return self.held_out.calibrated(replace(self.like, policy=policy, fill=entry.fill or self.like.fill))
 
     def trained_keep_ratio(self, pruner: Pruner) -> float:
         """What a pruner keeps at the decision that it was trained to."""
