@@ -38,3 +38,13 @@ def check_choice(name: str, value: Any, options: Collection[str]) -> None:
     if value not in options:
         listed = " or ".join(options) if len(options) == 2 else f"one of {', '.join(options)}"
         raise ConfigError(f"{name}={value!r} is unknown; choose {listed}")
+
+
+def check_range(name: str, value: float, least: float, most: float, otherwise: str = "") -> None:
+    """Raise ConfigError unless the option called `name` has a value between `least` and `most`.
+
+    otherwise: what else is allowed, for the end of the sentence.
+    """
+    if not least <= value <= most:
+        bound = f"least {least}" if value < least else f"most {most}"
+        raise ConfigError(f"{name}={value} was given; it must be at {bound}{otherwise}")

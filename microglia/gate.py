@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from microglia.errors import ConfigError
+from microglia.errors import ConfigError, check_range
 from microglia.registry import listed
-from microglia.units import Geometry
+from microglia.units import MOST_UNITS, Geometry
 
 Mode = Literal["hard", "straight-through", "soft"]
 
@@ -41,8 +41,8 @@ class Gate:
             raise ConfigError(f"gate mode {self.mode!r} is unknown; choose {listed(get_args(Mode))}")
         if self.temperature <= 0:
             raise ConfigError(f"temperature={self.temperature} was given; it must be above 0")
-        if self.bucket is not None and self.bucket < 1:
-            raise ConfigError(f"bucket={self.bucket} was given; it must be at least 1")
+        if self.bucket is not None:
+            check_range("bucket", self.bucket, 1, MOST_UNITS)
 
     @property
     def trains(self) -> bool:

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from microglia.errors import ConfigError, check_choice
+from microglia.errors import ConfigError, check_choice, check_range
 from microglia.gate import Gate, keep_ratio
 from microglia.policies import Policy
 from microglia.signals import SIGNALS, MeanOutput, Signal
@@ -74,8 +74,8 @@ class Budget:
 
 def check_window(window: int | None) -> None:
     """Raise ConfigError for a number of prompt tokens that cannot be."""
-    if window is not None and window < 1:
-        raise ConfigError(f"window={window} was given; it must be at least 1, or None for all prompt tokens")
+    if window is not None:
+        check_range("window", window, 1, 2**31 - 1, ", or None for all prompt tokens")
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from microglia.evaluation.choices import score_choices
 from microglia.evaluation.run import paired
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for, kind_of
-from microglia.experiments.calibrate import Aim, calibrate, unused_examples
+from microglia.experiments.calibrate import Aim, calibrate, questions_used, unused_examples
 from microglia.experiments.ledger import Ledger
 from microglia.explain import Explanation, explain
 from microglia.gate import Gate, keep_ratio
@@ -32,7 +32,9 @@ from microglia.reading import read_prompts
 from microglia.results import EvaluationResult, Promise
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
+from microglia.tasks.used import question_keys
 from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
+from microglia.training.loop import examples_of
 from microglia.units import find_sites
 
 CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits, from which a keep ratio becomes a threshold
@@ -77,6 +79,7 @@ class MicrogliaPruningSystem:
             agents = new_agents(policy, self._geometries, signals=signals, hidden_dim=hidden_dim)
         self.pruner = Pruner(agents.to(input_device(self.model)).eval(), gate, window, fill)
         self.template, self.training, self.promise = Task.template, dict[str, Any](), dict[str, Any]()
+        self._used: frozenset[str] = frozenset()  # keys of the questions that trained the policy or set its thresholds
         self._keep_ratios: list[float] = []
         self._executions: dict[str, Execution] = {}
 
@@ -109,6 +112,8 @@ class MicrogliaPruningSystem:
         self.model, self.template, self.promise = result.model, task.template, {}
         self._executions = {}  # they were made for the model without adapters
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
+        known = [*(example for part in examples_of(task, config, data_dir) for example in part), *held_out]
+        self._used |= question_keys(example.question for example in known)
         prompts = [example_prompt(self.tokenizer, example, task.template) for example in held_out]
         self.pruner = self._calibrated(result.pruner.with_threshold(0.0), prompts)
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
@@ -227,6 +232,7 @@ class MicrogliaPruningSystem:
         """
         if prompts is not None:
             self.pruner = self._calibrated(self.pruner, self._rendered(list(prompts)))
+            self._used |= question_keys(prompts)
         self.pruner = self.pruner.with_threshold(0.0) if ratio is None else self.pruner.at(ratio)
         self.promise = {}  # was for another threshold
         return self.pruner.gate.threshold
@@ -252,15 +258,16 @@ class MicrogliaPruningSystem:
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)
-        trained = self.training.get("config", {}) if self.training.get("dataset") == dataset_name else None
-        examples = unused_examples(task, split, trained, CALIBRATION_PROMPTS, limit=limit, seed=seed, data_dir=data_dir)
+        used = self._used
+        if not used and self.training.get("dataset") == dataset_name:
+            used = questions_used(task, self.training.get("config", {}), data_dir=data_dir)
+        examples = unused_examples(task, split, used, limit=limit, seed=seed, data_dir=data_dir)
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
-        name = execution if isinstance(execution, str) else execution.name
-        settings = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed, "execution": name}
-        key = {**settings, "max_new_tokens": max_new_tokens, "base_model": self.source}
-        key |= {"pruner": self.pruner.with_threshold(0.0).fingerprint()}
-        promise = calibrate(setup, self.pruner, Aim(**aim), ledger=Ledger(ledger, key), progress=progress)
-        promise = replace(promise, settings=settings)
+        kept = Ledger(ledger, {"base_model": self.source})
+        promise = calibrate(setup, self.pruner, Aim(**aim), ledger=kept, progress=progress)
+        settings = {"dataset": dataset_name, "split": split, "limit": limit, "seed": seed}
+        identity = setup.identity
+        promise = replace(promise, settings=settings | {name: identity[name] for name in ("execution", "examples")})
         self.pruner = self.pruner.with_threshold(promise.threshold)
         self.promise = promise.to_json()
         return promise
@@ -274,6 +281,7 @@ class MicrogliaPruningSystem:
             template=self.template,
             training=self.training,
             promise=self.promise,
+            used=self._used,
         )
 
     def save_pretrained(self, folder: Path | str) -> Path:
@@ -306,6 +314,7 @@ class MicrogliaPruningSystem:
         system = cls(config.base_model if model is None else model, **options)
         system.model, system.pruner = saved.load_onto(system.model), saved.pruner
         system.template, system.training, system.promise = config.template, config.training, config.promise
+        system._used = frozenset(config.used.split())
         return system
 
     @property

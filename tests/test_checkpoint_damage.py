@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,13 @@ from safetensors.torch import load_file, save
 from microglia.checkpoint import CONFIG, FORMAT_VERSION, Checkpoint
 from microglia.checkpoint.files import checksum, read_all
 from microglia.errors import CheckpointError
+from microglia.training.lora import with_lora
 from tests.full_disk import room_for
 from tests.tiny import tiny_model
 from tests.tiny_folder import checkpoint_for
 
 AGENTS = "agents.safetensors"
+MISFIT = r"the LoRA adapter of this checkpoint does not fit the model \("
 
 
 @pytest.fixture
@@ -57,6 +62,26 @@ def with_nan(tensors):
     tensors["statistics.0.mean"][0] = torch.nan
 
 
+def calibrated(**tensors):
+    """A damage: calibration tensors of site 0 and 1."""
+    return lambda f: swap_agents(f, lambda t: t.update({f"calibration.{name[-1]}": x for name, x in tensors.items()}))
+
+
+def replaced_by(make):
+    """A damage: something else where the agents were."""
+    return lambda f: ((f / AGENTS).unlink(), make(f / AGENTS))
+
+
+def sparse(size):
+    """A file that says it has so many bytes and takes no room."""
+
+    def make(path):
+        with path.open("wb") as file:
+            file.truncate(size)
+
+    return make
+
+
 def site_of(**geometry):
     return {"unit": "head", "name": "a", "layer": 0, "geometry": geometry}
 
@@ -79,7 +104,7 @@ DAMAGES = {
     "not a number": (lambda f: swap_agents(f, with_nan), r"statistics\.0\.mean holds NaN"),
     "half calibrated": (
         lambda f: swap_agents(f, lambda t: t.update({"calibration.0": torch.ones(2, 8)})),
-        r"no calibra",
+        r"calibration\.1 is missing",
     ),
     "no config": (lambda f: (f / CONFIG).unlink(), r"holds no microglia_config\.json; give a folder"),
     "config cut": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text()[:100]), r"damaged or cut short"),
@@ -115,6 +140,66 @@ DAMAGES = {
     "fill unknown": (lambda f: edit(f, fill="noise"), r"fill='noise' is unknown; choose zero or mean"),
     "window wrong": (lambda f: edit(f, window=0), r"window=0 was given; it must be at least 1"),
     "option unknown": (lambda f: edit(f, policy_options={"depth": 3}), r"policy_options=.*depth.* make no policy"),
+    "calibration narrow": (
+        calibrated(of_0=torch.ones(2, 8), of_1=torch.ones(2, 7)),
+        r"calibration\.1 has shape \(2, 7\), not \(2, 8\)",
+    ),
+    "calibration long": (
+        calibrated(of_0=torch.ones(2, 8), of_1=torch.ones(3, 8)),
+        r"calibration\.0 has shape \(2, 8\), not \(3, 8\)",
+    ),
+    "calibration flat": (calibrated(of_0=torch.ones(8), of_1=torch.ones(8)), r"calibration\.0 has shape \(8,\), not"),
+    "calibration empty": (
+        calibrated(of_0=torch.ones(0, 8), of_1=torch.ones(0, 8)),
+        r"calibration\.0 has shape \(0, 8\)",
+    ),
+    "calibration of whole numbers": (
+        calibrated(of_0=torch.ones(2, 8, dtype=torch.int64), of_1=torch.ones(2, 8)),
+        r"calibration\.0 holds torch\.int64, not numbers with a point",
+    ),
+    "calibration NaN": (
+        calibrated(of_0=torch.full((2, 8), torch.nan), of_1=torch.ones(2, 8)),
+        r"calibration\.0 holds NaN",
+    ),
+    "whole numbers": (
+        lambda f: swap_agents(f, lambda t: t.update({"statistics.0.std": torch.ones(16, dtype=torch.int32)})),
+        r"statistics\.0\.std holds torch\.int32, not numbers with a point",
+    ),
+    "hidden_dim huge": (
+        lambda f: edit(f, policy_options={"hidden_dim": 4_000_000}),
+        r"has shape \(16, 16\), not \(4000",
+    ),
+    "hidden_dim beyond": (lambda f: edit(f, policy_options={"hidden_dim": 10**30}), r"make no policy 'agents'"),
+    "bucket huge": (lambda f: edit(f, bucket=10**30), r"bucket=1000.* was given; it must be at most 65536"),
+    "window huge": (lambda f: edit(f, window=10**30), r"window=1000.* was given; it must be at most 2147483647"),
+    "heads huge": (
+        lambda f: edit(f, sites=[site_of(heads=10**30, kv_heads=1, head_dim=1)]),
+        r"the geometry of a has heads=1000.*; it must be whole numbers of at most 65536",
+    ),
+    "sites many": (
+        lambda f: edit(f, sites=[site_of(heads=8, kv_heads=8, head_dim=6)] * 5000),
+        r"5000 sites make no policy; there must be 1 to 4096",
+    ),
+    "template with a width": (
+        lambda f: edit(f, template="{question:>2000000000}"),
+        r"the template '\{question:>2000000000\}' cannot be filled in .* use \{question\} as its only field",
+    ),
+    "template looks inside": (
+        lambda f: edit(f, template="{question.__class__}"),
+        r"use \{question\} as its only field",
+    ),
+    "template of many": (lambda f: edit(f, template="{question}" * 1000), r"holds the question 1000 times"),
+    "agents a pipe": (replaced_by(os.mkfifo), r"agents\.safetensors cannot be read \(not a regular file\)"),
+    "agents a device": (
+        replaced_by(lambda path: path.symlink_to("/dev/zero")),
+        r"agents\.safetensors cannot be read \(not a regular file\)",
+    ),
+    "agents endless": (replaced_by(sparse(2**40)), r"cannot be read \(1099511627776 bytes; at most \d+ belong there\)"),
+    "config a pipe": (
+        lambda f: ((f / CONFIG).unlink(), os.mkfifo(f / CONFIG)),
+        r"config\.json cannot be read \(not a reg",
+    ),
+    "config endless": (lambda f: sparse(2**40)(f / CONFIG), r"config\.json cannot be read \(1099511627776 bytes"),
     "option wrong": (lambda f: edit(f, policy_options={"hidden_dim": -3}), r"hidden_dim.*-3.* make no policy"),
 }
 
@@ -126,6 +211,53 @@ def test_damage_ends_in_one_sentence(folder, kind):
     with pytest.raises(CheckpointError, match=sentence) as caught:
         Checkpoint.from_pretrained(folder)
     assert "\n" not in str(caught.value)
+
+
+@contextmanager
+def little_memory():
+    """What is done inside takes less than 100 MB more than there was, at any moment."""
+
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system does not tell how much memory a process held")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is held
+    before = peak()
+    yield
+    assert peak() < before + 100
+
+
+@pytest.mark.parametrize("policy", ["agents", "mixture", "predictor"])
+def test_sizes_are_compared_before_anything_is_allocated(folder, policy):
+    edit(folder, policy=policy, policy_options={"hidden_dim": 4_000_000})
+    with little_memory(), pytest.raises(CheckpointError, match=r"does not fit microglia_config\.json"):
+        Checkpoint.from_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+def test_an_adapter_is_compared_before_it_is_allocated(tmp_path):
+    wrapped = with_lora(tiny_model("llama"), rank=2)
+    folder = checkpoint_for(wrapped).save_pretrained(tmp_path, wrapped)
+    path = folder / "adapter" / "adapter_config.json"
+    honest = path.read_bytes()
+    row = json.loads(honest)
+    sums = json.loads((folder / CONFIG).read_text())["sha256"]
+    sums.pop(CONFIG)
+
+    def loaded_with(data):
+        path.write_bytes(data)
+        edit(folder, sha256={**sums, "adapter/adapter_config.json": checksum(data)})
+        return Checkpoint.from_pretrained(folder).load_onto(tiny_model("llama"))
+
+    assert not any(p.is_meta for p in loaded_with(honest).parameters())
+    changes = [{"r": 100_000}, {"r": 10**30}, {"peft_type": "PROMPT_TUNING"}, {"rank_pattern": {"q_proj": 100_000}}]
+    for change in [*changes, {"target_modules": ["q_proj", "lm_head"]}]:
+        with little_memory(), pytest.raises(CheckpointError, match=MISFIT):
+            loaded_with(json.dumps({**row, **change}).encode())
+    for data in (b"[]", b"{", b"\xff"):
+        with pytest.raises(CheckpointError, match=MISFIT):
+            loaded_with(data)
 
 
 def test_no_flipped_bit_of_the_configuration_goes_unseen(folder):

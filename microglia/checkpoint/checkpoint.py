@@ -1,5 +1,6 @@
 """A policy with everything that is needed to use it again, saved to and loaded from a folder or the hub."""
 
+import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -149,29 +150,34 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
-    calibration = [tensors.pop(f"{CALIBRATION}{i}") for i in range(len(config.sites)) if f"{CALIBRATION}{i}" in tensors]
+    names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
+    calibration = {name: tensors.pop(name) for name in names if name in tensors}
     try:
-        policy = config.new_policy()
+        with torch.device("meta"):  # what a configuration asks for may be larger than any memory
+            wanted = {name: tuple(x.shape) for name, x in config.new_policy().state_dict().items()}
     except ConfigError as error:
         raise CheckpointError(f"{CONFIG} beside {where}: {error}") from error
-    if not tensors.keys() <= policy.state_dict().keys():
+    if not tensors.keys() <= wanted.keys():
         tensors = renamed(tensors, config.policy)
-    wanted = policy.state_dict()
-    problems = [
+    prompts = max((len(x) for x in calibration.values() if x.dim()), default=0) or 1
+    logits = {name: (prompts, g.count) for name, g in zip(names, config.geometries, strict=True) if calibration}
+    if problems := _problems(tensors | calibration, wanted | logits):
+        raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
+    policy = config.new_policy()
+    policy.load_state_dict(tensors)
+    return policy.eval(), [x.float() for x in calibration.values()]
+
+
+def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Every way in which tensors are not those of these names and shapes, all of finite numbers."""
+    both = [(name, x) for name, x in tensors.items() if name in wanted]
+    return [
         *(f"{name} is missing" for name in wanted if name not in tensors),
         *(f"{name} is unknown" for name in tensors if name not in wanted),
-        *(
-            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-            for name, value in wanted.items()
-            if name in tensors and tensors[name].shape != value.shape
-        ),
-        *(f"{name} holds NaN or infinity" for name, value in tensors.items() if not bool(torch.isfinite(value).all())),
-        *(["some sites have no calibration"] if calibration and len(calibration) != len(config.sites) else []),
+        *(f"{name} has shape {tuple(x.shape)}, not {wanted[name]}" for name, x in both if x.shape != wanted[name]),
+        *(f"{name} holds {x.dtype}, not numbers with a point" for name, x in both if not x.is_floating_point()),
+        *(f"{name} holds NaN or infinity" for name, x in both if not bool(torch.isfinite(x).all())),
     ]
-    if problems:
-        raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
-    policy.load_state_dict(tensors)
-    return policy.eval(), calibration
 
 
 def _adapter_of(model: Any) -> dict[str, bytes]:
@@ -182,6 +188,18 @@ def _adapter_of(model: Any) -> dict[str, bytes]:
         return {name: (Path(folder) / Path(name).name).read_bytes() for name in ADAPTER}
 
 
+def _check_ranks(adapter: Mapping[str, bytes]) -> None:
+    """Raise ValueError unless an adapter is LoRA and its settings have the ranks that its tensors have."""
+    settings, weights = (adapter[name] for name in ADAPTER)
+    row = json.loads(settings)
+    if not isinstance(row, dict) or row.get("peft_type") != "LORA":
+        raise ValueError("it is not LoRA")
+    named = {row.get("r"), *(row.get("rank_pattern") or {}).values()}
+    saved = {len(x) for name, x in parse_safetensors(weights).items() if name.endswith("lora_A.weight")}
+    if not named <= saved:
+        raise ValueError(f"its settings have the ranks {sorted(named)}, its tensors {sorted(saved)}")
+
+
 def _with_adapter(model: nn.Module, adapter: Mapping[str, bytes]) -> nn.Module:
     from peft import PeftModel  # here, since importing it takes seconds
 
@@ -189,7 +207,12 @@ def _with_adapter(model: nn.Module, adapter: Mapping[str, bytes]) -> nn.Module:
         for name, data in adapter.items():
             (Path(folder) / Path(name).name).write_bytes(data)
         try:
-            return PeftModel.from_pretrained(model, folder).eval()
+            _check_ranks(adapter)
+            # low_cpu_mem_usage: on the meta device until the saved tensors are put in, which must fit.
+            wrapped = PeftModel.from_pretrained(model, folder, low_cpu_mem_usage=True)
+            if missing := [name for name, p in wrapped.named_parameters() if p.is_meta and "lora_" in name]:
+                raise ValueError(f"it lacks {missing[0]}")
+            return wrapped.eval()
         except Exception as error:  # peft, safetensors and torch raise their own kinds for what does not fit
             raise CheckpointError(
                 f"the LoRA adapter of this checkpoint does not fit the model ({first_line(error)}); load the one it "

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
@@ -17,9 +17,11 @@ from microglia.models import REASONER, reasoner_path
 from microglia.policies import POLICIES, Policy
 from microglia.pruner import Fill, Pruner, check_window
 from microglia.signals import check_signals
-from microglia.units import UNITS, Geometry, find_sites
+from microglia.tasks.prompts import check_template
+from microglia.units import MOST_UNITS, UNITS, Geometry, find_sites
 
 FORMAT_VERSION = 2  # raised when an older microglia could not read what a newer one writes
+MOST_SITES = 4096
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,11 @@ class SavedSite:
     def geometry_value(self) -> Geometry:
         """The geometry as its unit knows it. Raises ConfigError for one that cannot be."""
         kind = UNITS[self.unit].geometry_type
-        if wrong := [f"{name}={value!r}" for name, value in self.geometry.items() if type(value) is not int]:
-            raise ConfigError(f"the geometry of {self.name} has {', '.join(wrong)}; it must be whole numbers")
+        allowed = {name: type(value) is int and value <= MOST_UNITS for name, value in self.geometry.items()}
+        if wrong := [f"{name}={self.geometry[name]!r}" for name, is_allowed in allowed.items() if not is_allowed]:
+            raise ConfigError(
+                f"the geometry of {self.name} has {', '.join(wrong)}; it must be whole numbers of at most {MOST_UNITS}"
+            )
         try:
             geometry: Geometry = kind(**self.geometry)
         except TypeError as error:
@@ -56,7 +61,8 @@ class MicrogliaConfig:
     signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
     pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that training
     used; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
-    measured for this threshold, empty when nothing is promised; lora: an adapter belongs to it.
+    measured for this threshold, empty when nothing is promised; used: keys of the questions that trained the policy or
+    set its thresholds, by `tasks.used`, none in checkpoints of before; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -75,13 +81,15 @@ class MicrogliaConfig:
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
+    used: str = ""
     lora: bool = False
 
     def __post_init__(self) -> None:
-        if not self.sites:
-            raise ConfigError("0 sites make no policy; there must be 1 or more")
+        if not 1 <= len(self.sites) <= MOST_SITES:
+            raise ConfigError(f"{len(self.sites)} sites make no policy; there must be 1 to {MOST_SITES}")
         check_choice("fill", self.fill, get_args(Fill))
         check_window(self.window)
+        check_template(self.template)
         # Each of them checks itself.
         _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
         _ = self.geometries, self.gate
@@ -96,6 +104,7 @@ class MicrogliaConfig:
         template: str = "{question}",
         training: Mapping[str, Any] | None = None,
         promise: Mapping[str, Any] | None = None,
+        used: Collection[str] = (),
     ) -> "MicrogliaConfig":
         """The configuration of a pruner on `model` (with LoRA when peft has wrapped it)."""
         lm, policy, gate = causal_lm(model), pruner.policy, pruner.gate
@@ -121,6 +130,7 @@ class MicrogliaConfig:
             template=template,
             training=dict(training or {}),
             promise=dict(promise or {}),
+            used=" ".join(sorted(used)),
             lora=is_lora(model),
         )
 
@@ -134,7 +144,10 @@ class MicrogliaConfig:
         return Gate(temperature=self.temperature, threshold=self.threshold, bucket=self.bucket)
 
     def new_policy(self) -> Policy:
-        """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know."""
+        """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know.
+
+        Under `torch.device("meta")` it has shapes and no memory, to be compared with what was saved.
+        """
         try:
             return POLICIES[self.policy].create(self.geometries, self.signals, **self.policy_options)
         except (TypeError, RuntimeError) as error:
@@ -193,7 +206,7 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(cls, upgraded(row, where) if version == 1 else row, where)
+        values = _typed(cls, {"used": "", **(upgraded(row, where) if version == 1 else row)}, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
             lists = {name: tuple(values[name]) for name in ("signals", "units")}

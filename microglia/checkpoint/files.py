@@ -6,9 +6,11 @@ replaced, then they are moved into place. Whoever reads takes the file or the on
 configuration means.
 """
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ CONFIG = "microglia_config.json"
 AGENTS = "agents.safetensors"
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")  # names and format are peft's
 CARD = "README.md"
+LARGEST_CONFIG, LARGEST_WEIGHTS = 2**24, 2**32  # bytes; agents of the largest models take a tenth of that
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _STAGED = re.compile(r"\.[0-9a-f]{16}")
 
@@ -141,13 +144,26 @@ def read_all(folder: Path, checksums: Mapping[str, str]) -> dict[str, bytes]:
 def read_config(folder: Path) -> bytes:
     """The bytes of the configuration. Raises CheckpointError when `folder` holds no checkpoint."""
     try:
-        return (folder / CONFIG).read_bytes()
+        return read_regular(folder / CONFIG, LARGEST_CONFIG)
     except FileNotFoundError:
         raise CheckpointError(
             f"{folder} holds no {CONFIG}{_pickles(folder)}; give a folder that microglia train or save_pretrained wrote"
         ) from None
     except OSError as error:
         raise CheckpointError(_unreadable(folder / CONFIG, error)) from error
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file. Raises OSError, too, for a pipe, a device or more than `most` bytes.
+
+    A checkpoint may come from anywhere: what never ends, or says that it is larger than memory, is not begun.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size} bytes; at most {most} belong there")
+    return path.read_bytes()
 
 
 def checksum(data: bytes) -> str:
@@ -160,7 +176,7 @@ def _read(folder: Path, name: str, digest: str) -> bytes:
     size = None
     for candidate in (path, beside, path):  # the last again: another process may just have moved it there
         try:
-            data = candidate.read_bytes()
+            data = read_regular(candidate, LARGEST_CONFIG if name.endswith(".json") else LARGEST_WEIGHTS)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -191,7 +207,12 @@ def _pickles(folder: Path) -> str:
 
 def _is_ours(card: Path) -> bool:
     """Whether a model card may be written there: none yet, or one that microglia made."""
-    return not card.exists() or "library_name: microglia" in card.read_text(encoding="utf-8", errors="replace")[:2000]
+    if not card.exists():
+        return True
+    try:
+        return b"library_name: microglia" in read_regular(card, LARGEST_CONFIG)[:2000]
+    except OSError:
+        return False
 
 
 def _unreadable(path: Path, error: OSError) -> str:

@@ -69,7 +69,7 @@ def ablate(
         output_dir / "runs",
         examples.data_dir,
         as_trained,
-        Ledger(output_dir / LEDGER, {**where, **settings, "data_dir": str(examples.data_dir or "")}),
+        Ledger(output_dir / LEDGER, {**where, **settings}),
     )
     with progress("ablating", f"{output_dir / LEDGER} keeps the finished runs: {GO_ON}") as update:
         result = measure(replace(ablation, progress=update), wanted, o.numbers("--seeds", seeds, int) or [0])

@@ -63,7 +63,7 @@ def compare(
         training_examples,
         {"agents": agents, BASELINE: baselines},
         like=comparison.like,
-        training=system.training.get("config"),
+        training=system.training,
     )
     at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
     where, settings = examples.settings()
@@ -72,7 +72,7 @@ def compare(
     settings |= {"fill": like.fill, "window": like.window, "bucket": like.gate.bucket}
     settings |= {"answer_limit": answer_limit, "base_model": system.source}
     file = None if output_dir is None else output_dir / LEDGER
-    ledger = Ledger(file, {**where, **settings, "data_dir": examples.data_dir and str(examples.data_dir)})
+    ledger = Ledger(file, {**where, **settings})
     kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
     with progress("comparing", kept) as update:
         runs = measure(replace(comparison, ledger=ledger, progress=update), compared, [*ratios, at], all_seeds)

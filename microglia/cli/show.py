@@ -56,6 +56,9 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
             f"{share(r.accuracy)} ({interval(r.accuracy_ci95, '{:.1f}', sign='–')})" for r in runs.values()
         ],
         "sparsity": [share(r.sparsity) for r in runs.values()],
+        "sparsity per token": [
+            "" if r.sparsity_per_token is None else share(r.sparsity_per_token) for r in runs.values()
+        ],
         "tokens per answer": [f"{r.mean_tokens:.1f}" for r in runs.values()],
         "seconds": [f"{r.seconds:.1f}" for r in runs.values()],
     }

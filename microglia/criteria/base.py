@@ -10,6 +10,7 @@ from torch import Tensor
 from microglia.criteria.calibration import Calibration, untouched
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.policies import Policy, StaticPolicy
+from microglia.pruner import Fill
 from microglia.registry import Registry
 
 
@@ -25,7 +26,7 @@ class Criterion(ABC):
     paper: ClassVar[str]
     departs: ClassVar[str]
     per_input: ClassVar[bool] = False
-    fill: ClassVar[str] = "zero"
+    fill: ClassVar[Fill] = "zero"
 
     @abstractmethod
     def scores(self, calibration: Calibration) -> list[Tensor]:

@@ -9,6 +9,7 @@ from microglia.criteria.base import CRITERIA, Criterion, standardised
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.moments import moments
 from microglia.criteria.weights import head_weights
+from microglia.pruner import Fill
 
 
 @CRITERIA.register("fluctuation")
@@ -20,7 +21,7 @@ class Fluctuation(Criterion):
     score: ClassVar[str] = "Σ variance of the head's output × ‖o column‖², standardised per site"
     paper: ClassVar[str] = "An et al. 2024, FLAP"
     departs: ClassVar[str] = "at answer tokens; the removed mean is the prompt's (fill=\"mean\"), not the calibration's"
-    fill: ClassVar[str] = "mean"
+    fill: ClassVar[Fill] = "mean"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         scores = []

@@ -2,8 +2,9 @@
 
 Intervals: the pigeonhole bootstrap (Owen 2007), which resamples seeds and prompts independently, so that what varies
 from training to training counts beside what varies from prompt to prompt. With a handful of seeds it is still somewhat
-too narrow in that direction. Tests: signs of the prompts' differences, averaged over seeds, are flipped; this is exact
-for these seeds. Several tests at once: Holm (1979).
+too narrow in that direction. Tests: of several trainings that differ, a t-test over seeds whose variance is that of the
+seeds' means plus that of the prompts' means, so that neither other seeds nor other prompts are taken for granted; of
+one, or where all agree, McNemar's or flips of the prompts' signs. Several tests at once: Holm (1979).
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
 
 from microglia.errors import DataError
 from microglia.evaluation.significance import (
@@ -44,7 +46,10 @@ def crossed_mean(values: ArrayLike, *, resamples: int = 2_000, seed: int = 0) ->
 
 
 def crossed_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, seed: int = 0) -> Difference:
-    """Mean of a - b, (S, N) each, or (1, N) for what depends on no seed. Raises DataError for other prompts."""
+    """Mean of a - b, (S, N) each, paired by seed, or (1, N) for what depends on no seed.
+
+    Raises DataError for other prompts.
+    """
     x, y = _table(a, "the first values"), _table(b, "the second values")
     if x.shape[1] != y.shape[1] or (len(x) != len(y) and 1 not in (len(x), len(y))):
         raise DataError(f"values of the shapes {x.shape} and {y.shape} cannot be paired; give (seeds, prompts) of both")
@@ -53,9 +58,19 @@ def crossed_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 2_000, se
         paired = paired_difference(x[0], y[0], resamples=resamples, seed=seed)
         p_value = mcnemar_exact(x[0], y[0]) if zero_one(x[0], y[0]) else sign_flip(difference[0], seed=seed)
         return Difference(paired.diff, paired.ci95, p_value)
-    return Difference(
-        float(difference.mean()), _pigeonhole(difference, resamples, seed), sign_flip(difference.mean(0), seed=seed)
-    )
+    return Difference(float(difference.mean()), _pigeonhole(difference, resamples, seed), _t_test(difference))
+
+
+def _t_test(x: Floats) -> float:
+    """Two-sided p-value that the mean of (S, N) differences is 0, for other seeds and prompts too; S is 2 or more.
+
+    What is left of the seeds in the prompts' means, and the other way round, counts twice: to the safe side.
+    """
+    seeds, prompts = x.shape
+    of_seeds = float(x.mean(1).var(ddof=1)) / seeds
+    of_prompts = float(x.mean(0).var(ddof=1)) / prompts if prompts > 1 else 0.0
+    variance = max(of_seeds + of_prompts, float(x.var(ddof=1)) / x.size)  # never less than if all were independent
+    return float(2 * stats.t.sf(abs(x.mean()) / variance**0.5, seeds - 1))
 
 
 def sign_flip(differences: ArrayLike, *, flips: int = 9_999, seed: int = 0) -> float:

@@ -60,6 +60,13 @@ class Evaluation:
         return 1 - _mean([a.keep_ratio for a in self.answers])
 
     @property
+    def sparsity_per_token(self) -> float:
+        """The same over all tokens of the answers, which is what time is spent on: long answers count for more."""
+        tokens = sum(a.new_tokens for a in self.answers)
+        kept = sum(a.new_tokens * a.keep_ratio for a in self.answers)
+        return 1 - kept / tokens if tokens else self.sparsity
+
+    @property
     def mean_tokens(self) -> float:
         """Mean length of the answers: a hurt model rambles, and wall time grows with it."""
         return _mean([a.new_tokens for a in self.answers])
@@ -86,6 +93,7 @@ class Evaluation:
             accuracy=self.accuracy,
             accuracy_ci95=wilson_ci(sum(a.correct for a in self.answers), len(self.answers)),
             sparsity=self.sparsity,
+            sparsity_per_token=self.sparsity_per_token,
             accuracy_by_difficulty={str(k): v for k, v in self.accuracy_by_difficulty.items()},
             sparsity_by_difficulty={str(k): v for k, v in self.sparsity_by_difficulty.items()},
             accuracy_by_family=self.by("family", lambda a: a.correct),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from microglia.pruner import Pruner
 from microglia.reading import read_prompts
 from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt
+from microglia.tasks.used import fingerprint
 from microglia.training.loss import task_loss
 from microglia.units import find_sites
 
@@ -39,6 +41,20 @@ class Setup:
     def prompts(self) -> list[str]:
         """What the model reads."""
         return [example_prompt(self.tokenizer, example, self.task.template) for example in self.examples]
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What answers to these examples depend on beside the model's name and the pruner, for ledgers; JSON-ready."""
+        execution = self.execution if isinstance(self.execution, str) else self.execution.name
+        weights = {f"{type(p.data).__name__} {p.dtype}" for p in causal_lm(self.model).parameters()}
+        return {
+            "task": self.task.name,
+            "examples": fingerprint(self.examples, self.prompts),
+            "weights": sorted(weights),
+            "execution": execution,
+            "max_new_tokens": self.max_new_tokens,
+            "answer_limit": self.answer_limit,
+        }
 
     def answers(self, pruner: Pruner | None, progress: Progress | None = None) -> Evaluation:
         """Greedy answers to all examples, dense without a pruner."""

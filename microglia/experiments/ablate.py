@@ -31,8 +31,9 @@ from microglia.policies.base import POLICIES
 from microglia.pruner import Fill, Pruner
 from microglia.registry import listed
 from microglia.results import AblationResult, AblationRow, plain
+from microglia.tasks.used import fingerprint
 from microglia.training import RunFolder, TrainingConfig, train
-from microglia.training.loop import SETTINGS
+from microglia.training.loop import SETTINGS, examples_of
 from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
 
 Load = Callable[[], tuple[Any, PreTrainedTokenizerBase]]
@@ -123,6 +124,11 @@ class Ablation:
     ledger: Ledger = field(default_factory=Ledger)
     progress: Progress | None = None
 
+    def data(self, config: TrainingConfig, seed: int) -> str:
+        """Which examples a training draws with a seed."""
+        parts = examples_of(self.setup.task, replace(config, seed=seed), self.data_dir)
+        return fingerprint([example for part in parts for example in part])
+
     def on_log(self, name: str, steps: int) -> Callable[[dict[str, Any]], None] | None:
         """Shows the steps of a training."""
         progress = self.progress
@@ -177,11 +183,14 @@ def ablate(ablation: Ablation, wanted: Sequence[Variant], seeds: Sequence[int]) 
     if not 0 < ablation.at < 1:
         raise ConfigError(f"keep_ratio={ablation.at} was given; the one that all are compared at lies between 0 and 1")
     base, runs = wanted[0].recipe, []
+    prompts = {"prompts": ablation.setup.identity, "held_out": ablation.held_out.identity}
+    ablation = replace(ablation, ledger=ablation.ledger.within(**prompts))
     for done, (variant, seed) in enumerate(product(wanted, seeds)):
         if ablation.progress:
             ablation.progress("runs", done, len(wanted) * len(seeds))
         key = {"recipe": plain(asdict(variant.recipe)), "seed": seed, "at": ablation.at}
         key |= {"as_trained": ablation.as_trained, "base": plain(asdict(base))}
+        key |= {"data": [ablation.data(recipe.config, seed) for recipe in (base, variant.recipe)]}
         runs.append(ablation.ledger.get(key, partial(_run, ablation, base, variant.recipe, seed)))
     by_variant = [runs[start : start + len(seeds)] for start in range(0, len(runs), len(seeds))]
     return summarise(wanted, by_variant, seeds, ablation.at)
@@ -202,6 +211,7 @@ def _baseline(ablation: Ablation, base: Recipe, steps: int, seed: int) -> Policy
         return [x.tolist() for x in baseline.policy.logits]
 
     key = {"static_baseline": plain(asdict(config)), "bucket": base.bucket, "fill": base.fill}
+    key |= {"data": ablation.data(config, seed)}
     logits = ablation.ledger.get(key, train_baseline)
     return StaticPolicy([torch.tensor(site) for site in logits])
 
@@ -217,7 +227,8 @@ def _run(ablation: Ablation, base: Recipe, recipe: Recipe, seed: int) -> dict[st
     like = replace(like, gate=Gate(bucket=recipe.bucket), fill=recipe.fill)
     options: dict[str, Any] = {"hidden_dim": recipe.hidden_dim, "signals": SIGNALS[recipe.signals]}
     agents = agents_from(like, setup, seed, recipe.policy, warm=baseline is not None, **options)
-    folder = ablation.folder / hashlib.sha256(json.dumps([asdict(recipe), seed]).encode()).hexdigest()[:16]
+    identity = json.dumps([asdict(recipe), seed, ablation.data(config, seed)])
+    folder = ablation.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
     on_log = ablation.on_log("training", config.max_steps)
     run = RunFolder(folder, resume=(folder / SETTINGS).is_file(), quiet=True, on_log=on_log)
     result = train(setup.model, setup.tokenizer, setup.task, agents, config, run, data_dir=ablation.data_dir)

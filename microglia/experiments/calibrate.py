@@ -26,8 +26,10 @@ from microglia.experiments.measure import Progress, answers
 from microglia.pruner import Pruner
 from microglia.results import Promise, Tried
 from microglia.tasks.base import Example, Task
+from microglia.tasks.used import question_keys
 
 KEEP_RATIOS = tuple(round(0.95 - 0.05 * step, 2) for step in range(14))  # 0.95, 0.9, …, 0.3
+MOST_HELD_OUT = 200  # validation prompts that set the thresholds of the demo; fewer do for other trainings
 EVERY_HEAD = -1e6  # a threshold that no logit falls below: the dense model
 
 
@@ -79,7 +81,8 @@ def calibrate(
     The pruner's budget must not depend on the setup's prompts. One dense run and one run per setting, on the same
     prompts, until one fails. Raises ConfigError for what is out of range.
     """
-    aim, remembered = aim or Aim(), ledger or Ledger()
+    aim, undecided = aim or Aim(), pruner.with_threshold(0.0)
+    remembered = (ledger or Ledger()).within(**setup.identity, pruner=undecided.fingerprint())
     needed, prompts, ratios = (
         prompts_needed(aim.max_drop, aim.confidence),
         len(setup.examples),
@@ -159,26 +162,31 @@ def sentence(promise: Promise) -> str:
     return f"{kept} {_points(promise.max_drop)} against the dense model {measured}"
 
 
-def unused_examples(
-    task: Task, split: str, trained: Mapping[str, Any] | None, at_least: int, *, limit: int | None, **load: Any
-) -> list[Example]:
-    """Examples of a split without those that a training on this task used; `load` goes to the task.
+def unused_examples(task: Task, split: str, used: frozenset[str], *, limit: int | None, **load: Any) -> list[Example]:
+    """Examples of a split without those that the policy or its thresholds know; `load` goes to the task.
 
-    trained: the training's options, None when there was none on this task. Of the validation split it used as many as
-    it evaluated on, and at least `at_least`, for its budget. Raises ConfigError for the split that was trained on,
-    DataError when nothing is left.
+    used: `question_keys` of what trained the policy, what it was evaluated on and what set its thresholds: the same
+    question may stand in another split, or in another file. Raises DataError when nothing is left.
     """
-    if trained is None or split not in ("train", "validation"):
-        return task.load(split, limit=limit, **load)
-    if split == "train":
-        raise ConfigError("split='train' was given, but the policy was trained on it; give validation or test")
-    most, seed = max(at_least, trained.get("eval_limit", 0)), trained.get("seed", 0)
-    used = {example.id for example in task.load(split, limit=most, **{**load, "seed": seed})}
     wanted = None if limit is None else limit + len(used)
-    left = [example for example in task.load(split, limit=wanted, **load) if example.id not in used][:limit]
+    left = [e for e in task.load(split, limit=wanted, **load) if used.isdisjoint(question_keys([e.question]))][:limit]
     if not left:
         raise DataError(f"training looked at all examples of the split {split}; give another --split or more data")
     return left
+
+
+def questions_used(task: Task, trained: Mapping[str, Any], **load: Any) -> frozenset[str]:
+    """What `unused_examples` leaves out for a checkpoint of before, which does not say what it used; `load` as there.
+
+    trained: the training's options, from which its examples of this task are drawn again.
+    """
+    seed = trained.get("seed", 0)
+    parts = {"train": trained.get("limit"), "validation": max(MOST_HELD_OUT, trained.get("eval_limit", 0))}
+    return question_keys(
+        example.question
+        for split in parts.keys() & set(task.splits)
+        for example in task.load(split, limit=parts[split], **{**load, "seed": seed})
+    )
 
 
 def gentlest_reaching(

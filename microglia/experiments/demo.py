@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from microglia.benchmark import Plan, benchmark, text_subject
 from microglia.checkpoint import check_writable
 from microglia.evaluation.run import Evaluation, follows_difficulty, paired
 from microglia.evaluation.setup import Setup
-from microglia.experiments.side_by_side import BASELINE, PairRecipe, save, train_pair
+from microglia.experiments.side_by_side import BASELINE, PairRecipe, questions, save, train_pair
 from microglia.models import REASONER, load_model
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
@@ -69,11 +70,11 @@ def demo(
 
     examples = task.load("test", limit=problems, seed=seed)
     setup = replace(held_out, examples=examples, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    share = replace(setup, examples=examples[: len(examples) // RANDOM_MASKS])
+    shares = dict(zip(masks, shared_out(examples, RANDOM_MASKS), strict=True))
     runs: dict[str, Evaluation] = {}
     for name, pruner in variants.items():
         update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-        runs[name] = (share if name in masks else setup).answers(pruner, update)
+        runs[name] = replace(setup, examples=shares.get(name, examples)).answers(pruner, update)
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")
     chosen = {name: pruners[name].at(KEEP_RATIO) for name in policies}
@@ -92,10 +93,18 @@ def demo(
     (folder / "summary.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
     (folder / "history.json").write_text(json.dumps(pair.history, indent=2) + "\n")
     (folder / "answers.json").write_text(json.dumps({name: run.rows() for name, run in runs.items()}) + "\n")
-    training = {"dataset": task.name, "config": asdict(recipe.of_seed(seed).second)}
+    of_seed = recipe.of_seed(seed)
+    training = {"dataset": task.name, "first": asdict(of_seed.first), "config": asdict(of_seed.second)}
     for name, place in {"pruned": "checkpoint", "static baseline": BASELINE}.items():
-        save(held_out, chosen[name], folder / place, base_model=REASONER, training=training)
+        used = questions(held_out, of_seed)
+        save(held_out, chosen[name], folder / place, base_model=REASONER, training=training, used=used)
     return result
+
+
+def shared_out(examples: Sequence[Any], parts: int) -> list[list[Any]]:
+    """Consecutive parts of about the same size, all examples where there are fewer than parts."""
+    ends = [len(examples) * part // parts for part in range(parts + 1)]
+    return [list(examples[start:end] or examples) for start, end in pairwise(ends)]
 
 
 def _latency(setup: Setup, pruner: Pruner, seed: int) -> BenchmarkResult:

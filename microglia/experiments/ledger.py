@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ class Ledger:
             if row.keys() != {"key", "value"}:
                 raise DataError(f"{where} has no key and value, so the file is no ledger; move it away")
             self._values[json.dumps(row["key"], sort_keys=True)] = row["value"]
+
+    def within(self, **settings: Any) -> "Ledger":
+        """The same file, for values that depend on more settings."""
+        narrower = copy(self)
+        narrower.settings = {**self.settings, **settings}
+        return narrower
 
     def __contains__(self, key: Mapping[str, Any]) -> bool:
         return self._name(key) in self._values

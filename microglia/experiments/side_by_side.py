@@ -18,7 +18,10 @@ from microglia.evaluation.setup import Setup
 from microglia.gate import Gate
 from microglia.policies import StaticPolicy, new_agents
 from microglia.pruner import Pruner
-from microglia.training import TrainingConfig
+from microglia.tasks.base import Example, Task
+from microglia.tasks.used import fingerprint, question_keys
+from microglia.training import TrainingConfig, TrainingResult
+from microglia.training.loop import examples_of
 from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
 from microglia.units import find_sites
 
@@ -64,18 +67,16 @@ def train_pair(
     """Train agents and static baseline of a seed. `tell` hears of each stage; `options` go to `train_in_memory`."""
     recipe = recipe.of_seed(seed)
 
-    def stage(name: str, pruner: Pruner, config: TrainingConfig) -> list[dict[str, Any]]:
+    def stage(name: str, pruner: Pruner, config: TrainingConfig) -> TrainingResult:
         if tell:
             tell(f"training {name}: {config.max_steps} steps of {config.batch_size} problems")
         return train_in_memory(setup.model, setup.tokenizer, setup.task, pruner, config, **options)
 
-    baseline = new_static_baseline(setup.model, gate)
-    stage("static baseline", baseline, recipe.first)
+    baseline = stage("static baseline", new_static_baseline(setup.model, gate), recipe.first).pruner
     agents = agents_from(baseline, setup, seed, recipe.policy, hidden_dim=recipe.hidden_dim)
-    history = stage("agents", agents, recipe.second)
+    trained = stage("agents", agents, recipe.second)
     further = baseline_config(recipe.second, learning_rate=recipe.first.learning_rate / 2)
-    stage("static baseline, on", baseline, further)
-    return Pair(agents, baseline, history)
+    return Pair(trained.pruner, stage("static baseline, on", baseline, further).pruner, trained.history)
 
 
 def agents_from(like: Pruner, setup: Setup, seed: int, kind: str, *, warm: bool = True, **options: Any) -> Pruner:
@@ -97,19 +98,31 @@ def saved_pair(
     of_seed = recipe.of_seed(seed)
     training: dict[str, Any] = {"dataset": setup.task.name, "policy": recipe.policy, "hidden_dim": recipe.hidden_dim}
     training |= {"first": asdict(of_seed.first), "config": asdict(of_seed.second)}
+    data_dir = options.get("data_dir")
+    training["data"] = [fingerprint(part) for part in _examples(setup.task, of_seed, data_dir)]
     before = [load(folder / name, setup, training) for name in (AGENTS, BASELINE)]
     if before[0] is not None and before[1] is not None:
         return Pair(before[0], before[1], [])
     pair = train_pair(setup, recipe, seed, **options)
     for name, pruner in {AGENTS: pair.agents, BASELINE: pair.static_baseline}.items():
-        save(setup, pruner, folder / name, base_model=base_model, training=training)
+        used = questions(setup, of_seed, data_dir)
+        save(setup, pruner, folder / name, base_model=base_model, training=training, used=used)
     return pair
 
 
-def save(setup: Setup, pruner: Pruner, folder: Path, *, base_model: str | None, training: dict[str, Any]) -> None:
-    """Write a checkpoint of a pruner whose budget is that of the setup's examples."""
-    pruner, template = setup.calibrated(pruner), setup.task.template
-    saved = Checkpoint.of(setup.model, pruner, base_model=base_model, template=template, training=training)
+def questions(setup: Setup, recipe: PairRecipe, data_dir: Path | None = None) -> frozenset[str]:
+    """Keys of the questions that a pair is trained on, and of the setup's, which set its thresholds."""
+    parts = [*_examples(setup.task, recipe, data_dir), setup.examples]
+    return question_keys(example.question for part in parts for example in part)
+
+
+def _examples(task: Task, recipe: PairRecipe, data_dir: Path | None) -> list[list[Example]]:
+    return [part for config in (recipe.first, recipe.second) for part in examples_of(task, config, data_dir)]
+
+
+def save(setup: Setup, pruner: Pruner, folder: Path, **description: Any) -> None:
+    """Write a checkpoint of a pruner whose budget is that of the setup's examples; description: of `Checkpoint.of`."""
+    saved = Checkpoint.of(setup.model, setup.calibrated(pruner), template=setup.task.template, **description)
     saved.save_pretrained(folder)
 
 

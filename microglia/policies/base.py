@@ -27,7 +27,10 @@ class Policy(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def create(cls, geometries: Sequence[Geometry], signals: Sequence[str], **options: Any) -> Self:
-        """An untrained policy for sites of these geometries; `options` are those that `options()` returns."""
+        """An untrained policy for sites of these geometries; `options` are those that `options()` returns.
+
+        Also made on the meta device, to compare its shapes with those of a checkpoint.
+        """
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
@@ -66,8 +69,12 @@ class SitewisePolicy(Policy):
 POLICIES: Registry[type[Policy]] = Registry("policy")
 
 
+LEAST_VARIATION = 1e-3  # of a feature, relative to its mean: what varies less is rounding, and is not blown up
+MOST_DEVIATIONS = 8.0  # from the mean: a prompt further away says nothing that training could have learned
+
+
 class Standardiser(nn.Module):
-    """Features minus their mean over training prompts, divided by their standard deviation."""
+    """Features minus their mean over training prompts, divided by their standard deviation, clipped."""
 
     mean: Tensor
     std: Tensor
@@ -80,9 +87,10 @@ class Standardiser(nn.Module):
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
         """From the features (N, F) of N prompts."""
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0, correction=0).clamp(min=1e-6))
+        mean = features.mean(0)
+        self.mean.copy_(mean)
+        self.std.copy_(features.std(0, correction=0).clamp(min=1e-6).maximum(LEAST_VARIATION * mean.abs()))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) → (B, F), in the statistics' own type."""
-        return (features.to(self.mean) - self.mean) / self.std
+        return ((features.to(self.mean) - self.mean) / self.std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)

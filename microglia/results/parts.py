@@ -40,6 +40,7 @@ class Correlation:
 class Summary:
     """What one policy did on the prompts of a run, dense with sparsity 0.
 
+    sparsity is a mean over prompts; sparsity_per_token one over the tokens of their answers, which time is spent on.
     heads: per site and head how often it was `kept`, and its mean signals; empty when dense.
     to_dense: accuracy minus that of the dense model on the same prompts.
     """
@@ -56,6 +57,7 @@ class Summary:
     seconds: float
     heads: dict[str, Matrix] = field(default_factory=dict)
     to_dense: Difference | None = None
+    sparsity_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

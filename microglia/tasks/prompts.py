@@ -8,11 +8,14 @@ whatever a tokeniser would merge across the boundary.
 """
 
 from collections.abc import Sequence
+from string import Formatter
 
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError, DataError
 from microglia.tasks.base import Example
+
+MOST_FIELDS = 8  # of a template: some let a question be read twice, but none needs a thousand copies
 
 
 class ChatPrompt(str):
@@ -67,18 +70,28 @@ def choice_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template
     return render_prompt(tokenizer, example.choices.question, template, shots)
 
 
-def _fill(template: str, question: str) -> str:
+def check_template(template: str) -> None:
+    """Raise ConfigError unless the template's only field is a plain `{question}`: others could run or fill anything."""
     try:
-        prompt = template.format(question=question)
-        has_question = template.format(question="\0") != template.format(question="\1")
-    except (KeyError, IndexError, ValueError) as error:
+        fields = [field for _, *field in Formatter().parse(template) if field[0] is not None]
+        if other := next((field for field in fields if field != ["question", "", None]), None):
+            raise ValueError(f"it has the field {''.join(part or '' for part in other)!r}")
+    except ValueError as error:
         raise ConfigError(
-            f"the template {template!r} cannot be filled in ({type(error).__name__}: {error}); use {{question}} as its "
-            "only field and double every other brace"
+            f"the template {template!r} cannot be filled in ({error}); use {{question}} as its only field and double "
+            "every other brace"
         ) from error
-    if not has_question:
+    if not fields:
         raise ConfigError(f"the template {template!r} has no place for the question; put {{question}} into it")
-    return prompt
+    if len(fields) > MOST_FIELDS:
+        raise ConfigError(
+            f"the template holds the question {len(fields)} times; put {{question}} into it at most {MOST_FIELDS} times"
+        )
+
+
+def _fill(template: str, question: str) -> str:
+    check_template(template)
+    return template.format(question=question)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from microglia.errors import ConfigError, MicrogliaError
 from microglia.passes import batch_of, collate, encode
 from microglia.pruner import Pruner
 from microglia.reading import joined, read
-from microglia.tasks.base import Task
+from microglia.tasks.base import Example, Task
 from microglia.training.config import TrainingConfig
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.progress import Report
@@ -94,7 +94,8 @@ def train(
             _write(folder / HISTORY, history)
         processes.wait()
     pruner.policy.eval()
-    return TrainingResult(pruner, model, history, time.monotonic() - started)
+    gate = replace(pruner.gate, temperature=config.temperature[1])  # so that its probabilities are those it learned
+    return TrainingResult(replace(pruner, gate=gate), model, history, time.monotonic() - started)
 
 
 def _run_stages(stages: "_Stages", pruner: Pruner) -> list[dict[str, Any]]:
@@ -151,6 +152,12 @@ def _training(model: nn.Module, *, adapters: bool = True, checkpointing: bool = 
         model.eval()
 
 
+def examples_of(task: Task, config: TrainingConfig, data_dir: Path | str | None) -> list[list[Example]]:
+    """What a training trains on and what it evaluates on."""
+    limits = {"train": config.limit, "validation": config.eval_limit}
+    return [task.load(split, limit=n, seed=config.seed, data_dir=data_dir) for split, n in limits.items()]
+
+
 @dataclass(frozen=True)
 class _Data:
     """Encoded examples to train and to evaluate on."""
@@ -173,8 +180,7 @@ class _Data:
                 "weights of this model are offloaded, and training needs all of them on a device; load it whole, or "
                 "divide it among several processes with shard=True"
             )
-        limits = {"train": config.limit, "validation": config.eval_limit}
-        examples = (task.load(s, limit=n, seed=config.seed, data_dir=data_dir) for s, n in limits.items())
+        examples = examples_of(task, config, data_dir)
         train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
         return cls(train, evaluation)
 

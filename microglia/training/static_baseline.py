@@ -14,7 +14,7 @@ from microglia.policies import StaticPolicy
 from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
-from microglia.training.loop import RunFolder, train
+from microglia.training.loop import RunFolder, TrainingResult, train
 from microglia.units import find_sites
 
 LEARNING_RATE = 0.1  # of a free logit per unit; that of an MLP would leave it where it began
@@ -51,9 +51,9 @@ def train_in_memory(
     data_dir: Path | None = None,
     quiet: bool = True,
     on_log: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, Any]]:
-    """Train the pruner's policy in place, leave no files, and return the history."""
+) -> TrainingResult:
+    """Train the pruner's policy in place and leave no files."""
     config = replace(config, save_steps=10_000_000)  # nobody would go on from a folder that goes
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(folder, quiet=quiet, on_log=on_log)
-        return train(model, tokenizer, task, pruner, config, run, data_dir=data_dir).history
+        return train(model, tokenizer, task, pruner, config, run, data_dir=data_dir)

@@ -14,6 +14,7 @@ from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
 from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
 
+MULTIPLIER_RATE = 0.1  # of the target mode, the same for agents and their static baseline, whatever their own rates
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
 
 
@@ -104,7 +105,7 @@ class Trained(nn.Module):
             distance = keep - now.target
             loss = loss + float(self.multiplier) * distance + DAMPING / 2 * distance**2
             # Dual ascent: the longer too many heads are kept, the more each one costs.
-            self.multiplier.add_(c.learning_rate * 10 * distance.detach()).clamp_(min=0)
+            self.multiplier.add_(MULTIPLIER_RATE * distance.detach()).clamp_(min=0)
         parts = {
             "task": task,
             "keep_ratio": keep,

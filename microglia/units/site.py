@@ -13,6 +13,8 @@ from microglia.anatomy import Anatomy, Layer
 from microglia.errors import MicrogliaError
 from microglia.registry import Registry
 
+MOST_UNITS = 2**16  # of a site, and of whatever else its geometry counts: more is no model but a mistake or an attack
+
 
 class Geometry(Protocol):
     """How many units there are, and which of them can go together. A frozen, hashable value; saved with checkpoints."""

@@ -43,6 +43,38 @@ def test_the_interval_covers_what_it_says_it_covers() -> None:
     assert 176 <= covered <= 200
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("of_seeds", [0.0, 0.1, 0.5])
+def test_several_trainings_do_not_reject_a_true_null_too_often(seeds, of_seeds) -> None:
+    """400 worlds without a difference; trainings, prompts and answers vary: 5 % would be 20, and of a test that
+    rejects in exactly 5 %, 1 run in 1,000 would show more than 34."""
+    rejected = 0
+    for world in range(400):
+        draw = np.random.default_rng(world)
+        chances = 0.7 + 0.1 * draw.normal(size=(1, 100))  # of each prompt, the same for both
+        right = [draw.random((seeds, 100)) < chances + of_seeds * draw.normal(size=(seeds, 1)) for _ in range(2)]
+        rejected += crossed_difference(*np.array(right, dtype=float), resamples=1).p_value < 0.05
+    assert rejected <= 34
+
+
+def test_prompts_that_favour_one_side_are_chance_too() -> None:
+    """Trainings agree here, but on other prompts the difference would be another."""
+    rejected = 0
+    for world in range(400):
+        draw = np.random.default_rng(world)
+        difference = draw.normal(size=(1, 60)) + 0.1 * draw.normal(size=(4, 60))
+        rejected += crossed_difference(difference, np.zeros((4, 60)), resamples=1).p_value < 0.05
+    assert rejected <= 34
+
+
+def test_several_trainings_show_a_difference_that_is_there() -> None:
+    draw = np.random.default_rng(0)
+    a, b = ((draw.random((5, 300)) < chance).astype(float) for chance in (0.9, 0.8))
+    assert crossed_difference(a, b).p_value < 0.01
+    assert crossed_difference(np.eye(2), 1 - np.eye(2)).p_value == 1.0  # nothing is left but how answers scatter
+    assert crossed_difference(np.eye(2), np.zeros((2, 2))).p_value > 0.05  # whose means all agree
+
+
 def test_sign_flips_agree_with_mcnemar_and_with_enumeration() -> None:
     difference = np.array([1] * 9 + [-1] + [0] * 30, dtype=float)
     assert sign_flip(difference) == pytest.approx(mcnemar_exact(difference > 0, difference < 0), abs=0.005)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from microglia.errors import ConfigError
+from microglia.evaluation.run import Answer, Evaluation
 from microglia.evaluation.setup import Setup
 from microglia.execution import Decision, Masked
 from microglia.tasks import get_task
@@ -58,3 +59,12 @@ def test_a_budget_of_the_setups_prompts_holds_on_them(setup, pruner) -> None:
         answers = replace(setup, max_new_tokens=1).answers(calibrated.at(target)).answers
         kept = sum(answer.keep_ratio for answer in answers) / 5
         assert target <= kept + 1e-6 < target + 0.15
+
+
+def test_sparsity_per_token_weighs_each_answer_by_its_length() -> None:
+    answers = [Answer(str(i), "", True, keep, tokens, 1, "") for i, (keep, tokens) in enumerate([(1.0, 30), (0.5, 10)])]
+    summary = Evaluation(tuple(answers), 0.0, {}).summary()
+    assert summary.sparsity == 0.25
+    assert summary.sparsity_per_token == 1 - (30 + 5) / 40
+    silent = [replace(answer, new_tokens=0) for answer in answers]
+    assert Evaluation(tuple(silent), 0.0, {}).summary().sparsity_per_token == 0.25

@@ -194,6 +194,22 @@ def test_finished_runs_are_not_trained_again(tmp_path, monkeypatch, command) -> 
     assert len(read_records(tmp_path / "out" / "records.jsonl")) == 3  # however often it is shown
 
 
+def test_a_file_that_was_edited_is_trained_and_judged_anew(tmp_path, monkeypatch, command) -> None:
+    trained, real, file = [], ablate.train, tmp_path / "mine.jsonl"
+    monkeypatch.setattr(ablate, "train", lambda *given, **options: trained.append(1) or real(*given, **options))
+
+    def trainings(times: int) -> int:
+        lines = [json.dumps({"question": f"{n} times {times}?", "answer": f"{n * times}"}) for n in range(1, 30)]
+        file.write_text("\n".join(lines))
+        before = len(trained)
+        what = f"--dataset jsonl --data-dir {file} --set baseline-steps=0 --vary beta=0.01"
+        done = CliRunner().invoke(app, [*command, *what.split()])
+        assert done.exit_code == 0, done.stderr
+        return len(trained) - before
+
+    assert [trainings(times) for times in (2, 2, 3, 2)] == [1, 0, 1, 0]
+
+
 def test_the_keep_ratio_of_the_training_may_be_left_out(tmp_path, monkeypatch, command) -> None:
     changes = "--set baseline-steps=0 --set max-steps=1 --vary signals=norm --no-own"
     runs, real = [], Setup.answers

@@ -1,5 +1,6 @@
 """The promise of a calibration in worlds whose truth is known, and each step by hand."""
 
+import json
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from scipy import stats
 from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.evaluation.run import Answer, Evaluation
+from microglia.evaluation.setup import Setup
 from microglia.experiments.calibrate import (
     EVERY_HEAD,
     Aim,
@@ -18,6 +20,7 @@ from microglia.experiments.calibrate import (
     fixed_sequence,
     gentlest_reaching,
     more_prompts,
+    questions_used,
     unused_examples,
 )
 from microglia.experiments.drop import drop_limit
@@ -27,6 +30,7 @@ from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
 from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
+from microglia.tasks.used import question_keys
 from tests.tiny_folder import opinionated_pruner, save_tiny_model
 
 PROMPTS, SETTINGS, DROP = 300, 10, 0.03
@@ -127,6 +131,10 @@ class Scripted:
     @property
     def examples(self) -> list:
         return [None] * self.prompts
+
+    @property
+    def identity(self) -> dict:
+        return {"examples": self.prompts}
 
     def answers(self, pruner, progress=None) -> Evaluation:
         self.runs += 1
@@ -255,19 +263,88 @@ def test_the_gentlest_setting_that_is_fast_enough_is_found_by_bisection() -> Non
 
 def test_what_training_used_is_left_out() -> None:
     task = get_task("arithmetic")
-    training = {"eval_limit": 6, "seed": 3}
-    plain = [e.id for e in task.load("validation", limit=20, seed=3)]
-    left = unused_examples(task, "validation", training, 4, limit=14, seed=3)
-    assert [e.id for e in left] == plain[6:]
-    assert len(unused_examples(task, "validation", training, 4, limit=14, seed=4)) == 14
-    assert len(unused_examples(task, "test", training, 4, limit=3, seed=3)) == 3
-    assert len(unused_examples(task, "train", None, 4, limit=3, seed=3)) == 3
-    with pytest.raises(ConfigError, match="the policy was trained on it; give validation or test"):
-        unused_examples(task, "train", training, 4, limit=3, seed=3)
+    plain = task.load("validation", limit=20, seed=3)
+    used = question_keys(e.question for e in plain[:6])
+    assert unused_examples(task, "validation", used, limit=14, seed=3) == plain[6:]
+    assert len(unused_examples(task, "validation", used, limit=14, seed=4)) == 14
+    assert len(unused_examples(task, "test", used, limit=3, seed=3)) == 3
+    assert len(unused_examples(task, "train", frozenset(), limit=3, seed=3)) == 3
 
-    few = SimpleNamespace(load=lambda split, limit, seed: task.load(split, limit=5, seed=seed))
-    with pytest.raises(DataError, match="looked at all examples of the split validation"):
-        unused_examples(few, "validation", training, 4, limit=None, seed=3)
+    few = SimpleNamespace(load=lambda split, limit, seed: task.load("validation", limit=5, seed=seed))
+    for split in ("train", "validation", "test"):  # by text, wherever it stands
+        with pytest.raises(DataError, match=f"looked at all examples of the split {split}"):
+            unused_examples(few, split, used, limit=None, seed=3)
+
+
+def test_of_a_checkpoint_that_does_not_say_what_it_used_that_is_drawn_again() -> None:
+    task = get_task("arithmetic")
+    used = questions_used(task, {"limit": 7, "eval_limit": 300, "seed": 3})
+    drawn = [*task.load("train", limit=7, seed=3), *task.load("validation", limit=300, seed=3)]
+    assert used == question_keys(e.question for e in drawn)
+    demo = task.load("validation", limit=200, seed=3)
+    assert question_keys(e.question for e in demo) <= questions_used(task, {"limit": 1, "seed": 3})
+
+
+def test_questions_are_known_however_they_are_spaced() -> None:
+    assert question_keys(["What is\n 1 + 1? "]) == question_keys(["What is 1 + 1?"])
+    assert question_keys(["What is 1 + 1?"]).isdisjoint(question_keys(["What is 1 + 2?"]))
+
+
+def write_problems(path, *, times: int, lines: int = 30):
+    """A jsonl file of products; other `times` give other problems."""
+    rows = [{"question": f"What is {n} times {times}?", "answer": f"#### {n * times}"} for n in range(1, lines + 1)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture
+def answered(monkeypatch) -> list:
+    """Whatever a setup answers from now on: its first question, and the type of the weights."""
+    runs, real = [], Setup.answers
+
+    def recorded(setup, *given):
+        runs.append((setup.examples[0].question, next(setup.model.parameters()).dtype))
+        return real(setup, *given)
+
+    monkeypatch.setattr(Setup, "answers", recorded)
+    return runs
+
+
+def test_answers_are_taken_again_for_the_same_data_and_weights_only(system, tmp_path, answered) -> None:
+    few = {"split": "test", "keep_ratio": 0.6, "max_new_tokens": 2, "ledger": tmp_path / "answers.jsonl"}
+    one, other = write_problems(tmp_path / "one.jsonl", times=2), write_problems(tmp_path / "other.jsonl", times=3)
+
+    def new_runs(path, model=system) -> int:
+        before = len(answered)
+        model.calibrate("jsonl", data_dir=path, **few)
+        return len(answered) - before
+
+    assert [new_runs(path) for path in (one, one, other, one)] == [2, 0, 2, 0]
+    write_problems(one, times=4)  # the same name and as many lines, edited
+    assert (new_runs(one), new_runs(one)) == (2, 0)
+    half = MicrogliaPruningSystem(system.source, dtype="bfloat16")
+    half.pruner = system.pruner
+    assert (new_runs(one, half), new_runs(one, half), new_runs(one)) == (2, 0, 0)
+
+
+def test_no_promise_rests_on_what_was_trained_on_or_set_the_threshold(tmp_path, answered) -> None:
+    path = write_problems(tmp_path / "mine.jsonl", times=2)
+    loaded = MicrogliaPruningSystem(save_tiny_model(tmp_path / "model"), hidden_dim=4)
+    loaded.train(
+        "jsonl", data_dir=path, max_steps=1, batch_size=2, eval_limit=1, output_dir=tmp_path / "saved", quiet=True
+    )
+    everything = get_task("jsonl").load("test", data_dir=path)
+    again = MicrogliaPruningSystem.from_pretrained(tmp_path / "saved", loaded.source)
+    for tried in (loaded, again):
+        for split in ("train", "validation", "test"):
+            with pytest.raises(DataError, match="training looked at all examples"):
+                tried.calibrate("jsonl", split=split, data_dir=path, keep_ratio=0.6)
+    more = write_problems(tmp_path / "more.jsonl", times=2, lines=40)  # the same problems, and ten new ones
+    assert again.calibrate("jsonl", split="test", data_dir=more, keep_ratio=0.6, max_new_tokens=2).prompts == 10
+    again.set_keep_ratio(0.7, prompts=["What is 31 times 2?", "What is  32 times 2?"])
+    assert again.calibrate("jsonl", split="test", data_dir=more, keep_ratio=0.6, max_new_tokens=2).prompts == 8
+    assert len(everything) == 30
+    assert again.checkpoint().config.used.count(" ") == 31
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,16 @@ import pytest
 
 from microglia.benchmark import Plan
 from microglia.cli.demo import adds, comparison, picture, verdict
-from microglia.experiments.demo import RECIPE, demo
+from microglia.experiments.demo import RECIPE, demo, shared_out
 from microglia.experiments.side_by_side import PairRecipe
 from microglia.results import from_json
 from microglia.system import MicrogliaPruningSystem
 
-pytestmark = pytest.mark.slow
+
+def test_the_random_masks_share_all_problems_out():
+    parts = shared_out(list(range(11)), 2)
+    assert parts == [list(range(5)), list(range(5, 11))]
+    assert shared_out([1], 2) == [[1], [1]]  # none is left without
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +37,7 @@ def ran(tmp_path_factory):
     return folder, summary, lines
 
 
+@pytest.mark.slow
 def test_the_summary_is_what_the_interface_promises(ran):
     folder, summary, _ = ran
     written = json.loads((folder / "summary.json").read_text())
@@ -49,6 +54,7 @@ def test_the_summary_is_what_the_interface_promises(ran):
     assert pruned.to_dense.diff == pytest.approx(pruned.accuracy - summary.dense.accuracy)
 
 
+@pytest.mark.slow
 def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
     answers = json.loads((ran[0] / "answers.json").read_text())
     ids = {name: [a["id"] for a in rows] for name, rows in answers.items()}
@@ -57,12 +63,14 @@ def test_the_answers_are_paired_and_say_how_many_heads_each_kept(ran):
     assert len({a["difficulty"] for a in answers["dense"]}) == 8
 
 
+@pytest.mark.slow
 def test_the_checkpoint_it_leaves_can_be_used(ran):
     system = MicrogliaPruningSystem.from_pretrained(ran[0] / "checkpoint")
     assert isinstance(system.generate("What is 12 plus 30?", max_new_tokens=8), str)
     assert 0 <= system.get_sparsity() < 1
 
 
+@pytest.mark.slow
 def test_what_is_shown_are_the_figures_of_the_summary(ran):
     _, summary, lines = ran
     answered = [line.split(":")[0] for line in lines if "right at" in line]

@@ -19,6 +19,7 @@ from microglia.policies import (
     StaticPolicy,
     new_agents,
 )
+from microglia.policies.base import MOST_DEVIATIONS, Standardiser
 from microglia.signals import feature_size
 
 BOTH = ("norm", "entropy")
@@ -184,6 +185,27 @@ def test_a_policy_made_again_from_its_name_signals_and_options_is_the_same(name)
     assert all(a.equal(b) for a, b in zip(first(features), again(features), strict=True))
     assert first.fingerprint() == again.fingerprint()
     assert first.describes
+
+
+def test_policies_with_other_signals_are_told_apart():
+    state = AgentPolicy(GEOMETRIES, signals=("norm",)).state_dict()
+    prints = set()
+    for signals in (("norm",), ("entropy",)):
+        policy = AgentPolicy(GEOMETRIES, signals=signals)
+        policy.load_state_dict(state)
+        prints.add(policy.fingerprint())
+    assert len(prints) == 2
+
+
+def test_a_signal_that_hardly_varies_makes_no_outliers():
+    """A hundredth of a thousandth about 5 is rounding; a little more of it must not look like 14 deviations."""
+    standardiser = Standardiser(3)
+    noise = torch.randn(100, 1, generator=torch.Generator().manual_seed(0))
+    standardiser.fit(torch.cat([5 + 1e-5 * noise, -5 + 1e-5 * noise, 5 + noise], -1))
+    z = standardiser(torch.tensor([[5 + 2e-4, -5 - 2e-4, 5.0], [5, -5, 1e6]]))
+    assert z[0].abs().max() < 0.5
+    assert z[1, 2] == MOST_DEVIATIONS  # no prompt is further away than any network has learned about
+    assert standardiser(torch.tensor([[5.0, -5.0, 6.0]]))[0, 2] == pytest.approx(1, abs=0.3)
 
 
 def test_a_policy_that_does_not_decide_cannot_be_made():

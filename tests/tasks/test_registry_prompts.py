@@ -95,7 +95,14 @@ def test_a_chat_tokenizer_speaks_its_own_template() -> None:
     assert uses_chat_template(chat)
 
 
-@pytest.mark.parametrize("template", ["Answer:", "{question} {hint}", "{question} {}", "{question", "{{question}}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("Answer:", "{question} {hint}", "{question} {}", "{question", "{{question}}"),
+        *("{question:>2000000000}", "{question!r}", "{question.__class__}", "{question[0]}", "{question:{question}}"),
+        "{question}" * 9,
+    ],
+)
 def test_a_template_that_cannot_hold_the_question_is_refused(template: str) -> None:
     with pytest.raises(ConfigError, match=r"template .*\{question\}"):
         render_prompt(tokenizer(), "How many?", template)

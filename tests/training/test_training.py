@@ -10,10 +10,11 @@ import torch
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.policies import AgentPolicy, StaticPolicy
 from microglia.pruner import Pruner
+from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.training import RunFolder, TrainingConfig, train
 from tests.tiny import geometries_of, tiny_model
-from tests.tiny_folder import character_tokenizer
+from tests.tiny_folder import character_tokenizer, save_tiny_model
 
 SHORT = TrainingConfig(max_steps=6, batch_size=4, limit=24, eval_limit=8, save_steps=3, warmup_steps=0)
 
@@ -205,3 +206,22 @@ def test_runs_are_not_mixed_up(tmp_path):
     with pytest.raises(ConfigError, match="fill was 'zero' and is now 'mean'"):
         tiny_run(tmp_path / "done", SHORT, fill="mean", resume=True)
     assert json.loads((tmp_path / "done" / "training_config.json").read_text())["batch_size"] == 4
+
+
+def test_what_is_trained_is_shown_at_the_temperature_that_training_ended_with(tmp_path):
+    system = MicrogliaPruningSystem(save_tiny_model(tmp_path / "model"), hidden_dim=4)
+    few = {"max_steps": 1, "batch_size": 2, "limit": 4, "eval_limit": 2, "quiet": True}
+    system.train("arithmetic", temperature=(2.0, 1.5), output_dir=tmp_path / "saved", **few)
+    saved = MicrogliaPruningSystem.from_pretrained(tmp_path / "saved", system.source)
+    shown = saved.explain("What is 1 + 2?").sites[0]
+    assert shown.probability == pytest.approx(torch.sigmoid(torch.tensor(shown.logit) / 1.5).tolist(), abs=1e-5)
+
+
+def test_the_price_of_a_head_rises_alike_whatever_the_learning_rate(tmp_path):
+    """Agents and their static baseline learn at other rates; too many kept heads must cost both the same."""
+    prices = []
+    for rate in (1e-9, 1e-7):
+        config = replace(SHORT, max_steps=10, keep_ratio=0.5, ramp=0.0, learning_rate=rate, noise=(0.0, 0.0))
+        _, result = tiny_run(tmp_path / str(rate), config)
+        prices.append(next(row["multiplier"] for row in result.history if "multiplier" in row))
+    assert prices[0] == prices[1] > 0.1

@@ -11,8 +11,9 @@ from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
 from microglia.evaluation.setup import Setup
 from microglia.policies import Policy
-from microglia.pruner import Pruner
+from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Example
+from microglia.tasks.used import fingerprint
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config
 
@@ -26,18 +27,16 @@ Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a s
 class Entry:
     """A name in tables, and the policy that a seed makes.
 
-    identity: what tells its policies from others of that name, for a ledger; of each policy where they are counted.
-    count: how many policies there are, of which `make` then gives the first, second, …; None when any seed makes one.
+    identity: what tells the policy that a seed makes from others of that name, for a ledger.
+    count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
+    fill: what its pruned heads leave behind, None for what the agents' leave.
     """
 
     name: str
-    identity: Any
+    identity: Callable[[int], Any]
     make: Callable[[int], Policy]
     count: int | None = None
-
-    def identity_of(self, place: int) -> Any:
-        """What tells the policy of a seed from others; it does not depend on which other seeds there are."""
-        return self.identity if self.count is None else self.identity[place]
+    fill: Fill | None = None
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
@@ -61,14 +60,16 @@ def make_entries(
 ) -> list[Entry]:
     """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
 
-    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share. training:
-    options of the agents' training, by which the static baseline is trained too.
+    examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share, and its fill
+    but for criteria whose paper has the mean. training: the agents' training as a checkpoint holds it, by which the
+    static baseline is trained too.
     """
-    options = {} if training is None else {BASELINE: {"config": baseline_config(config_of(training))}}
+    options = {BASELINE: {"config": baseline_of(training)}} if training and training.get("config") else {}
     entries = []
     for name, folders in parsed(words).items():
         if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
-            entries.append(Entry(name, [policy.fingerprint() for policy in ready], ready.__getitem__, len(ready)))
+            prints = [policy.fingerprint() for policy in ready]
+            entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready)))
         else:
             entries.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
     return entries
@@ -94,7 +95,11 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
     """
     chosen = get_criterion(word.removesuffix(PER_INPUT), **options)
     limit = options["config"].limit if "config" in options else CALIBRATION_PROMPTS
-    identity = {"criterion": word, "prompts": limit, **{name: asdict(value) for name, value in options.items()}}
+    fill: Fill = "mean" if chosen.fill == "mean" else like.fill
+    described = {"criterion": word, "fill": fill, **{name: asdict(value) for name, value in options.items()}}
+
+    def identity(seed: int) -> Any:
+        return {**described, "prompts": fingerprint(examples(limit, seed))}
 
     def make(seed: int) -> Policy:
         calibration = Calibration(
@@ -104,13 +109,24 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
             examples(limit, seed),
             window=like.window,
             bucket=like.gate.bucket,
-            fill=like.fill,
+            fill=fill,
             batch_size=16,
             seed=seed,
         )
         return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
 
-    return Entry(word, identity, make)
+    return Entry(word, identity, make, fill=fill)
+
+
+def baseline_of(training: Mapping[str, Any]) -> TrainingConfig:
+    """How the static baseline of trained agents is trained: where they began with one, with all the steps of both."""
+    config = config_of(training["config"])
+    if "first" not in training:
+        return baseline_config(config)
+    first = config_of(training["first"])
+    limits = (first.limit, config.limit)
+    limit = None if None in limits else sum(filter(None, limits))
+    return baseline_config(first, max_steps=first.max_steps + config.max_steps, limit=limit)
 
 
 def config_of(training: Mapping[str, Any]) -> TrainingConfig:

@@ -21,7 +21,8 @@ from microglia.results import BenchmarkRow, Latency, part_from_json, plain
 class Comparison:
     """setup: the prompts that are answered; held_out: others, on which keep ratios become thresholds.
 
-    like: the agents' pruner: all entries share its gate, window and fill. num_runs: of the timing, 0 for none.
+    like: the agents' pruner: all entries share its gate and window, and its fill unless they have their own.
+    num_runs: of the timing, 0 for none.
     """
 
     setup: Setup
@@ -37,7 +38,7 @@ class Comparison:
         report(f"making {entry.name}", 0, 1)
         policy = entry.make(seed).to(input_device(self.setup.model)).eval()
         report(f"making {entry.name}", 1, 1)
-        return self.held_out.calibrated(replace(self.like, policy=policy))
+        return self.held_out.calibrated(replace(self.like, policy=policy, fill=entry.fill or self.like.fill))
 
     def trained_keep_ratio(self, pruner: Pruner) -> float:
         """What a pruner keeps at the decision that it was trained to."""
@@ -54,14 +55,17 @@ def compare(
     An entry that has one policy for all seeds is measured once. Raises ConfigError for no or unfit ratios or seeds.
     """
     _check(entries, keep_ratios, seeds)
+    prompts = {"prompts": comparison.setup.identity, "held_out": comparison.held_out.identity}
+    comparison = replace(comparison, ledger=comparison.ledger.within(**prompts))
     work = partial(measure, comparison.setup, None, comparison.progress)
     runs = [Run(DENSE, 1.0, seeds[0], Measured.from_json(comparison.ledger.get({"run": DENSE}, work)))]
     for entry in entries:
         known: dict[Any, dict[str, Any]] = {}  # a score that no seed changes is measured once
         for place, seed in enumerate(seeds[: entry.count]):
-            make = cache(partial(comparison.make, entry, seed if entry.count is None else place))
+            which = seed if entry.count is None else place
+            make, identity = cache(partial(comparison.make, entry, which)), entry.identity(which)
             for ratio in sorted(set(keep_ratios), reverse=True):
-                key = {"policy": entry.name, "is": entry.identity_of(place), "target": ratio}
+                key = {"policy": entry.name, "is": identity, "target": ratio}
                 answers = partial(_answers, comparison, make, ratio, known)
                 row = comparison.ledger.get({"run": "answers", **key, "seed": seed}, answers)
                 run = Run(entry.name, ratio, seed, Measured.from_json(row))

@@ -17,6 +17,7 @@ class Stub:
     kind: str
     made: list
     config: Any = None
+    fill: str = "zero"
 
     def policy(self, calibration: Calibration, *, per_input: bool = False):
         examples = len(calibration.examples)

@@ -1,7 +1,7 @@
 """A whole comparison on a tiny model: same prompts for all, seeds, ledger, table and picture."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from microglia.cli.main import app
 from microglia.evaluation.setup import Setup
 from microglia.execution import Decision, Masked
-from microglia.experiments.compare.entries import config_of, parsed
+from microglia.experiments.compare import Comparison, make_entries
+from microglia.experiments.compare.entries import baseline_of, config_of, parsed
 from microglia.experiments.compare.summary import DENSE
 from microglia.experiments.side_by_side import PairRecipe
 from microglia.record import read_records
@@ -149,6 +150,22 @@ def test_a_score_that_no_seed_changes_is_measured_once(folder, made, monkeypatch
     assert (norm["policy"], norm["seeds"]) == ("norm:per-input", [0, 1, 2])
 
 
+def test_answers_are_of_the_data_and_not_of_its_name(folder, made, tmp_path) -> None:
+    """A file that was edited is answered anew: the dense model, and every policy on it."""
+    file = tmp_path / "mine.jsonl"
+
+    def answered(times: int) -> int:
+        lines = [json.dumps({"question": f"{n} times {times}?", "answer": f"{n * times}"}) for n in range(1, 30)]
+        file.write_text("\n".join(lines))
+        before = len(keys(tmp_path / "out")) if (tmp_path / "out").exists() else 0
+        place = ["--dataset", "jsonl", "--data-dir", file, "--output-dir", tmp_path / "out", "--policies", "random"]
+        done = run("--model-path", folder, *place, *FEW, *AT, "--json")
+        assert done.exit_code == 0, done.stderr
+        return len(keys(tmp_path / "out")) - before
+
+    assert [answered(times) for times in (2, 2, 3, 2)] == [4, 0, 4, 0]
+
+
 def test_pairs_are_trained_once_per_seed(folder, made, tmp_path, monkeypatch) -> None:
     short = TrainingConfig(max_steps=1, limit=4, batch_size=2, eval_limit=2, keep_ratio=0.6)
     monkeypatch.setattr("microglia.experiments.demo.RECIPE", PairRecipe(short, short))
@@ -184,6 +201,39 @@ def test_the_static_baseline_is_trained_as_the_agents_were() -> None:
     recipe = baseline_config(config_of(training | {"gone_option": 1}))
     assert (recipe.max_steps, recipe.alpha, recipe.lora) == (40, (0.02, 0.2), "none")
     assert recipe.learning_rate > TrainingConfig().learning_rate
+
+
+def test_a_criterion_is_judged_with_the_fill_of_its_paper(folder) -> None:
+    system = MicrogliaPruningSystem.from_pretrained(folder)
+    task = get_task("arithmetic")
+    setup = Setup(system.model, system.tokenizer, task, task.load("test", limit=3), batch_size=3)
+    like, trained = system.pruner, {name: [system.pruner.policy] for name in ("agents", "static_baseline")}
+
+    def fills(like):
+        entries = make_entries(["fluctuation,random"], setup, lambda limit, seed: setup.examples, trained, like=like)
+        comparison = Comparison(setup, setup, like)
+        return {entry.name: comparison.make(entry, 0).fill for entry in entries}, entries
+
+    zeros, entries = fills(like)
+    assert zeros == {"agents": "zero", "static_baseline": "zero", "fluctuation": "mean", "random": "zero"}
+    means, others = fills(replace(like, fill="mean"))
+    assert set(means.values()) == {"mean"}  # where the agents have it, all do
+    assert [entry.identity(0)["fill"] for entry in (entries[3], others[3])] == ["zero", "mean"]
+
+
+def test_the_static_baseline_gets_all_the_steps_of_a_pair() -> None:
+    first, second = (
+        TrainingConfig(max_steps=100, limit=3200, ramp=0.7),
+        TrainingConfig(max_steps=150, limit=4800, ramp=0.0),
+    )
+    training = json.loads(json.dumps({"first": asdict(first), "config": asdict(second)}))
+    recipe = baseline_of(training)
+    assert (recipe.max_steps, recipe.limit, recipe.ramp) == (250, 8000, 0.7)
+    assert recipe.learning_rate == 0.1
+    alone = baseline_of({"config": training["config"]})
+    assert (alone.max_steps, alone.limit) == (150, 4800)
+    everything = {**training, "config": {**training["config"], "limit": None}}
+    assert baseline_of(everything).limit is None
 
 
 def test_losses_are_those_of_the_answers_under_hard_gates(folder) -> None:
