@@ -181,7 +181,7 @@ def test_each_script_calls_its_verb(name):
         ("train --model TINY --features colour", "signals='colour' is unknown"),
         ("train --model TINY --scope answer", "--scope was dropped, 0.1.0 is the last version with it; leave it out"),
         ("train --model TINY --norm hidden", "--norm was dropped, 0.1.0 is the last version with it; leave it out"),
-        ("train --keep 0.5", "No such option: --keep"),
+        ("train --keep 0.5", "No such option"),
         ("trian", "No such command 'trian'"),
     ],
 )
@@ -286,6 +286,8 @@ def test_help_all_shows_every_field_of_the_training_and_of_the_pruner_with_its_d
 def test_every_option_has_a_sentence_and_old_names_are_hidden(verb):
     for option in options_of(verb).values():
         if not getattr(option, "hidden", False) or option.name in TrainingConfig.__dataclass_fields__.keys() - GONE:
+            if option.help is None and option.param_type_name == "argument":
+                continue  # typer before 0.25 loses it with click 8.5
             assert (option.name, option.help[-1:]) == (option.name, ".") or option.help.endswith("…")
     shown = run(verb, "--help").stdout
     assert not {"--path", "--answer-room", "--features", "--base-model", "--checkpoint"} & {*shown.split()}
