@@ -1,6 +1,6 @@
 """Ways to carry out a decision: dense, masked, compact (really gone), captured (gone, and steps replayed)."""
 
-from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, execution_for
+from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, execution_for, kind_of
 from microglia.execution.captured import Captured
 from microglia.execution.compact import Compact
 from microglia.execution.dense import Dense
@@ -17,4 +17,5 @@ __all__ = [
     "Prepared",
     "Request",
     "execution_for",
+    "kind_of",
 ]

@@ -92,6 +92,11 @@ class Execution(ABC):
 EXECUTIONS: Registry[type[Execution]] = Registry("execution")
 
 
+def kind_of(execution: str | Execution) -> type[Execution]:
+    """The class of an execution, by its name or of the one given. Raises ConfigError for an unknown name."""
+    return type(execution) if isinstance(execution, Execution) else EXECUTIONS[execution]
+
+
 def execution_for(execution: str | Execution, model: nn.Module) -> Execution:
     """An execution by its name, made for a model, or the one that was given. Raises ConfigError for an unknown name."""
     return execution if isinstance(execution, Execution) else EXECUTIONS[execution].for_model(model)
