@@ -115,12 +115,12 @@ def _tokenizer(source: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     if not source:
         raise MicrogliaError("a model in memory does not say where its tokenizer is; pass tokenizer=")
     try:
-        found: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        names = [*found.vocab_files_names.values()]
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        names = [*tokenizer.vocab_files_names.values()]
         # Older transformers 5 make up a tokenizer without a vocabulary where others raise.
         if names and Path(source).is_dir() and not any((Path(source) / name).is_file() for name in names):
             raise ValueError(f"there is no {' or '.join(names)}")
-        return found
+        return tokenizer
     except Exception as error:  # a damaged tokenizer.json raises KeyError and tokenizers' bare Exception too
         raise MicrogliaError(
             f"no tokenizer could be loaded from {source!r} ({first_line(error)}); pass tokenizer="

@@ -84,7 +84,7 @@ class Pruner:
 
     window: entropy over the last so many prompt tokens, None for all. fill: what a pruned head leaves behind, `zero` or
     `mean` (its mean output over this prompt). units: the kinds that are decided about, see `microglia.units`.
-    budget: what turns a keep ratio into a threshold, see `at`.
+    budget: what turns a keep ratio into a threshold, see `at`; it counts in the gate's bucket.
     """
 
     policy: Policy
@@ -97,6 +97,8 @@ class Pruner:
     def __post_init__(self) -> None:
         check_choice("fill", self.fill, get_args(Fill))
         check_window(self.window)
+        if self.budget is not None and self.budget.bucket != self.gate.bucket:  # of a gate that was replaced
+            object.__setattr__(self, "budget", replace(self.budget, bucket=self.gate.bucket))
         for unit in self.units:
             _ = UNITS[unit]
         for name in self.policy.signals:

@@ -73,10 +73,11 @@ class MicrogliaPruningSystem:
         self.source = None if isinstance(model, nn.Module) else str(model)
         Anatomy(self.model).check_head_count(num_heads)
         gate = Gate(bucket=bucket)
-        gate.check_bucket(self._geometries)
+        geometries = [site.geometry for site in find_sites(self.model)]
+        gate.check_bucket(geometries)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            agents = new_agents(policy, self._geometries, signals=signals, hidden_dim=hidden_dim)
+            agents = new_agents(policy, geometries, signals=signals, hidden_dim=hidden_dim)
         self.pruner = Pruner(agents.to(input_device(self.model)).eval(), gate, window, fill)
         self.template, self.training, self.promise = Task.template, dict[str, Any](), dict[str, Any]()
         self._used: frozenset[str] = frozenset()  # keys of the questions that trained the policy or set its thresholds
@@ -317,10 +318,6 @@ class MicrogliaPruningSystem:
         system._used = frozenset(config.used.split())
         return system
 
-    @property
-    def _geometries(self) -> list[Any]:
-        return [site.geometry for site in find_sites(self.model)]
-
     def _setup(self, task: Task, examples: Any, execution: str | Execution, batch_size: int, longest: int) -> Setup:
         how = self._execution(execution)
         return Setup(self.model, self.tokenizer, task, examples, how, batch_size, longest)
@@ -342,7 +339,8 @@ class MicrogliaPruningSystem:
 
     def _calibrated(self, pruner: Pruner, prompts: Sequence[str]) -> Pruner:
         """The pruner with a budget from complete prompts."""
-        return pruner.with_budget(read_prompts(self.model, self.tokenizer, prompts, pruner).logits, self._geometries)
+        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
+        return pruner.with_budget(read_prompts(self.model, self.tokenizer, prompts, pruner).logits, geometries)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

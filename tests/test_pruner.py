@@ -1,11 +1,13 @@
 """A pruner is one value; its budget turns a keep ratio into a threshold."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
-from microglia.gate import Gate
+from microglia.gate import Gate, keep_ratio
 from microglia.policies import StaticPolicy
 from microglia.pruner import THRESHOLDS, Budget, Pruner
 from microglia.signals import SIGNALS
@@ -102,3 +104,15 @@ def test_what_is_measured_is_what_the_policy_and_the_fill_need():
 def test_impossible_pruners_are_refused(options, sentence):
     with pytest.raises(ConfigError, match=sentence):
         Pruner(StaticPolicy.all_kept([MHA]), **options)
+
+
+def test_a_budget_counts_in_the_gates_bucket_whatever_it_was_made_with():
+    logits = [torch.randn(50, 8, generator=torch.Generator().manual_seed(2))]
+    policy, budget = StaticPolicy(logits=[logits[0][0]]), Budget(logits, [MHA])
+    for pruner in (
+        Pruner(policy, Gate(bucket=4), budget=budget),
+        replace(Pruner(policy, budget=budget), gate=Gate(bucket=4)),
+    ):
+        at = pruner.at(0.6)
+        assert keep_ratio(at.keep(logits, [MHA])).mean() == pytest.approx(at.budget.keep_ratio(at.gate.threshold))
+        assert at.budget.bucket == 4

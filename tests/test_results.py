@@ -13,7 +13,18 @@ from microglia.errors import DataError
 from microglia.results import KINDS, BenchmarkRow, Difference, Promise, Tried, from_json, part_from_json, plain
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = {"evaluation", "demo", "comparison", "ablation", "promise", "benchmark", "training", "export"}
+VERBS = {
+    "evaluation",
+    "demo",
+    "comparison",
+    "ablation",
+    "promise",
+    "benchmark",
+    "training",
+    "export",
+    "generation",
+    "report",
+}
 
 
 def filled(hint: Any, depth: int = 0) -> Any:

@@ -63,6 +63,11 @@ class Layer:
         return f"{self.name}.{self.family.mlp_name}"
 
     @property
+    def scales_by_number(self) -> bool:
+        """Whether attention scores are divided by the layer's number, as GPT-2 may be configured to."""
+        return bool(getattr(self.attention, "scale_attn_by_inverse_layer_idx", False))
+
+    @property
     def mlp(self) -> nn.Module:
         """The feed-forward half."""
         return self.module.get_submodule(self.family.mlp_name)

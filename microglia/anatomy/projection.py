@@ -26,6 +26,11 @@ class Cut:
     of_inputs: bool
 
 
+def weights_of_products(module: nn.Module) -> list[Tensor]:
+    """The weights of all matrix products inside a module, itself included."""
+    return [m.weight for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+
+
 def plain(projection: nn.Module) -> nn.Module:
     """The projection itself, without the LoRA layer that peft may have put around it."""
     return getattr(projection, "base_layer", projection)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from microglia.anatomy import Anatomy
-from microglia.anatomy.projection import tensor_bytes
+from microglia.anatomy.projection import tensor_bytes, weights_of_products
 from microglia.gate import rows_agree
 from microglia.units import Site
 from microglia.units.kv import kv_bytes, layer_bytes
@@ -71,7 +70,7 @@ def kept_kv_bytes(cache: Any, sites: Sequence[Site], keep: Sequence[Tensor]) -> 
 
 def linear_flops(module: nn.Module) -> int:
     """Operations of all linear layers for one token."""
-    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | Conv1D))
+    return sum(2 * weight.numel() for weight in weights_of_products(module))
 
 
 def prefill_flops(anatomy: Anatomy, *, batch: int, context: int) -> int:

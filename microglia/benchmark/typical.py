@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from microglia.anatomy import causal_lm, context_length
 from microglia.benchmark.run import Plan, benchmark
 from microglia.benchmark.subjects import Prompted, Subject
+from microglia.errors import ConfigError
+from microglia.execution import Execution, execution_for, kind_of
 from microglia.gate import keep_ratio
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read_prompts
@@ -35,22 +37,48 @@ def typical_subject(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Seq
 
 
 def typical_rows(
-    model: Any, subject: Subject, ratio: float | None, *, num_runs: int = 20, new_tokens: int = 64
+    model: Any,
+    subject: Subject,
+    ratio: float | None,
+    execution: str | Execution = "compact",
+    *,
+    num_runs: int = 20,
+    new_tokens: int = 64,
 ) -> dict[str, BenchmarkRow]:
-    """The measured row of every variant at one keep ratio, for one prompt."""
+    """Rows of one execution beside dense at one keep ratio, for one prompt: `dense`, `pruned` and `pruned_total`.
+
+    `pruned_total` has decision and slicing in it, where the execution saves anything.
+    """
+    kind = kind_of(execution)
+    if not kind.prunes:
+        raise ConfigError(f"execution={kind.name!r} prunes nothing, so there is no time to compare; choose another")
     context = max(1, (context_length(model) or 4096) - new_tokens - 8)
-    plan = Plan(contexts=(context,), keep_ratios=(ratio,), new_tokens=new_tokens, num_runs=num_runs)
-    return {row.variant: row for row in benchmark(model, subject, plan, {}).rows}
+    plan = Plan(
+        contexts=(context,),
+        keep_ratios=(ratio,),
+        new_tokens=new_tokens,
+        num_runs=num_runs,
+        executions=("dense", execution),
+    )
+    rows = {row.variant: row for row in benchmark(model, subject, plan, {}).rows}
+    return {name.replace(kind.name, "pruned", 1): row for name, row in rows.items()}
 
 
 def typical_speed(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pruner: Pruner, *, num_runs: int = 20
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    pruner: Pruner,
+    execution: str | Execution = "compact",
+    *,
+    num_runs: int = 20,
 ) -> Callable[[float], float]:
-    """Dense time ÷ compact time of a decode step at a keep ratio; each is measured once."""
+    """Dense time ÷ pruned time of a decode step at a keep ratio; each is measured once."""
     subject = typical_subject(model, tokenizer, prompts, pruner)
+    execution = execution_for(execution, causal_lm(model))  # once: what it captures serves every ratio
 
     @cache
     def speed(ratio: float) -> float:
-        return typical_rows(model, subject, ratio, num_runs=num_runs)["compact"].ratio_to_dense
+        return typical_rows(model, subject, ratio, execution, num_runs=num_runs)["pruned"].ratio_to_dense
 
     return speed

@@ -200,8 +200,8 @@ class MicrogliaConfig:
         checksums = row.pop("sha256", None)
         if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
             raise CheckpointError(f"{where} has no SHA-256 of the files beside it; copy or save the checkpoint again")
-        own = checksums.pop(CONFIG, None)  # which those of before and those that people write have not
-        if own is not None and own != _digest({"format_version": version, **row, "sha256": checksums}):
+        digest = checksums.pop(CONFIG, None)  # which those of before and those that people write have not
+        if digest is not None and digest != _digest({"format_version": version, **row, "sha256": checksums}):
             raise CheckpointError(
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"

@@ -9,6 +9,7 @@ import typer
 
 from microglia.cli import options as o
 from microglia.cli.bundles import Fields
+from microglia.cli.settings import present_name
 from microglia.cli.show import interval, points, share, table
 from microglia.cli.verb import GO_ON, Outcome, progress, verb
 from microglia.cli.writing import measured_on, recorder, write_run
@@ -85,7 +86,7 @@ def pairs(option: str, given: o.Many) -> dict[str, list[Any]]:
         name, equals, values = text.partition("=")
         if not equals or not values.strip():
             raise ConfigError(f"{option} {text} was given; write NAME=VALUE or NAME=VALUE,VALUE")
-        values_of[name.strip().replace("-", "_")] = [_value(value.strip()) for value in values.split(",")]
+        values_of[present_name(name.strip()).replace("-", "_")] = [_value(value.strip()) for value in values.split(",")]
     return values_of
 
 

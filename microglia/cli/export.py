@@ -74,6 +74,8 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None)
     from microglia.tasks.prompts import render_prompt
     from microglia.units import find_sites
 
+    if system.pruner.units != ("head",):
+        raise ConfigError(f"this checkpoint prunes {', '.join(system.pruner.units)}, and exports cut heads only")
     if system.pruner.fill != "zero":
         raise ConfigError(
             "this checkpoint fills pruned heads with their mean over each prompt, which cannot be frozen; train with "

@@ -27,19 +27,21 @@ def generate(
 
     microglia generate "What is 15% of 240?" --model-path checkpoints
     """
+    from rich.text import Text
+
+    from microglia.results import AnswerText, GenerationResult
+
     questions = prompts or [_from_stdin()]
     system = loading.system(model_path)
     texts = system.generate(
         questions, generation.max_new_tokens, execution=generation.execution, keep_ratio=keep_ratio, raw=raw
     )
     rows = [
-        {"prompt": question, "text": text, "sparsity": sparsity}
+        AnswerText(prompt=question, text=text, sparsity=sparsity)
         for question, text, sparsity in zip(questions, texts, system.get_sparsities(), strict=True)
     ]
-    from rich.text import Text
-
-    view = [Text.assemble(row["text"], "\n", (f"{row['sparsity']:.0%} of the heads pruned", "dim")) for row in rows]
-    return Outcome({"answers": rows, "sparsity": system.get_sparsity()}, view)
+    view = [Text.assemble(row.text, "\n", (f"{row.sparsity:.0%} of the heads pruned", "dim")) for row in rows]
+    return Outcome(GenerationResult(answers=tuple(rows), sparsity=system.get_sparsity()).to_json(), view)
 
 
 def _from_stdin() -> str:

@@ -53,7 +53,7 @@ def of_prompt(
     last = len(decision["sites"]) - 1
     if site is not None and site > last:
         raise ConfigError(f"--site {site} was given; the model has the sites 0 to {last}")
-    data = {"kind": "prompt", "prompt": prompt, **decision}
+    data = {"kind": "prompt", "version": 1, "prompt": prompt, **decision}
     view = decided.overview(decision) if site is None else decided.of_site(decision, site)
     if png is not None:
         data["png"] = str(draw_decision(decision, png, title=prompt))
@@ -70,7 +70,7 @@ def of_model(source: str, trust_remote_code: bool) -> Outcome:
     rows: dict[str, Any] = {"model": source, "model_class": type(lm).__name__}
     rows["parameters"] = sum(p.numel() for p in lm.parameters())
     rows["heads"] = sum(site.geometry["heads"] for site in sites)
-    data = {"kind": "model", **rows, "sites": [site.flat for site in sites]}
+    data = {"kind": "model", "version": 1, **rows, "sites": [site.flat for site in sites]}
     return Outcome(data, [facts({**rows, "parameters": f"{rows['parameters']:,}"}), site_table(sites)])
 
 
@@ -82,7 +82,7 @@ def of_checkpoint(folder: str) -> Outcome:
     config = saved.config
     parameters = sum(p.numel() for p in saved.pruner.policy.parameters())
     share = parameters / config.base_parameters if config.base_parameters else None
-    data: dict[str, Any] = {"kind": "checkpoint", "agent_parameters": parameters, "agent_share": share}
+    data: dict[str, Any] = {"kind": "checkpoint", "version": 1, "agent_parameters": parameters, "agent_share": share}
     data |= {name: getattr(config, name) for name in SHOWN}
     data["gate"] = {name: getattr(config, name) for name in ("threshold", "temperature", "bucket")}
     data["sites"] = [site.flat for site in config.sites]

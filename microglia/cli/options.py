@@ -8,10 +8,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import typer
 
 from microglia.cli.bundles import Fields
+from microglia.cli.settings import RENAMED
 from microglia.errors import ConfigError
 from microglia.tasks import TASKS, get_task
 
-Execution = Literal["dense", "masked", "compact", "captured"]
 Many = list[str] | None  # numbers or names, separated by commas, repeated, or both
 
 CheckpointPath = Annotated[
@@ -24,6 +24,15 @@ AnswerLimit = Annotated[
 ]
 KeepRatio = Annotated[
     float | None, "Share of heads to keep on average; prompts still differ.", "as the checkpoint decides"
+]
+Execution = Annotated[
+    str,
+    typer.Option(
+        metavar="<name>",
+        callback=lambda name: RENAMED.get(name, name),
+        help="dense: not pruned. masked: pruned, but no time is saved. compact: pruned heads are sliced out. captured: "
+        "compact, in captured steps (CUDA graphs). Or one of your own.",
+    ),
 ]
 Raw = Annotated[bool, "The prompt is complete: put no template around it."]
 Seed = Annotated[int, "Seed of everything that is drawn."]
@@ -135,11 +144,7 @@ class Generation:
     """How answers are generated."""
 
     panel: ClassVar = "Generation"
-    execution: Annotated[
-        Execution,
-        "dense: not pruned. masked: pruned, but no time is saved. compact: pruned heads are sliced out. captured: "
-        "compact, in captured steps (CUDA graphs).",
-    ] = "compact"
+    execution: Execution = "compact"
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts that are answered together.")] = 32
 
@@ -155,9 +160,7 @@ class PrunerOptions:
     """What decides, by which signals, and how heads are pruned."""
 
     panel: ClassVar = "Pruner"
-    policy: Annotated[Literal["agents", "mixture"], "agents (an MLP per layer) or mixture (of learned masks)."] = (
-        "agents"
-    )
+    policy: Annotated[str, "agents (an MLP per layer), mixture (of learned masks), or one of your own."] = "agents"
     hidden_dim: Annotated[
         int | None,
         typer.Option(
@@ -177,5 +180,4 @@ class PrunerOptions:
 
     def parts(self) -> dict[str, Any]:
         """Keyword arguments of the system."""
-        signals = tuple(self.signals.replace(" ", "").split(","))
-        return {**asdict(self), "signals": signals, "window": self.window or None}
+        return {**asdict(self), "window": self.window or None}

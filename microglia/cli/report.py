@@ -24,5 +24,5 @@ def report(
     """
     from microglia.report import write_report
 
-    data = write_report(runs, output, **({} if title is None else {"title": title}))
-    return Outcome(data, [facts({"page": output, "shows": ", ".join(data["sections"])})])
+    result = write_report(runs, output, **({} if title is None else {"title": title}))
+    return Outcome(result.to_json(), [facts({"page": output, "shows": ", ".join(result.sections)})])

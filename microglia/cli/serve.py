@@ -24,7 +24,7 @@ def serve(
     name: Annotated[str | None, "Name of the model in requests.", "the checkpoint's"] = None,
     api_key: Annotated[str | None, "Bearer token that clients must send.", f"${API_KEY}"] = None,
     keep_ratio: o.KeepRatio = None,
-    execution: Annotated[o.Execution, "How decisions are carried out; captured for a GPU."] = "compact",
+    execution: o.Execution = "compact",
     max_batch: Annotated[int, "Prompts that are answered together."] = 16,
     max_waiting: Annotated[int, "Prompts in the queue; more are refused with 429."] = 64,
     max_new_tokens: Annotated[int, "Longest answer in tokens."] = 1024,

@@ -31,6 +31,7 @@ from microglia.policies.base import POLICIES
 from microglia.pruner import Fill, Pruner
 from microglia.registry import listed
 from microglia.results import AblationResult, AblationRow, plain
+from microglia.signals import check_signals
 from microglia.tasks.used import fingerprint
 from microglia.training import RunFolder, TrainingConfig, train
 from microglia.training.loop import SETTINGS, examples_of
@@ -45,12 +46,11 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "temperature": (0.5, 1.0, 2.0),
     "policy": ("mixture", "agents"),
     "hidden_dim": (4, 16, 64),
-    "signals": ("both", "norm", "entropy"),
+    "signals": ("norm+entropy", "norm", "entropy"),
     "fill": ("zero", "mean"),
     "bucket": (None, 1, 4),
     "lora": ("none", "first", "joint"),
 }
-SIGNALS = {"both": ("norm", "entropy"), "norm": ("norm",), "entropy": ("entropy",)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Recipe:
     config: TrainingConfig = field(default_factory=TrainingConfig)
     policy: str = "mixture"
     hidden_dim: int | None = None
-    signals: str = "both"
+    signals: str = "norm+entropy"
     fill: Fill = "zero"
     bucket: int | None = None
     baseline_steps: int = 0
@@ -80,7 +80,9 @@ class Recipe:
         parts = value if isinstance(value, tuple) else (value,)
         if not all(part is None or isinstance(part, str) == word for part in parts):
             raise ConfigError(f"{name}={value!r} was given; it must be {'a word' if word else 'a number'}")
-        choices = {"policy": agent_kinds(), "signals": list(SIGNALS), "fill": list(get_args(Fill))}
+        if name == "signals":
+            value = "+".join(check_signals(value))  # commas stand between variants
+        choices = {"policy": agent_kinds(), "fill": list(get_args(Fill))}
         if name in choices and value not in choices[name]:
             raise ConfigError(f"{name}={value!r} is unknown; choose {listed(choices[name])}")
         if name in here:
@@ -225,7 +227,7 @@ def _run(ablation: Ablation, base: Recipe, recipe: Recipe, seed: int) -> dict[st
         setup = replace(setup, model=model, tokenizer=tokenizer)
     like = new_static_baseline(setup.model, Gate(bucket=recipe.bucket)) if baseline is None else Pruner(baseline)
     like = replace(like, gate=Gate(bucket=recipe.bucket), fill=recipe.fill)
-    options: dict[str, Any] = {"hidden_dim": recipe.hidden_dim, "signals": SIGNALS[recipe.signals]}
+    options: dict[str, Any] = {"hidden_dim": recipe.hidden_dim, "signals": recipe.signals}
     agents = agents_from(like, setup, seed, recipe.policy, warm=baseline is not None, **options)
     identity = json.dumps([asdict(recipe), seed, ablation.data(config, seed)])
     folder = ablation.folder / hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -97,7 +97,7 @@ def calibrate(
 
     keep_ratio = aim.keep_ratio
     if aim.latency_ratio is not None:
-        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner)
+        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner, setup.execution)
         keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
     if keep_ratio is None and prompts < needed:
         return _promise(None, None, [], aim.max_drop, confidence=aim.confidence, prompts=prompts, needed=needed)

@@ -82,7 +82,7 @@ def train_pair(
 def agents_from(like: Pruner, setup: Setup, seed: int, kind: str, *, warm: bool = True, **options: Any) -> Pruner:
     """New agents with another pruner's gate; they start from its static logits if `warm`. options: of `new_agents`."""
     torch.manual_seed(seed)
-    agents = new_agents(kind, [site.geometry for site in find_sites(setup.model)], **options)
+    agents = new_agents(kind, [site.geometry for site in find_sites(setup.model, like.units)], **options)
     if warm and isinstance(like.policy, StaticPolicy):
         agents.start_from(list(like.policy.logits), limit=UNSURE)
     return replace(like, policy=agents, budget=None)

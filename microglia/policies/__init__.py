@@ -9,6 +9,7 @@ from microglia.policies.base import POLICIES, Policy, SitewisePolicy
 from microglia.policies.fixed import SignalPolicy, StaticPolicy
 from microglia.policies.predictor import PredictorPolicy
 from microglia.registry import listed
+from microglia.signals import check_signals
 from microglia.units import Geometry
 
 __all__ = [
@@ -34,7 +35,7 @@ def agent_kinds() -> list[str]:
 
 
 def new_agents(
-    name: str, geometries: Sequence[Geometry], *, signals: Sequence[str] = ("norm", "entropy"), **options: Any
+    name: str, geometries: Sequence[Geometry], *, signals: str | Sequence[str] = ("norm", "entropy"), **options: Any
 ) -> LearnedPolicy:
     """Untrained agents: `agents` (MLPs of hidden_dim 128) or `mixture` (hidden_dim: 16 masks), or a kind of your own.
 
@@ -43,4 +44,4 @@ def new_agents(
     kind = POLICIES.get(name)
     if kind is None or not issubclass(kind, LearnedPolicy):
         raise ConfigError(f"policy={name!r} is unknown; choose {listed(agent_kinds())}")
-    return kind.create(geometries, signals, **options)
+    return kind.create(geometries, check_signals(signals), **options)

@@ -8,7 +8,6 @@ from microglia.report.section import Figure, Section
 from microglia.report.sources import Findings, Timing
 
 MIB = 2**20
-PRUNED = ("compact", "compact_total", "masked")
 SUBJECT = ("model", "layers", "dtype", "device")  # of a measurement: what only a chart of its own compares fairly
 SPEED = "Hollow: what the bytes saved would allow. Filled: what was measured. Thin line: 95 % interval."
 BEYOND = " Beyond its ceiling: the dense operations did not reach the memory's speed themselves."
@@ -26,10 +25,10 @@ def cost(findings: Findings) -> Section:
     figures = [
         figure for timings in subjects.values() for figure in _figures(timings, _subject(timings[0], list(subjects)))
     ]
-    pruned = [timing for timing in findings.timings if timing.row.variant in PRUNED]
+    pruned = [timing for timing in findings.timings if timing.row.variant != "dense"]
     if not pruned:
         return Section("cost", "")
-    best = next((timing for timing in pruned if timing.row.variant == "compact_total"), pruned[-1])
+    best = next((timing for timing in pruned if timing.row.variant.endswith(words.TOTAL)), pruned[-1])
     intro = "Decoding moves bytes, so every speed-up stands beside the best that the saved bytes allow. "
     several = len({_case(timing) for timing in pruned}) > 1
     differs = _differs(findings.timings)
@@ -41,12 +40,12 @@ def cost(findings: Findings) -> Section:
 def _figures(timings: Sequence[Timing], subject: str) -> list[Figure]:
     """The charts of one model; none without pruned timings."""
     differs = _differs(timings)
-    pruned = [timing for timing in timings if timing.row.variant in PRUNED]
+    pruned = [timing for timing in timings if timing.row.variant != "dense"]
     if not pruned:
         return []
     of = f" · {subject}" if subject else ""
     several = len({_case(timing) for timing in pruned}) > 1
-    shown = [timing for timing in pruned if timing.row.variant == "compact"] if several else pruned
+    shown = [timing for timing in pruned if _saves(timing)] if several else pruned
     speeds = [
         charts.Speed(
             _named(timing, several, differs),
@@ -67,7 +66,7 @@ def _figures(timings: Sequence[Timing], subject: str) -> list[Figure]:
             SPEED + (BEYOND if any((timing.row.realised_share or 0) > 1 for timing in shown) else ""),
         )
     ]
-    both = [timing for timing in timings if timing.row.variant in ("dense", "compact")]
+    both = [timing for timing in timings if timing.row.variant == "dense" or _saves(timing)]
     steps = _stacks(both, several, differs, ("weights", "weight_bytes"), ("KV cache", "kv_bytes"))
     kinds = [(0, "weights"), (1, "KV cache")]
     alt = f"Bytes that a decode step reads{of}: " + "; ".join(
@@ -85,6 +84,11 @@ def _figures(timings: Sequence[Timing], subject: str) -> list[Figure]:
         chart = charts.stacked(memory, alt, "MiB")
         figures.append(Figure(f"Peak memory of a request{of}", chart, ["", "MiB"], table, PEAK))
     return figures
+
+
+def _saves(timing: Timing) -> bool:
+    """Whether it is of steps alone, from which pruned units are gone."""
+    return timing.row.variant not in ("dense", "masked") and not timing.row.variant.endswith(words.TOTAL)
 
 
 def _subject(timing: Timing, subjects: Sequence[tuple[Any, ...]]) -> str:

@@ -10,6 +10,7 @@ from microglia.errors import MicrogliaError
 from microglia.report import charts, words
 from microglia.report.sections import sections
 from microglia.report.sources import Findings, gather
+from microglia.results import ReportResult
 
 TITLE = "What the microglia kept"
 
@@ -43,8 +44,8 @@ def page(findings: Findings, *, title: str = TITLE) -> str:
     )
 
 
-def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> dict[str, Any]:
-    """Read runs, write the page; returns what was written, ready for JSON. Raises MicrogliaError, DataError."""
+def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> ReportResult:
+    """Read runs, write the page; returns what was written. Raises MicrogliaError, DataError."""
     check_page(output)
     findings = gather(paths)
     text = page(findings, title=title)
@@ -53,12 +54,12 @@ def write_report(paths: list[Path], output: Path, *, title: str = TITLE) -> dict
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise MicrogliaError(f"{output} cannot be written ({error.strerror}); give another --output") from error
-    return {
-        "output": str(output),
-        "bytes": len(text.encode()),
-        "sections": [section.name for section in sections(findings)],
-        "runs": [run.title for run in findings.runs],
-    }
+    return ReportResult(
+        output=str(output),
+        bytes=len(text.encode()),
+        sections=tuple(section.name for section in sections(findings)),
+        runs=tuple(run.title for run in findings.runs),
+    )
 
 
 def _marker(number: int) -> Any:

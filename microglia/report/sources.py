@@ -34,7 +34,6 @@ from microglia.results import (
 HISTORY, CHECKPOINT, LEDGER = "history.json", "microglia_config.json", "ledger.jsonl"
 NO_RESULTS = ("answers", "training_config", "sha256")  # JSON files in a folder of runs that begin so
 UNFINISHED = "agents/checkpoint-*/trainer_state.json"  # of a training run that has no history yet
-TIMED = ("dense", "masked", "compact", "compact_total")
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def _records(records: Sequence[Record], findings: Findings) -> bool:
     for record in records:
         made = {f.name: getattr(record, f.name) for f in fields(Circumstances)}
         findings.add_circumstances(Circumstances(**made))
-        if record.name == "decode_latency" and record.extra.get("variant") in TIMED:
+        if record.name == "decode_latency" and "variant" in record.extra:
             row = {name: value for name, value in record.extra.items() if name in names}
             row = part_from_json(BenchmarkRow, row, "a record of a benchmark")
             findings.timings.append(Timing.of(row, dict(record.extra), record.device))

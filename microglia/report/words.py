@@ -9,15 +9,17 @@ LABELS = {
     "pruned": "pruned (agents)",
     "agents": "pruned (agents)",
     "static_baseline": "static baseline",
-    "compact_total": "compact with its decision",
     "masked": "masked only",
 }
+TOTAL = "_total"  # behind the name of an execution whose decision and slicing are counted in
 STYLES = {"dense": 0, "pruned": 1, "agents": 1, "static_baseline": 2}  # the same colour and shape on every chart
 PRUNED = ("pruned", "agents")
 
 
 def label(policy: str) -> str:
     """A policy's or variant's name for people."""
+    if policy.endswith(TOTAL):
+        return f"{policy.removesuffix(TOTAL)} with its decision"
     return LABELS.get(policy, policy)
 
 

@@ -7,6 +7,7 @@ from microglia.results.base import Result
 from microglia.results.parts import (
     AblationRow,
     Adaptivity,
+    AnswerText,
     AtBudget,
     BenchmarkRow,
     Circumstances,
@@ -157,6 +158,28 @@ class TrainingRun(Result):
     agent_parameters: int
     agent_share: float
     training: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult(Result):
+    """Answers to questions; sparsity is their mean."""
+
+    kind: ClassVar[str] = "generation"
+
+    answers: tuple[AnswerText, ...]
+    sparsity: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportResult(Result):
+    """A written page."""
+
+    kind: ClassVar[str] = "report"
+
+    output: str
+    bytes: int
+    sections: tuple[str, ...]
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,6 +61,15 @@ class Summary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerText:
+    """The answer to one prompt, and the share of units that were pruned for it."""
+
+    prompt: str
+    text: str
+    sparsity: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adaptivity:
     """What deciding by the input adds: accuracy of the agents minus that of the static baseline.
 

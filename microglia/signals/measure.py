@@ -14,8 +14,14 @@ from microglia.signals.base import SIGNALS, Prompt, Signal
 from microglia.units import Geometry, Site
 
 
-def check_signals(names: Sequence[str]) -> tuple[str, ...]:
-    """Names of signals, in their order. Raises ConfigError for an unknown one, or one that is named twice."""
+def check_signals(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of signals, in their order; as a text, with commas or + between them (`both`, of 0.1: norm and entropy).
+
+    Raises ConfigError for an unknown one, or one that is named twice.
+    """
+    if isinstance(names, str):
+        text = "norm,entropy" if names == "both" else names
+        names = [name.strip() for name in text.replace("+", ",").split(",")]
     for name in names:
         _ = SIGNALS[name]
     if len(set(names)) < len(names):

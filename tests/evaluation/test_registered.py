@@ -15,6 +15,7 @@ from microglia.experiments.compare.entries import make_entries
 from microglia.gate import Gate
 from microglia.policies import POLICIES
 from microglia.pruner import Pruner
+from microglia.system import MicrogliaPruningSystem
 from microglia.tasks import get_task
 from microglia.units import find_sites
 from tests.test_concepts import Loop, mlps, strange_model  # noqa: F401  # a fixture
@@ -97,3 +98,13 @@ def test_a_family(monkeypatch):
     setup = setup_of(strange_model(**CHANGES))
     for execution in ("masked", "compact", "captured"):
         assert texts(replace(setup, execution=execution), uneven(setup.model)) == texts(usual, uneven(usual.model))
+
+
+def test_the_facade_takes_another_kind_of_unit_at_a_keep_ratio(mlps):  # noqa: F811
+    system = MicrogliaPruningSystem(tiny_model("llama", **CHANGES), tokenizer=TOKENIZER)
+    geometries = [site.geometry for site in find_sites(system.model, ("mlp",))]
+    system.pruner = Pruner(POLICIES["largest"].create(geometries, ()), units=("mlp",))
+    questions = [example.question for example in TASK.load("validation", limit=6)]
+    system.set_keep_ratio(0.5, questions)
+    system.generate(questions, 3)
+    assert 0.25 <= sum(system.get_sparsities()) / 6 <= 0.5

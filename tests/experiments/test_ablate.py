@@ -30,7 +30,7 @@ def test_one_thing_is_changed_at_a_time() -> None:
     assert [v.name for v in wanted] == ["base", "beta 0.0", "signals norm"]
     assert wanted[0].recipe == base
     assert wanted[1].recipe.config.beta == 0.0
-    assert wanted[1].recipe.signals == "both"
+    assert wanted[1].recipe.signals == "norm+entropy"
 
 
 def test_a_grid_has_every_combination_once() -> None:

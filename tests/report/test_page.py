@@ -162,8 +162,8 @@ def test_what_records_say_is_text_and_not_markup(tmp_path):
 
 
 def test_what_is_not_recorded_is_left_out(tmp_path):
-    sections = write_report([made.evaluation_folder(tmp_path, details=False)], tmp_path / "page.html")["sections"]
-    assert sections == ["compared", "fronts", "origin"]
+    sections = write_report([made.evaluation_folder(tmp_path, details=False)], tmp_path / "page.html").sections
+    assert sections == ("compared", "fronts", "origin")
 
 
 def test_the_verb_writes_the_page_and_says_so(tmp_path):

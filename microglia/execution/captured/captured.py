@@ -165,16 +165,16 @@ class Captured(Execution):
         yield
 
 
-def _forward(step: CapturedStep, mask: Tensor, own: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(step: CapturedStep, mask: Tensor, stock: Callable[..., Any]) -> Callable[..., Any]:
     buffers, cache = step.buffers, step.buffers.cache
 
-    @functools.wraps(own)
+    @functools.wraps(stock)
     def forward(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not cache:
-            return own(*args, **kwargs)
+            return stock(*args, **kwargs)
         length = cache.place.length
         if length == 0:
-            output = own(*args, **kwargs)
+            output = stock(*args, **kwargs)
             step.prompt_read(mask)
             return output
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -213,7 +213,7 @@ def _check(anatomy: Anatomy, *, compiled: bool) -> None:
         )
     if any(p.is_meta for p in anatomy.lm.parameters()):
         raise UnsupportedModelError(f"weights of this {kind} are not on its device; use execution='compact'")
-    if compiled and any(getattr(x.attention, "scale_attn_by_inverse_layer_idx", False) for x in anatomy.layers):
+    if compiled and any(layer.scales_by_number for layer in anatomy.layers):
         raise UnsupportedModelError(
             f"this {kind} scales attention by the layer's number, which a compiled step hides; leave compiled out"
         )

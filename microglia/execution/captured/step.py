@@ -210,8 +210,8 @@ class CapturedStep:
         with ExitStack() as stack:
             for index, site in enumerate(self.model.sites):
                 module, compiler = site.layer.module, self.model.compiler
-                own = module.forward if compiler is None else compiler(module.forward)
-                swap(stack, module, "forward", cutter.layer(index, own))
+                forward = module.forward if compiler is None else compiler(module.forward)
+                swap(stack, module, "forward", cutter.layer(index, forward))
             return self._forward()
 
     def _switch(self, block: int, variant: Variant) -> None:
@@ -270,7 +270,7 @@ class _Cutter:
         self.ends = {block.stop - 1: i for i, block in enumerate(blocks)}
         self.graph: Graph | None = None
 
-    def layer(self, index: int, own: Callable[..., Any]) -> Callable[..., Tensor]:
+    def layer(self, index: int, stock: Callable[..., Any]) -> Callable[..., Tensor]:
         """The forward of layer `index`, cut where a block begins or ends."""
 
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -279,16 +279,16 @@ class _Cutter:
             if self.first:
                 self.step.inputs.append(self._inputs(index, args, kwargs))
             args, kwargs = self.step.inputs[index]
-            hidden = own(hidden, *args, **kwargs)
+            hidden = stock(hidden, *args, **kwargs)
             return self._end(index, hidden) if index in self.ends else hidden
 
         return forward
 
     def _inputs(self, index: int, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """What the layer gets besides the hidden states, with its own part of the cache in place of the whole."""
-        whole, own = self.step.cache, LayerCache(self.step.layers[index].kv)
-        given = {name: own if value is whole else value for name, value in kwargs.items()}
-        return tuple(own if value is whole else value for value in args), given
+        whole, part = self.step.cache, LayerCache(self.step.layers[index].kv)
+        given = {name: part if value is whole else value for name, value in kwargs.items()}
+        return tuple(part if value is whole else value for value in args), given
 
     def _begin(self, index: int, hidden: Tensor) -> Tensor:
         step = self.step

@@ -104,7 +104,7 @@ def _answers(comparison: Comparison, make: Make, ratio: float, known: dict[Any, 
 def _timing(comparison: Comparison, make: Make, ratio: float) -> dict[str, Any]:
     setup = comparison.setup
     subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, make())
-    rows = typical_rows(setup.model, subject, ratio, num_runs=comparison.num_runs)
+    rows = typical_rows(setup.model, subject, ratio, setup.execution, num_runs=comparison.num_runs)
     return {variant: plain(_latency(rows[variant])) for variant in TIMED}
 
 

@@ -15,7 +15,7 @@ from microglia.experiments.measure import Measured, figures, losses, right
 from microglia.results import Adaptivity, ComparisonResult, ComparisonRow, Difference, Latency
 
 DENSE = "dense"
-TIMED = ("dense", "compact")  # variants of a timing
+TIMED = ("dense", "pruned")  # variants of a timing
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Group:
             mean_tokens=float(np.mean([run.measured.answers.mean_tokens for run in self.runs])),
             prompts=self.right.shape[1],
             seeds=tuple(run.seed for run in self.runs),
-            latency=self.timing.get("compact"),
+            latency=self.timing.get("pruned"),
             pareto_sparsity=False,
             to_dense=to_dense,
             agents_to_this=agents_to_this,

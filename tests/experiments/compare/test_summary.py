@@ -28,7 +28,7 @@ def run(policy: str, correct, *, target=0.7, seed=0, kept=0.7, ratio=None, first
     times |= {"kv_bytes": 100, "keep_ratio": kept}
     dense = Latency(**times, ms_per_token=10.0, ratio_to_dense=1.0)
     compact = Latency(**times, ms_per_token=10 / ratio, ratio_to_dense=ratio)
-    return Run(policy, target, seed, measured, {"dense": dense, "compact": compact})
+    return Run(policy, target, seed, measured, {"dense": dense, "pruned": compact})
 
 
 def flipped(*indices: int) -> list[int]:
