@@ -16,7 +16,6 @@ SIZES = (
 )
 # A shape has no model yet; a Phi-3's configuration becomes a Mistral's; the code of an export reads its own.
 READ_SIZES = ("anatomy", "benchmark.shapes", "export.unfused", "export.modeling_microglia")
-FREE = ("cli", "execution.captured.graphs")
 
 
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:

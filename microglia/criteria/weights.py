@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from microglia.anatomy import HeadGeometry
 from microglia.anatomy.projection import oriented, sliced
 from microglia.units import HeadSite
 
@@ -14,6 +15,7 @@ from microglia.units import HeadSite
 class HeadWeights:
     """q (H, D, in), k and v (G, D, in), o (H, D, out) of one site."""
 
+    geometry: HeadGeometry
     q: Tensor
     k: Tensor
     v: Tensor
@@ -21,7 +23,7 @@ class HeadWeights:
 
     def sums(self) -> Tensor:
         """The sum of everything that is the head's own, (H,). A group's k and v count for its query heads equally."""
-        per_group = len(self.q) // len(self.k)
+        per_group = self.geometry.queries_per_group
         shared = (self.k.sum((1, 2)) + self.v.sum((1, 2))) / per_group  # (G,)
         return self.q.sum((1, 2)) + self.o.sum((1, 2)) + shared.repeat_interleave(per_group)
 
@@ -47,6 +49,7 @@ def by_head(site: HeadSite, values: Mapping[str, Tensor]) -> HeadWeights:
     inputs = torch.cat([values[name] for name in layout.projections if name != layout.o])
     q, k, v = inputs.split([g.width, g.kv_width, g.kv_width])  # fused or not, they come in this order
     return HeadWeights(
+        g,
         q.unflatten(0, (g.heads, g.head_dim)),
         k.unflatten(0, (g.kv_heads, g.head_dim)),
         v.unflatten(0, (g.kv_heads, g.head_dim)),
