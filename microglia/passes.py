@@ -18,7 +18,7 @@ from microglia.errors import DataError
 from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
-from microglia.tasks.prompts import answer_end, example_prompt, generated_answer_prefix, prompt_ids
+from microglia.tasks.prompts import answer_end, continuation_ids, example_prompt, generated_answer_prefix, prompt_ids
 from microglia.units import find_sites
 
 if TYPE_CHECKING:
@@ -52,10 +52,9 @@ def encode(
     from datasets import Dataset  # here, since importing it takes seconds
 
     prefix, end = generated_answer_prefix(tokenizer), answer_end(tokenizer)
-    answers = tokenizer([prefix + e.answer for e in examples], add_special_tokens=False)["input_ids"]
     rows: dict[str, list[Any]] = {
         "prompt": prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples]),
-        "answer": [[*ids, end] for ids in answers],
+        "answer": [[*continuation_ids(tokenizer, prefix + e.answer), end] for e in examples],
     }
     rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
     for example, length in zip(examples, rows["length"], strict=True):

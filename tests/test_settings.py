@@ -437,3 +437,17 @@ def test_captured_steps_are_never_made_of_a_model_that_another_thread_has_cut() 
     assert len(refused) == 1
     result = generate(model, tiny_tokenizer(), PROMPTS, pruner, execution="captured", max_new_tokens=6)
     assert result.tokens.equal(truth.tokens)
+
+
+def test_captured_steps_watch_for_a_limited_number_of_end_tokens(model) -> None:
+    ends = list(range(3, 68))
+    with pytest.raises(ConfigError, match="65 tokens end an answer, and captured steps watch for at most 64"):
+        generate(
+            model, tiny_tokenizer(), PROMPTS, uneven(model), execution="captured", max_new_tokens=6, eos_token_id=ends
+        )
+    options = {"eos_token_id": ends[:64], "max_new_tokens": 6}
+    results = [
+        generate(model, tiny_tokenizer(), PROMPTS, uneven(model), execution=e, **options)
+        for e in ("captured", "masked")
+    ]
+    assert results[0].tokens.equal(results[1].tokens)

@@ -43,8 +43,19 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names are on disk when this returns, too: a folder is a file of its own."""
+    with suppress(OSError):  # some systems open no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_writable(folder: Path | str) -> None:
@@ -78,6 +89,7 @@ def replace_all(
             write_atomically(folder / CONFIG, configure(checksums))
             for name, path in staged.items():
                 os.replace(path, folder / name)
+                _sync_folder((folder / name).parent)
             if _is_ours(folder / CARD):
                 write_atomically(folder / CARD, card)
             with suppress(OSError):

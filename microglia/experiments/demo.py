@@ -8,7 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from microglia.benchmark import Plan, benchmark, text_subject
+from microglia.anatomy import context_length
+from microglia.benchmark import Plan, benchmark, typical_subject
 from microglia.checkpoint import check_writable
 from microglia.evaluation.run import Evaluation, follows_difficulty, paired
 from microglia.evaluation.setup import Setup
@@ -108,9 +109,11 @@ def shared_out(examples: Sequence[Any], parts: int) -> list[list[Any]]:
 
 
 def _latency(setup: Setup, pruner: Pruner, seed: int) -> BenchmarkResult:
-    """Decode steps of one prompt."""
-    plan = Plan(batch_sizes=(1,), contexts=(96,), keep_ratios=(None,), new_tokens=64, num_runs=20)
-    subject = text_subject(pruner, setup.tokenizer, [prompt + "\n" for prompt in setup.prompts])
+    """Decode steps of the prompt whose keep ratio is the median."""
+    new_tokens = 64
+    context = (context_length(setup.model) or 4096) - new_tokens - 8
+    plan = Plan(batch_sizes=(1,), contexts=(context,), keep_ratios=(None,), new_tokens=new_tokens, num_runs=20)
+    subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, pruner)
     return benchmark(setup.model, subject, plan, {"model": REASONER, "seed": seed})
 
 

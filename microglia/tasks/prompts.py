@@ -109,6 +109,18 @@ def _ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     return ids
 
 
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that stands behind another.
+
+    SentencePiece puts a space in front of whatever it is given, so that a text with one would begin with two: it is
+    tokenised behind a letter, whose tokens are then cut off.
+    """
+    alone, behind, letter = (
+        list(tokenizer(part, add_special_tokens=False)["input_ids"]) for part in (text, "a" + text, "a")
+    )
+    return behind[len(letter) :] if text[:1] == " " and behind[: len(letter)] == letter else alone
+
+
 def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token after which an answer is over: what the chat template puts behind a turn, else the end of text.
 

@@ -5,15 +5,17 @@ import pkgutil
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from microglia import tasks
 from microglia.cli import options
 from microglia.errors import ConfigError
+from microglia.models import load_model
 from microglia.tasks import TASKS, Task, get_task
 from microglia.tasks.prompts import (
     answer_end,
+    continuation_ids,
     example_prompt,
     generated_answer_prefix,
     prompt_ids,
@@ -148,3 +150,17 @@ def test_an_answer_ends_as_the_chat_template_ends_a_turn() -> None:
     without.eos_token = None
     with pytest.raises(ConfigError, match="the tokenizer has no end-of-text token"):
         answer_end(without)
+
+
+def test_a_text_behind_another_begins_with_one_space() -> None:
+    vocabulary = {"<unk>": 0, "▁": 1, "▁7": 2, "▁a": 3, "7": 4, "a": 5}
+    words = Tokenizer(models.WordLevel(vocabulary, "<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])  # as Llama 2
+    words.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert tokenizer(" 7", add_special_tokens=False)["input_ids"] == [1, 2]
+    assert continuation_ids(tokenizer, " 7") == [2]
+    assert continuation_ids(tokenizer, "7") == [2]
+    _, reasoner = load_model("reasoner")
+    for text in (" 3+4=7\n#### 7", "7", " First: 20/2=10"):
+        assert continuation_ids(reasoner, text) == reasoner(text, add_special_tokens=False)["input_ids"]

@@ -18,6 +18,7 @@ from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request
 from microglia.execution.captured.attention import KINDS
 from microglia.execution.captured.buckets import buckets
+from microglia.execution.captured.buffers import END_TOKENS
 from microglia.execution.captured.graphs import Capture, capture_for
 from microglia.execution.captured.rope import rotaries
 from microglia.execution.captured.step import CapturedStep, StepModel
@@ -124,6 +125,12 @@ class Captured(Execution):
             )
 
     def check_generation(self, config: GenerationConfig) -> None:
+        ends = config.eos_token_id
+        if isinstance(ends, list) and len(ends) > END_TOKENS:
+            raise ConfigError(
+                f"{len(ends)} tokens end an answer, and captured steps watch for at most {END_TOKENS}; use "
+                "execution='compact'"
+            )
         if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:
             raise ConfigError(
                 "beams and several answers to a prompt move rows of the captured cache; use execution='compact'"
