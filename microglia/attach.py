@@ -1,6 +1,7 @@
 """Reversible pruning of a model: read the prompt with every unit, decide, write the answer with the kept ones."""
 
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from microglia.anatomy import causal_lm, never_reread, swap
 from microglia.errors import MicrogliaError
@@ -77,6 +79,8 @@ def pruning_itself(
         for module in lm.modules():
             if module._compiled_call_impl is not None:  # its code knows nothing of what will be hooked and swapped
                 swap(stack, module, "_compiled_call_impl", None)
+        if hasattr(lm, "get_compiled_call"):  # which `generate` makes for static caches on a GPU
+            swap(stack, lm, "get_compiled_call", lambda *_: lm.__call__)
         if execution.prunes:
             swap(stack, lm, "generate", _checked(lm))
         stack.callback(lm.register_forward_pre_hook(session.before, with_kwargs=True).remove)
@@ -86,19 +90,20 @@ def pruning_itself(
 
 def _checked(lm: Any) -> Callable[..., Any]:
     """The model's own `generate`, which refuses what cannot be pruned, whoever asked for it."""
-    stock = lm.generate
+    stock, signature = lm.generate, inspect.signature(lm.generate)
 
     @functools.wraps(stock)
     def generate(*args: Any, **options: Any) -> Any:
-        configs = [vars(config) for config in (lm.generation_config, options.get("generation_config")) if config]
-        for given in (*configs, options):
-            check_prunable(given)
-        ids = args[0] if args else options.get("inputs", options.get("input_ids"))
+        given = signature.bind_partial(*args, **options).arguments
+        given |= given.pop("kwargs", {})
+        ids = next((given[name] for name in ("inputs", "input_ids") if given.get(name) is not None), None)
+        configs = [vars(config) for config in (lm.generation_config, given.get("generation_config")) if config]
+        merged = {name: x for part in (*configs, given) for name, x in part.items() if x is not None}
+        check_prunable(merged)
         with ExitStack() as stack:
             if ids is not None:
-                limit = {name: x for given in (*configs, options) for name, x in given.items() if x is not None}
-                longest = limit.get("max_length", ids.shape[1] + 20)  # as transformers has it
-                never_reread(stack, lm, ids.shape[1], limit.get("max_new_tokens", longest - ids.shape[1]))
+                longest = merged.get("max_length", ids.shape[1] + 20)  # as transformers has it
+                never_reread(stack, lm, ids.shape[1], merged.get("max_new_tokens", longest - ids.shape[1]))
             return stock(*args, **options)
 
     return generate
@@ -148,7 +153,8 @@ class _Session:
         self.guard = threading.Lock()
         self.prompt_cache: _PromptCache | None = None
         self.length = 0  # tokens in the cache after the last pass
-        self.called: set[int] = set()  # sites whose module the present pass has called
+        self.watched: list[Site] = []  # the pruned ones, where passes call layers
+        self.called: set[int] = set()  # those whose output the present pass has computed
 
     def end_prompt(self) -> None:
         """Back to the dense model."""
@@ -194,7 +200,7 @@ class _Session:
         if self.passing != threading.get_ident():
             return  # a pass that was refused, while another thread is in its own
         self.passing = None
-        cache = getattr(output, "past_key_values", None)
+        cache = _cache_of(output)
         self.length = 0 if cache is None else int(cache.get_seq_length())
         if self.measured is None:
             if output is not None:
@@ -210,14 +216,13 @@ class _Session:
         fill = None if means is None else [means.get(site.index) for site in self.sites]
         self.pruned.enter_context(self.execution.apply(self.sites, Decision(self.trace.keep, fill), cache))
         self.prompt_cache = None if cache is None else _PromptCache(cache)
-        if self.execution.calls_layers:
-            for site in self._pruned_sites():
-                note = functools.partial(self._note_call, site.index)
-                self.pruned.callback(lm.get_submodule(site.name).register_forward_pre_hook(note).remove)
-
-    def _pruned_sites(self) -> list[Site]:
-        keep = self.trace.keep if self.execution.prunes else []
-        return [site for site, k in zip(self.sites, keep, strict=False) if not bool((k > 0).all())]
+        self.watched = []
+        if self.execution.calls_layers and self.execution.prunes:
+            pairs = zip(self.sites, self.trace.keep, strict=True)
+            self.watched = [site for site, k in pairs if not bool((k > 0).all())]
+        for site in self.watched:
+            note = functools.partial(self._note_call, site.index)
+            self.pruned.callback(site.output.register_forward_pre_hook(note).remove)
 
     def _note_call(self, index: int, *_: Any) -> None:
         self.called.add(index)
@@ -233,10 +238,9 @@ class _Session:
 
     def _check_called(self) -> None:
         """Every pruned layer must take part in a pass; compiled or replaced code would leave it as it was."""
-        if self.execution.calls_layers:
-            for site in self._pruned_sites():
-                if site.index not in self.called:
-                    raise self._bypassed(site)
+        for site in self.watched:
+            if site.index not in self.called:
+                raise self._bypassed(site)
 
     def _bypassed(self, site: Site) -> MicrogliaError:
         return MicrogliaError(
@@ -253,6 +257,13 @@ class _Session:
         with torch.set_grad_enabled(gate.trains), torch.autocast(device, enabled=False):
             self.trace.logits = policy(self.trace.features)
             self.trace.keep = self.pruner.keep(self.trace.logits, self.geometries)
+
+
+def _cache_of(output: Any) -> Any:
+    """The cache of a pass, whether it gave an object or a tuple."""
+    if isinstance(output, tuple):
+        return next((part for part in output if isinstance(part, Cache)), None)
+    return getattr(output, "past_key_values", None)
 
 
 def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia.anatomy import causal_lm
+from microglia.anatomy import causal_lm, never_reread
 from microglia.attach import Trace, pruning_itself
 from microglia.errors import MicrogliaError
 from microglia.execution import Execution, Prepared, Request, execution_for, kind_of
@@ -17,7 +17,7 @@ from microglia.lease import attached_alone, dense
 from microglia.passes import read_prompt
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts
-from microglia.settings import Settings, merged, model_defaults_unset
+from microglia.settings import Settings, merged, without_defaults
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ def generate(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     # A cache of the caller's own would come back with tensors that nobody may write outside inference mode.
     mode = torch.no_grad() if "past_key_values" in options else torch.inference_mode()
-    with mode, answering(lm, pruner, execution, settings, mask) as (trace, prepared):
+    with mode, answering(lm, pruner, execution, settings, mask) as (trace, prepared, writer):
         if prepared.greedy is not None and settings.is_plain:
             first = read_prompt(lm, ids, mask, **prepared.cache_option)
             new = prepared.greedy(first.logits[:, -1])
         else:
-            output = lm.generate(**batch, **prepared.cache_option, **settings.options)
+            output = writer.generate(**batch, **prepared.cache_option, **settings.options)
             new = getattr(output, "sequences", output)[:, ids.shape[1] :]
     lengths = settings.lengths(new)
     answers = [row[:length] for row, length in zip(new, lengths, strict=True)]
@@ -86,9 +86,10 @@ def generate(
 @contextmanager
 def answering(
     lm: Any, pruner: Pruner | None, execution: str | Execution, settings: Settings, mask: Tensor
-) -> Iterator[tuple[Trace | None, Prepared]]:
-    """While inside, the model reads and answers one request, dense and without a trace where there is no pruner.
+) -> Iterator[tuple[Trace | None, Prepared, Any]]:
+    """While inside, one request is read and answered, dense and without a trace where there is no pruner.
 
+    Yields the trace, what the execution brings, and the model whose `generate` takes `settings.options`.
     mask: (B, T), false at padding. Leaving makes sure that the prompt was read once and its cache continued: raises
     MicrogliaError where it was not, so that no answer passes for a pruned one.
     """
@@ -101,9 +102,12 @@ def answering(
         execution = execution_for(execution, lm)
         execution.check_generation(settings.config)
         trace = None if pruner is None else stack.enter_context(pruning_itself(lm, pruner, execution))
+        if pruner is not None:
+            never_reread(stack, lm, mask.shape[1], settings.new_tokens)
         prepared = stack.enter_context(execution.prepared(request))
-        stack.enter_context(model_defaults_unset(lm))
-        yield trace, prepared
+        if prepared.cache is not None:
+            settings.check_no_cache(execution.name)
+        yield trace, prepared, without_defaults(lm)
     if trace is not None and trace.gaps:
         raise MicrogliaError(
             f"{trace.gaps} passes did not continue the cache where the one before had ended, so the answer is not that "

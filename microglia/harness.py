@@ -10,11 +10,12 @@ by generation, or by the likelihood of whole texts.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from microglia.anatomy import causal_lm
+from microglia.anatomy import causal_lm, swap
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.evaluation.likelihood import likelihoods
 from microglia.execution import execution_for
@@ -102,7 +103,11 @@ class MicrogliaLM(HFLM):
         given |= {name: options[name] for name in ("num_beams", "num_return_sequences") if name in options}
         settings = merged(self.model, self.tokenizer, given, pruned=self.pruner is not None)
         options.setdefault("eos_token_id", settings.config.eos_token_id)
-        with answering(self.model, self.pruner, self.execution, settings, mask) as (trace, prepared):
+        with (
+            answering(self.model, self.pruner, self.execution, settings, mask) as (trace, prepared, writer),
+            ExitStack() as stack,
+        ):
+            swap(stack, self, "_model", writer)
             tokens = super()._model_generate(context, max_length, stop, **options, **prepared.cache_option)
         self.keep_ratios += [1.0] * len(context) if trace is None else trace.keep_ratio.tolist()
         return tokens

@@ -6,10 +6,7 @@ beams or a penalty without the caller's doing.
 """
 
 import copy
-import threading
-import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +15,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from microglia.anatomy import token_rows
 from microglia.errors import ConfigError, first_line
+from microglia.tasks.prompts import answer_end, uses_chat_template
 
 MAX_NEW_TOKENS = 256
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # What a loop of greedy steps follows without asking.
 FOLLOWED = {*TOKENS, "use_cache", "do_sample", "max_new_tokens", "disable_compile", "transformers_version"}
+MADE = ("input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids")
 PARTS = "reads the prompt in parts or with guesses, so nothing could be decided on it"
 # What cannot be combined with pruning, and why.
 REFUSED = {
@@ -48,9 +47,16 @@ class Settings:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the model's own `generate`, inside `model_defaults_unset`."""
+        """Keyword arguments of the own `generate` of a model `without_defaults`."""
         texts = {} if self.config.stop_strings is None else {"tokenizer": self.tokenizer}
         return {"generation_config": self.config, **texts, **self.others}
+
+    def check_no_cache(self, execution: str) -> None:
+        """Raise ConfigError where a cache was asked for, for an execution that brings its own."""
+        given = {"past_key_values": self.others.get("past_key_values")}
+        given["cache_implementation"] = self.config.cache_implementation
+        if names := [name for name, value in given.items() if value is not None]:
+            raise ConfigError(f"{names[0]} was given, but execution={execution!r} has a cache of its own; leave it out")
 
     @property
     def new_tokens(self) -> int:
@@ -70,7 +76,13 @@ class Settings:
 
     def lengths(self, tokens: Tensor) -> list[int]:
         """New tokens per row of (B, N): up to and with the first that ends the answer, without the padding after it."""
-        return [_length(row, self.end_tokens, self.config.pad_token_id) for row in tokens.tolist()]
+        pad = self.config.pad_token_id if self._may_end_without_a_token else None
+        return [_length(row, self.end_tokens, pad) for row in tokens.tolist()]
+
+    @property
+    def _may_end_without_a_token(self) -> bool:
+        """By a stop text, a limit of time or a criterion."""
+        return bool(self.config.stop_strings or self.config.max_time or self.others.get("stopping_criteria"))
 
 
 def merged(lm: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any], *, pruned: bool) -> Settings:
@@ -79,15 +91,18 @@ def merged(lm: Any, tokenizer: PreTrainedTokenizerBase, given: Mapping[str, Any]
     given: as for the model's own `generate`. Raises ConfigError for what does not fit together, or with pruning.
     """
     options, defaults = dict(given), _defaults(lm)
+    if made := [name for name in MADE if options.get(name) is not None]:
+        raise ConfigError(f"{made[0]} is made from the prompts; leave it out, or call the model inside attached")
     config = copy.deepcopy(options.pop("generation_config", None)) or GenerationConfig()
     try:
         others = {name: value for name, value in config.update(**options).items() if value is not None}
     except (ValueError, TypeError) as error:
         raise ConfigError(f"the options of a generation do not fit together: {first_line(error)}") from error
-    if config.max_length is not None:
+    if config.max_length is not None and config.max_new_tokens is None:
         raise ConfigError(
             f"max_length={config.max_length} was given, which counts the prompt too; give max_new_tokens instead"
         )
+    config.max_length = None
     if pruned:
         check_prunable({**vars(config), **others})
         config.use_cache = config.disable_compile = True
@@ -116,10 +131,12 @@ def check_prunable(options: Mapping[str, Any]) -> None:
 
 
 def end_tokens(lm: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a text: those of the model's generation_config, of which there may be several, else the
-    tokenizer's.
+    """The tokens that end an answer: those of the model's generation_config, of which there may be several, else the
+    tokenizer's; and what its chat template puts behind a turn.
     """
-    return _as_tuple(_defaults(lm).eos_token_id) or _as_tuple(tokenizer.eos_token_id)
+    ends = _as_tuple(_defaults(lm).eos_token_id) or _as_tuple(tokenizer.eos_token_id)
+    turn = (answer_end(tokenizer),) if uses_chat_template(tokenizer) and ends else ()
+    return tuple(dict.fromkeys((*ends, *turn)))
 
 
 def pad_token(lm: Any, tokenizer: PreTrainedTokenizerBase) -> int:
@@ -131,36 +148,20 @@ def pad_token(lm: Any, tokenizer: PreTrainedTokenizerBase) -> int:
     return next(token for token in choices if 0 <= token < token_rows(lm))
 
 
-_UNSET: "weakref.WeakKeyDictionary[Any, tuple[int, GenerationConfig]]" = weakref.WeakKeyDictionary()
-_GUARD = threading.Lock()
+def without_defaults(lm: Any) -> Any:
+    """The same model, modules, weights and hooks, but with an empty generation_config; other users see no difference.
+
+    transformers fills whatever a caller leaves open from the model's, and nobody can say "unset".
+    """
+    model = copy.copy(lm)
+    model.generation_config = GenerationConfig()
+    vars(model).pop("generate", None)  # that of an attached model, which is bound to it
+    return model
 
 
 def _defaults(lm: Any) -> GenerationConfig:
     """The model's own generation_config."""
-    with _GUARD:
-        config: GenerationConfig = _UNSET[lm][1] if lm in _UNSET else lm.generation_config
-        return config
-
-
-@contextmanager
-def model_defaults_unset(lm: Any) -> Iterator[None]:
-    """While anybody is inside, the model's generation_config is empty; threads may share it.
-
-    transformers fills whatever a caller leaves open from there, and nobody can say "unset".
-    """
-    with _GUARD:
-        users, config = _UNSET.get(lm, (0, lm.generation_config))
-        _UNSET[lm] = users + 1, config
-        lm.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        with _GUARD:
-            users, config = _UNSET.pop(lm)
-            if users > 1:
-                _UNSET[lm] = users - 1, config
-            else:
-                lm.generation_config = config
+    return lm.generation_config or GenerationConfig()
 
 
 def _fill_in(config: GenerationConfig, source: GenerationConfig, names: tuple[str, ...]) -> None:

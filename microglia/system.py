@@ -125,13 +125,13 @@ class MicrogliaPruningSystem:
         return replace(result, pruner=self.pruner)
 
     @overload
-    def generate(self, prompt: str, max_new_tokens: int = ..., **options: Any) -> str: ...
+    def generate(self, prompt: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
     @overload
-    def generate(self, prompt: Sequence[str], max_new_tokens: int = ..., **options: Any) -> list[str]: ...
+    def generate(self, prompt: Sequence[str], max_new_tokens: int | None = ..., **options: Any) -> list[str]: ...
     def generate(
         self,
         prompt: str | Sequence[str],
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         *,
         execution: str | Execution = "compact",
         keep_ratio: float | None = None,
@@ -142,6 +142,7 @@ class MicrogliaPruningSystem:
 
         execution: compact (heads are gone), masked (the same answer, no time saved), captured (compact, with captured
             steps, for GPUs), dense (no pruning), or an Execution of your own.
+        max_new_tokens: 256 unless a generation_config among the options says otherwise.
         keep_ratio: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
         options: of the model's own `generate` (sampling, streamer, stopping); greedy by default.
         """

@@ -7,7 +7,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
@@ -16,7 +23,7 @@ from microglia.generation import generate
 from microglia.models import load_model
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
-from microglia.settings import TOKENS, end_tokens, merged, model_defaults_unset, pad_token
+from microglia.settings import TOKENS, end_tokens, merged, pad_token, without_defaults
 from microglia.units import find_sites
 from tests.tiny import tiny_model, tiny_prompts, tiny_tokenizer, uneven, wild
 
@@ -257,24 +264,78 @@ def test_a_tokenizer_without_padding_and_end_serves(model) -> None:
     assert result.lengths == [5, 5]
 
 
-def test_threads_leave_the_models_defaults_as_they_were(model) -> None:
-    config, started, go_on = model.generation_config, threading.Event(), threading.Event()
+def test_the_models_defaults_are_there_for_everybody_else(model, monkeypatch) -> None:
+    config = GenerationConfig(max_new_tokens=3, eos_token_id=[5, 6])
+    monkeypatch.setattr(model, "generation_config", config)
+    seen = []
 
-    def inside() -> None:
-        with model_defaults_unset(model):
-            started.set()
-            go_on.wait(5)
+    class Reading(StoppingCriteria):
+        def __call__(self, ids, scores, **_):
+            seen.append((model.generation_config, model.generate(IDS, attention_mask=MASK).shape[1]))
+            return torch.zeros(len(ids), dtype=torch.bool)
 
-    thread = threading.Thread(target=inside)
-    thread.start()
-    started.wait(5)
-    with model_defaults_unset(model):
-        assert model.generation_config is not config
-        assert end_tokens(model, tiny_tokenizer()) == end_tokens(model, tiny_tokenizer())
-    assert model.generation_config is not config
-    go_on.set()
-    thread.join()
-    assert model.generation_config is config
+    generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=2, stopping_criteria=StoppingCriteriaList([Reading()]))
+    assert len(seen) == 2
+    assert all(given is config and length <= 9 + 3 for given, length in seen)
+    other = without_defaults(model)
+    assert other.generation_config is not config
+    assert other.model is model.model
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask", "inputs_embeds"])
+def test_what_is_made_from_the_prompts_is_refused(model, name) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is made from the prompts; leave it out"):
+        generate(model, tiny_tokenizer(), PROMPTS, **{name: IDS})
+
+
+@pytest.mark.parametrize("options", [{"past_key_values": DynamicCache()}, {"cache_implementation": "static"}])
+def test_captured_steps_bring_their_own_cache(model, options) -> None:
+    with pytest.raises(ConfigError, match=r"was given, but execution='captured' has a cache of its own"):
+        generate(model, tiny_tokenizer(), PROMPTS, uneven(model), execution="captured", max_new_tokens=3, **options)
+
+
+@pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "rows"])
+def test_a_cache_that_lost_heads_says_so_afterwards(model, make) -> None:
+    cache, pruner = DynamicCache(config=model.config), make(model)
+    generate(model, tiny_tokenizer(), PROMPTS, pruner, max_new_tokens=3, eos_token_id=None, past_key_values=cache)
+    with pytest.raises(MicrogliaError, match="this cache lost heads to an answer that is over"):
+        model(IDS[:, :1], past_key_values=cache)
+
+
+def test_a_length_of_the_models_gives_way_to_one_of_the_callers(model) -> None:
+    config = GenerationConfig(max_length=40)
+    result = generate(model, tiny_tokenizer(), PROMPTS, generation_config=config, max_new_tokens=4, eos_token_id=None)
+    assert result.tokens.shape == (2, 4)
+
+
+def test_padding_is_no_answer_and_tokens_that_look_like_it_are(model) -> None:
+    settings = merged(model, tiny_tokenizer(), {"eos_token_id": None, "pad_token_id": 0}, pruned=False)
+    assert settings.lengths(torch.tensor([[5, 6, 0, 0]])) == [4]
+    options = {"eos_token_id": None, "pad_token_id": 0, "max_time": 3.0}
+    assert merged(model, tiny_tokenizer(), options, pruned=False).lengths(torch.tensor([[5, 6, 0, 0]])) == [2]
+
+
+def test_settings_given_by_position_are_looked_at_too(model) -> None:
+    with attached(model, uneven(model)), pytest.raises(ConfigError, match="prefill_chunk_size"):
+        model.generate(IDS, GenerationConfig(prefill_chunk_size=4, max_new_tokens=5), attention_mask=MASK)
+    with attached(model, uneven(model)) as trace:
+        model.generate(IDS, attention_mask=MASK, max_new_tokens=3)
+    assert trace.prompts == 1
+
+
+def test_a_pass_may_give_a_tuple(model) -> None:
+    with attached(model, uneven(model), "compact") as trace:
+        output = model(input_ids=IDS, attention_mask=MASK, return_dict=False)
+        model(input_ids=IDS[:, :1], past_key_values=output[1], return_dict=False)
+    assert trace.prompts == 1
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"]])
+def test_a_wrapped_embedding_has_its_rows(targets) -> None:
+    wrapped = peft.get_peft_model(
+        tiny_model("llama"), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, init_lora_weights=True)
+    )
+    assert generate(wrapped, tiny_tokenizer(), PROMPTS, max_new_tokens=3).tokens.shape[0] == 2
 
 
 def test_options_that_do_not_fit_are_one_sentence(model) -> None:
@@ -302,8 +363,7 @@ def test_a_compiled_model_is_pruned_all_the_same(model, truths, execution, when)
 
 
 def test_a_forward_that_passes_pruned_layers_by_is_refused(model) -> None:
-    other = tiny_model("llama")
-    dense = tiny_model("llama")
+    other, dense = tiny_model("llama"), tiny_model("llama")
     other.forward = dense.forward  # as a compiled one, it knows nothing of what is swapped
     for execution in ("masked", "compact"):
         with pytest.raises(MicrogliaError, match=r"did not go through model\.layers\.0\.self_attn as it is now"):
@@ -451,3 +511,12 @@ def test_captured_steps_watch_for_a_limited_number_of_end_tokens(model) -> None:
         for e in ("captured", "masked")
     ]
     assert results[0].tokens.equal(results[1].tokens)
+
+
+@pytest.mark.parametrize("execution", ["masked", "compact"])
+def test_attention_that_passes_its_gates_by_is_refused(execution) -> None:
+    other, dense = tiny_model("llama"), tiny_model("llama")
+    for layer, stock in zip(other.model.layers, dense.model.layers, strict=True):
+        layer.self_attn.forward = stock.self_attn.forward  # code that knows nothing of what is swapped inside
+    with pytest.raises(MicrogliaError, match=r"did not go through model\.layers\.0\.self_attn as it is now"):
+        answers(other, uneven(other), execution)

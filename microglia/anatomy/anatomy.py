@@ -154,7 +154,8 @@ def context_length(model: nn.Module) -> int | None:
 
 def token_rows(model: nn.Module) -> int:
     """Tokens that a model can read: rows of its embedding."""
-    return int(causal_lm(model).get_input_embeddings().num_embeddings)
+    modules = causal_lm(model).get_input_embeddings().modules()  # peft may have wrapped it
+    return next(int(module.num_embeddings) for module in modules if isinstance(module, nn.Embedding))
 
 
 def _layers(lm: Any) -> tuple[Layer, ...]:

@@ -42,6 +42,8 @@ def serve(
 
     microglia serve checkpoints --port 8000
     """
+    from microglia.execution import kind_of
+
     try:
         from microglia.serving.app import create_app
         from microglia.serving.config import ServingConfig
@@ -56,6 +58,7 @@ def serve(
     key = api_key if api_key is not None else os.environ.get(API_KEY) or None
     given["api_key"] = key and key.strip()  # a file that it was read from ends in a line break
     config = ServingConfig(**given)
+    kind_of(execution)  # what is wrong with it is better known before loading a model
     system = loading.system(checkpoint)
     if keep_ratio is not None:
         system.set_keep_ratio(keep_ratio)

@@ -102,5 +102,5 @@ class PrunedModel:
             "stopping_criteria": StoppingCriteriaList([stop_rows]),
         }
         settings = merged(self.lm, self.tokenizer, options, pruned=pruner is not None)
-        with answering(self.lm, pruner, self.executor, settings, batch["attention_mask"]) as (trace, prepared):
-            self.lm.generate(**batch, **prepared.cache_option, **settings.options)
+        with answering(self.lm, pruner, self.executor, settings, batch["attention_mask"]) as (trace, prepared, writer):
+            writer.generate(**batch, **prepared.cache_option, **settings.options)

@@ -8,8 +8,10 @@ whatever a tokeniser would merge across the boundary.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from string import Formatter
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from microglia.errors import ConfigError, DataError
@@ -128,10 +130,14 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     if uses_chat_template(tokenizer):
         turns = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "Seven."}]
-        conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        rest = tokenizer(conversation.rpartition("Seven.")[2].lstrip(), add_special_tokens=False)["input_ids"]
-        if rest and rest[0] in tokenizer.all_special_ids:
-            return int(rest[0])
+        conversation = ""
+        with suppress(TemplateError):  # of a template that takes no answers
+            conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        _, answer, rest = conversation.rpartition("Seven.")
+        ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if answer else []
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        if ids and ids[0] in special | set(tokenizer.all_special_ids):
+            return int(ids[0])
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, so an answer could not be ended; give one that has")
     return int(tokenizer.eos_token_id)

@@ -36,7 +36,7 @@ def keep_kv_heads(stack: ExitStack, kv: Cache, layer: int, index: Tensor) -> Non
             f"the cache's layer {layer} is a {type(entry).__name__}, which may not hold every token in its keys and "
             "values; use a dynamic or static cache"
         )
-    stack.callback(_made_whole, kv, layer, entry)
+    stack.callback(_given_back, kv, layer, entry)
     if index.dim() == 1:
         if entry.keys is not None and entry.keys.numel():
             entry.keys, entry.values = entry.keys.index_select(1, index), entry.values.index_select(1, index)
@@ -49,12 +49,22 @@ def keep_kv_heads(stack: ExitStack, kv: Cache, layer: int, index: Tensor) -> Non
     kv.layers[layer] = view
 
 
-def _made_whole(kv: Cache, layer: int, entry: Any) -> None:
-    if isinstance(entry, StaticLayer):
-        kv.layers[layer] = entry
+def _given_back(kv: Cache, layer: int, entry: Any) -> None:
+    """A static layer is whole and empty again; a dynamic one, whose tokens lack heads, says so if it is used."""
+    present: Any = kv.layers[layer]
+    kv.layers[layer] = entry
+    if not isinstance(entry, StaticLayer):
+        entry.keys, entry.values = present.keys, present.values
+        entry.update = _spent
+        return
+    if int(kv.get_seq_length()) > 0:
         for one in kv.layers:
             one.reset()
-        entry.is_initialized = False  # makes its tensors anew, of the shape that the model then writes
+    entry.is_initialized = False  # makes its tensors anew, of the shape that the model then writes
+
+
+def _spent(*_: Any, **__: Any) -> Any:
+    raise MicrogliaError("this cache lost heads to an answer that is over; read the prompt again into a new cache")
 
 
 class RowHeads:

@@ -60,6 +60,12 @@ class Site(ABC):
         return self.geometry.unit
 
     @property
+    def output(self) -> nn.Module:
+        """The module whose output the units' decision changes; a pass that does not call it passes the decision by."""
+        module = self.layer.module.get_submodule(self.name.removeprefix(f"{self.layer.name}."))
+        return module
+
+    @property
     @abstractmethod
     def name(self) -> str:
         """The dotted path of the module that holds the units."""

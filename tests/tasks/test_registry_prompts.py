@@ -6,7 +6,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from microglia import tasks
 from microglia.cli import options
@@ -146,6 +146,11 @@ def test_an_answer_ends_as_the_chat_template_ends_a_turn() -> None:
     assert answer_end(special_tokenizer(TURNS)) == 4
     assert answer_end(special_tokenizer(TURNS.replace("<end>", " <end> </s>"))) == 4
     assert answer_end(special_tokenizer(TURNS.replace("<end>", ""))) == 2
+    assert answer_end(special_tokenizer("{{ raise_exception('no') }}")) == 2
+    assert answer_end(special_tokenizer(TURNS.replace("m.content", "m.content | upper"))) == 2
+    phi = special_tokenizer(TURNS.replace("<end>", "<stop>"))
+    phi.add_tokens([AddedToken("<stop>", special=True)])
+    assert answer_end(phi) == phi.convert_tokens_to_ids("<stop>")
     without = special_tokenizer()
     without.eos_token = None
     with pytest.raises(ConfigError, match="the tokenizer has no end-of-text token"):
