@@ -169,7 +169,8 @@ def test_what_cannot_be_pruned_is_refused(model, name, value) -> None:
 
 
 def test_guidance_of_one_is_none(model) -> None:
-    generate(model, tiny_tokenizer(), PROMPTS, uneven(model), max_new_tokens=3, guidance_scale=1.0)
+    result = generate(model, tiny_tokenizer(), PROMPTS, uneven(model), max_new_tokens=3, guidance_scale=1.0)
+    assert len(result.keep) == 2
 
 
 @pytest.mark.parametrize("execution", ["masked", "compact", "captured"])
