@@ -90,11 +90,11 @@ def pruning_itself(
 
 def _checked(lm: Any) -> Callable[..., Any]:
     """The model's own `generate`, which refuses what cannot be pruned, whoever asked for it."""
-    stock, signature = lm.generate, inspect.signature(lm.generate)
+    stock = lm.generate
 
     @functools.wraps(stock)
     def generate(*args: Any, **options: Any) -> Any:
-        given = signature.bind_partial(*args, **options).arguments
+        given = inspect.signature(stock).bind_partial(*args, **options).arguments
         given |= given.pop("kwargs", {})
         ids = next((given[name] for name in ("inputs", "input_ids") if given.get(name) is not None), None)
         configs = [vars(config) for config in (lm.generation_config, given.get("generation_config")) if config]
