@@ -144,8 +144,10 @@ def pad_token(lm: Any, tokenizer: PreTrainedTokenizerBase) -> int:
 
     It is never attended to, so which one it is changes nothing.
     """
-    choices = (*_as_tuple(tokenizer.pad_token_id), *end_tokens(lm, tokenizer), 0)
-    return next(token for token in choices if 0 <= token < token_rows(lm))
+    rows, pad = token_rows(lm), tokenizer.pad_token_id
+    if isinstance(pad, int) and 0 <= pad < rows:
+        return pad
+    return next(token for token in (*end_tokens(lm, tokenizer), 0) if 0 <= token < rows)
 
 
 def without_defaults(lm: Any) -> Any:

@@ -135,12 +135,17 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
             conversation = str(tokenizer.apply_chat_template(turns, tokenize=False))
         _, answer, rest = conversation.rpartition("Seven.")
         ids = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"] if answer else []
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        if ids and ids[0] in special | set(tokenizer.all_special_ids):
+        # The dictionary of added tokens is made anew at every look, and may hold thousands: only where it is needed.
+        if ids and (ids[0] in tokenizer.all_special_ids or _is_special(tokenizer, ids[0])):
             return int(ids[0])
     if tokenizer.eos_token_id is None:
         raise ConfigError("the tokenizer has no end-of-text token, so an answer could not be ended; give one that has")
     return int(tokenizer.eos_token_id)
+
+
+def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
+    added = tokenizer.added_tokens_decoder.get(token)
+    return added is not None and bool(added.special)
 
 
 def generated_answer_prefix(tokenizer: PreTrainedTokenizerBase) -> str:
