@@ -15,11 +15,10 @@ from microglia import processes
 from microglia.anatomy import Anatomy, causal_lm, input_device
 from microglia.checkpoint import Checkpoint, check_writable
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
-from microglia.evaluation.choices import score_choices
-from microglia.evaluation.run import paired
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for, kind_of
 from microglia.experiments.calibrate import Aim, calibrate, questions_used, unused_examples
+from microglia.experiments.judge import judge, result_of
 from microglia.explain import Explanation, explain
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
@@ -29,7 +28,7 @@ from microglia.models import REASONER, load_model
 from microglia.policies import new_agents
 from microglia.pruner import Fill, Pruner
 from microglia.reading import read_prompts
-from microglia.results import EvaluationResult, Promise
+from microglia.results import EvaluationResult, JudgementResult, Promise
 from microglia.tasks import Task, get_task
 from microglia.tasks.prompts import example_prompt, render_prompt
 from microglia.tasks.used import question_keys
@@ -194,37 +193,25 @@ class MicrogliaPruningSystem:
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         dense: bool = True,
-        scoring: str = "generation",
+        scoring: str | None = None,
+        ledger: Path | str | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-    ) -> EvaluationResult:
-        """Exact match and sparsity on a task, pruned and (unless dense=False) dense on the same prompts.
+    ) -> EvaluationResult | JudgementResult:
+        """Everything that a task tells about the pruned model and (unless dense=False) the dense one, by prompts.
 
-        scoring: generation, or for multiple choice likelihood or likelihood-per-character, see `score_choices`.
+        scoring: None is the task's own: generation, for multiple choice likelihood (or likelihood-per-character), or
+        text, where nothing is right or wrong and the result is a JudgementResult; see `experiments.judge`.
+        ledger: a file that keeps finished batches, so that the same call goes on where it was interrupted.
         With LoRA, dense has the adapter too. `progress(name, done, total)` is called after every batch.
         """
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
-        runs = {}
-        for name, pruner in {"pruned": self.pruner.at(keep_ratio), **({"dense": None} if dense else {})}.items():
-            update = (lambda done, total, name=name: progress(name, done, total)) if progress else None
-            if scoring == "generation":
-                runs[name] = setup.answers(pruner, update)
-            else:
-                runs[name] = score_choices(setup, pruner, scoring, update)
-        pruned = runs["pruned"]
-        self._keep_ratios = [answer.keep_ratio for answer in pruned.answers]
-        return EvaluationResult(
-            dataset=task.name,
-            split=split,
-            shots=task.shots,
-            scoring=scoring,
-            accuracy=pruned.accuracy,
-            sparsity=pruned.sparsity,
-            **{name: run.summary() for name, run in runs.items()},  # type: ignore[arg-type]
-            paired=paired(runs["dense"], pruned) if dense else None,
-            answers={name: run.rows() for name, run in runs.items()},
-        )
+        pruner, kept = self.pruner.at(keep_ratio), Ledger(ledger, {"base_model": self.source}) if ledger else None
+        judged = judge(setup, pruner, scoring, dense=dense, ledger=kept, progress=progress)
+        if "pruned" in judged.runs:
+            self._keep_ratios = [answer.keep_ratio for answer in judged.runs["pruned"].answers]
+        return result_of(setup, judged, split, scoring)
 
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
         """From now on so many heads are kept on average; prompts still differ. Returns the threshold.

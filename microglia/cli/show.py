@@ -60,6 +60,7 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
             "" if r.sparsity_per_token is None else share(r.sparsity_per_token) for r in runs.values()
         ],
         "tokens per answer": [f"{r.mean_tokens:.1f}" for r in runs.values()],
+        "cut off at the limit": ["" if r.unfinished is None else share(r.unfinished) for r in runs.values()],
         "seconds": [f"{r.seconds:.1f}" for r in runs.values()],
     }
     lines = [(name, *cells) for name, cells in rows.items()]
@@ -68,6 +69,41 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
         words = with_interval(f"{difference}: {points(test.diff)} points", test.ci95)
         view.append(f"{words}, McNemar p = {test.p_value:.3g}")
     return view
+
+
+# How a measure is called, how its figures are written, and its differences.
+MEASURES: dict[str, tuple[str, str, str, float]] = {
+    "accuracy": ("right", "{:.1%}", "{:+.1f}", 100),
+    "unfinished": ("cut off", "{:.1%}", "{:+.1f}", 100),
+    "kl": ("KL to dense, nats per token", "{:.4f}", "{:+.4f}", 1),
+    "top1": ("top-1 agreement", "{:.1%}", "{:+.1f}", 100),
+    "perplexity": ("perplexity", "{:.3f}", "{:+.3f}", 1),
+    "exact_prefix": ("exact prefix, tokens", "{:.1f}", "{:+.1f}", 1),
+    "same": ("same answer", "{:.1%}", "{:+.1f}", 100),
+    "keep_ratio": ("heads kept", "{:.1%}", "{:+.1f}", 100),
+}
+
+
+def figures_table(figures: Sequence[Any], title: str) -> Table:
+    """One line per figure, dense beside pruned; differences of shares are in points, intervals hold 95 %."""
+    rows, last = [], None
+    for figure in figures:
+        name, form, change, factor = MEASURES[figure.measure]
+        test, dataset = figure.difference, f"{figure.dataset} ({figure.prompts})"
+        rows.append(
+            (
+                dataset if dataset != last else "",
+                name,
+                "" if figure.dense is None else form.format(figure.dense),
+                form.format(figure.pruned),
+                "" if test is None else change.format(factor * test.diff),
+                "" if test is None else interval(test.ci95, change, factor),
+                "" if test is None or test.p_value != test.p_value else f"{test.p_value:.3g}",
+            )
+        )
+        last = dataset
+    columns = ("data (prompts)", "", "dense", "pruned", "difference", "95 % interval", "McNemar p")
+    return table(title, columns, rows, padding=(0, 1))
 
 
 def adds(adaptivity: Any) -> str:

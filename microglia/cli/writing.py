@@ -16,12 +16,12 @@ def measured_on(model: Any) -> Any:
     return Circumstances(**circumstances(next(model.parameters()).device))
 
 
-def recorder(made: Any, seed: int, shared: Mapping[str, Any]) -> Callable[..., Any]:
-    """Makes records of shares, `record(name, value, n, **extra)`; all of them say what is shared."""
+def recorder(made: Any, seed: int, shared: Mapping[str, Any], unit: str = "ratio") -> Callable[..., Any]:
+    """Makes records, of shares as a rule: `record(name, value, n, **extra)`; all of them say what is shared."""
     from microglia.record import Record
 
     def record(name: str, value: float, n: int, **extra: Any) -> Record:
-        return Record(name, value, "ratio", n=n, seed=seed, extra={**shared, **extra}, **vars(made))
+        return Record(name, value, unit, n=n, seed=seed, extra={**shared, **extra}, **vars(made))
 
     return record
 

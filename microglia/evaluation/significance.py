@@ -79,6 +79,29 @@ def paired_difference(a: ArrayLike, b: ArrayLike, *, resamples: int = 10_000, se
     return PairedDifference(diff, interval, x.size, discordant, method)
 
 
+def clustered_ci(
+    numerators: ArrayLike, denominators: ArrayLike, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of Σ numerators / Σ denominators, both (n,): a mean per token of n prompts, say.
+
+    Prompts are resampled with all their tokens, as the tokens of one text go together (percentile bootstrap). (nan,
+    nan) where every resample would be the same. Raises DataError for unequally long samples.
+    """
+    x, y = _pair(numerators, denominators)
+    if x.size < 2 or np.ptp(x * y.sum() - y * x.sum()) == 0:
+        return math.nan, math.nan
+    low, high = np.quantile(_resampled_ratios(x, y, resamples, seed), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _resampled_ratios(x: Floats, y: Floats, resamples: int, seed: int) -> Floats:
+    rng, n, parts = np.random.default_rng(seed), x.size, list[Floats]()
+    for start in range(0, resamples, BATCH):
+        counts = rng.multinomial(n, np.full(n, 1 / n), min(BATCH, resamples - start))
+        parts.append((counts @ x) / np.maximum(counts @ y, 1e-12))
+    return np.concatenate(parts)
+
+
 def mcnemar_exact(a_correct: ArrayLike, b_correct: ArrayLike) -> float:
     """Two-sided p-value that a and b, (n,) of 0/1 on the same examples, are right equally often.
 

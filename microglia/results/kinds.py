@@ -14,6 +14,7 @@ from microglia.results.parts import (
     ComparisonRow,
     Correlation,
     Difference,
+    Figure,
     FrozenAccuracy,
     RandomMasks,
     Shares,
@@ -27,6 +28,7 @@ class EvaluationResult(Result):
     """Accuracy and sparsity of a pruned model; `dense` and `paired` where the dense model answered too.
 
     answers: one row per example for each model; `microglia evaluate` writes them to a file of their own.
+    figures: how close the answers are to the dense ones, beside the accuracy. max_new_tokens: where answers are cut.
     """
 
     kind: ClassVar[str] = "evaluation"
@@ -41,6 +43,23 @@ class EvaluationResult(Result):
     dense: Summary | None = None
     paired: Difference | None = None
     answers: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    figures: tuple[Figure, ...] = ()
+    max_new_tokens: int | None = None
+    circumstances: Circumstances = field(default_factory=Circumstances)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgementResult(Result):
+    """Several data sets at once, or texts on which nothing is right or wrong: their figures, dense beside pruned.
+
+    evaluations: by data set, the details of those that have right answers. settings: what else the figures depend on.
+    """
+
+    kind: ClassVar[str] = "judgement"
+
+    figures: tuple[Figure, ...]
+    evaluations: dict[str, EvaluationResult] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     circumstances: Circumstances = field(default_factory=Circumstances)
 
 

@@ -230,3 +230,22 @@ class FrozenAccuracy:
     frozen: Summary
     paired: Difference
     paired_adaptive: Difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One figure of a data set, dense beside pruned; difference: pruned minus dense, paired by prompt.
+
+    measure: `accuracy`; `unfinished`, the share of answers that were cut off; `kl`, nats per token to the dense model;
+    `top1`, the share of tokens on which both agree; `perplexity` of the texts; `exact_prefix`, tokens of a greedy
+    answer before the first that the dense model did not write (dense: all its tokens); `same`, answers that are the
+    dense ones; `keep_ratio`. kl, top1 and perplexity are per token, over texts that both models are fed.
+    prompts: how many it is over. dense is None where only the pruned model ran.
+    """
+
+    dataset: str
+    measure: str
+    prompts: int
+    pruned: float
+    dense: float | None = None
+    difference: Difference | None = None

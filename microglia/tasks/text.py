@@ -14,6 +14,7 @@ from microglia.tasks.shipped import SPLITS, shipped_prompts
 
 SUFFIXES = (".txt", ".md")
 PASSAGE = 1600  # characters, some 350 tokens of English: half to read, half to score
+BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 SHORTEST = 200  # characters; what is left of a file below that says little
 
 
@@ -60,9 +61,8 @@ def _passages(path: Path, place: Path) -> list[Example]:
 
 
 def halves(text: str) -> list[tuple[str, str]]:
-    """Passages of about PASSAGE characters, each cut in half, all cuts between words; nothing is left out in between.
-
-    A rest that is shorter than SHORTEST is left out.
+    """Passages of about PASSAGE characters, each cut in half, cuts lie between words; a rest shorter than
+    SHORTEST is left out.
     """
     cuts, text = [0], text.strip()
     while len(text) - cuts[-1] > PASSAGE:
@@ -77,6 +77,9 @@ def halves(text: str) -> list[tuple[str, str]]:
 
 
 def _between_words(text: str, near: int) -> int:
-    """Before the white space that comes first at or after `near`, so that a space stays with the word behind it."""
-    found = re.compile(r"\s").search(text, near)
-    return found.start() if found else len(text)
+    """Before the first space between two words at or after `near`, or right there where no such space follows.
+
+    Only there: many tokenizers join a full stop and the line break behind it into one token.
+    """
+    found = BETWEEN_WORDS.search(text, near)
+    return found.start() if found else near
