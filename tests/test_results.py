@@ -15,6 +15,7 @@ from microglia.results import KINDS, BenchmarkRow, Difference, Promise, Tried, f
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = {
     "evaluation",
+    "judgement",
     "demo",
     "comparison",
     "ablation",
@@ -87,7 +88,7 @@ def test_a_field_too_few_or_too_many_is_named(kind: str) -> None:
     [
         ([], "x.json does not say what kind of result it is; write it again with this version of microglia"),
         ({"accuracy": 1.0}, "x.json does not say what kind of result it is; write it again"),
-        ({"kind": "poem", "version": 1}, "x.json is of the unknown kind 'poem'; known are evaluation, demo"),
+        ({"kind": "poem", "version": 1}, "x.json is of the unknown kind 'poem'; known are evaluation, judgement"),
         ({"kind": ["demo"], "version": 1}, r"x.json is of the unknown kind \['demo'\]"),
         ({"kind": "demo", "version": 2}, "x.json has version 2 of the kind 'demo', and this microglia reads up to 1"),
         ({"kind": "demo"}, "x.json has version None of the kind 'demo'"),
@@ -107,7 +108,7 @@ def test_what_is_no_result_is_refused(row, sentence) -> None:
         ("sentence", None, "promise.sentence holds None"),
         ("tried", {}, r"promise.tried holds \{\}"),
         ("tried", [1], r"promise.tried\[0\] holds a int"),
-        ("tried", [{"target": 1}], r"promise.tried\[0\] has no accuracy, drop, "),
+        ("tried", [{"target": 1}], r"promise.tried\[0\] has no drop, drop_bound, "),
     ],
 )
 def test_a_value_of_another_type_is_named(name, value, where) -> None:

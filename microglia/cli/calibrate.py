@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,7 +22,11 @@ Examples = Annotated[o.Examples, Fields(without=("shots", "question_field", "ans
 def calibrate(
     *,
     model_path: o.CheckpointPath = None,
-    max_drop: Annotated[float, "Largest loss of accuracy; 0.02 is two points."] = 0.02,
+    loss: Annotated[
+        Literal["accuracy", "agreement", "kl"],
+        "What may be lost: accuracy, agreement (share of tokens) with the dense model, or kl (nats per token).",
+    ] = "accuracy",
+    max_drop: Annotated[float, "Largest loss; 0.02 is two points, two tokens of 100, or 0.02 nats."] = 0.02,
     confidence: Annotated[float, "Confidence of the promise."] = 0.95,
     keep_ratio: Annotated[float | None, "Set this one instead, and say what it may lose.", "by the promise"] = None,
     latency_ratio: Annotated[float | None, "Or reach this: dense time ÷ time of a step.", "by the promise"] = None,
@@ -32,11 +36,13 @@ def calibrate(
     generation: o.Generation,
     loading: o.Unquantised,
 ) -> Outcome:
-    """Prune as much as a promise about the accuracy allows.
+    """Prune as much as a promise about the accuracy, or about the tokens, allows.
 
     microglia calibrate --model-path checkpoints --max-drop 0.02 --confidence 0.95
 
     microglia calibrate --model-path checkpoints --latency-ratio 1.1
+
+    microglia calibrate --model-path checkpoints --dataset text --loss agreement --max-drop 0.05
     """
     from microglia.experiments.calibrate import KEEP_RATIOS
     from microglia.record import append_records
@@ -50,6 +56,7 @@ def calibrate(
     with progress("answering", f"{folder / LEDGER} keeps the finished settings: {GO_ON}") as update:
         promise = system.calibrate(
             examples.dataset,
+            loss=loss,
             max_drop=max_drop,
             confidence=confidence,
             keep_ratio=keep_ratio,
@@ -78,27 +85,37 @@ def records(promise: Any, made: Any, seed: int) -> list[Any]:
     from microglia.results import plain
 
     shared = {name: promise.settings[name] for name in ("dataset", "split", "execution")}
-    record = recorder(made, seed, {**shared, "confidence": promise.confidence, "max_drop": promise.max_drop})
+    shared |= {"confidence": promise.confidence, "max_drop": promise.max_drop}
+    record = recorder(made, seed, shared, "nats/token" if promise.loss == "kl" else "ratio")
     return [
-        record("accuracy_drop", one.drop, promise.prompts, **plain(one), chosen=one.threshold == promise.threshold)
+        record(
+            f"{promise.loss}_drop", one.drop, promise.prompts, **plain(one), chosen=one.threshold == promise.threshold
+        )
         for one in promise.tried
     ]
 
 
 def tried(promise: Any) -> Any:
     """One line per setting, gentlest first."""
-    rows = [
-        [
-            share(one.keep_ratio),
-            share(one.accuracy),
-            str(one.lost),
-            str(one.won),
-            points(one.drop),
-            points(one.drop_bound),
-            "chosen" if one.threshold == promise.threshold else "",
+    limit = f"limit, {promise.confidence:.0%}"
+    columns: tuple[str, ...]
+    if promise.loss == "accuracy":
+        columns = ("heads kept", "right", "lost", "won", "drop", limit, "")
+        cells = [
+            [share(one.accuracy), str(one.lost), str(one.won), points(one.drop), points(one.drop_bound)]
+            for one in promise.tried
         ]
-        for one in promise.tried
+        title = f"{promise.prompts} prompts, dense {share(promise.dense_accuracy)} right"
+    else:
+        columns = ("heads kept", WORDS[promise.loss], limit, "")
+        cells = [[AMOUNTS[promise.loss].format(x) for x in (one.drop, one.drop_bound)] for one in promise.tried]
+        title = f"{promise.prompts} prompts, texts of the dense model or of the data"
+    rows = [
+        [share(one.keep_ratio), *row, "chosen" if one.threshold == promise.threshold else ""]
+        for one, row in zip(promise.tried, cells, strict=True)
     ]
-    columns = ("heads kept", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", "")
-    title = f"{promise.prompts} prompts, dense {share(promise.dense_accuracy)} right"
     return table(title, columns, rows, padding=(0, 1))
+
+
+WORDS = {"agreement": "other tokens", "kl": "KL, nats per token"}
+AMOUNTS = {"agreement": "{:.2%}", "kl": "{:.4f}"}

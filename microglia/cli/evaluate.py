@@ -145,7 +145,7 @@ UNITS = {
 
 def views(result: Any, max_new_tokens: int) -> list[Any]:
     """One table of all figures; of a single data set also one by difficulty and by family, and a sentence."""
-    figures = figures_table(result.figures, f"greedy answers are cut at {max_new_tokens} tokens")
+    figures = figures_table(result.figures, f"greedy answers, cut off at {max_new_tokens} tokens; p is McNemar's")
     if result.kind != "evaluation":
         return [figures]
     runs = models(result)

@@ -75,35 +75,37 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
 MEASURES: dict[str, tuple[str, str, str, float]] = {
     "accuracy": ("right", "{:.1%}", "{:+.1f}", 100),
     "unfinished": ("cut off", "{:.1%}", "{:+.1f}", 100),
-    "kl": ("KL to dense, nats per token", "{:.4f}", "{:+.4f}", 1),
-    "top1": ("top-1 agreement", "{:.1%}", "{:+.1f}", 100),
+    "kl": ("KL per token", "{:.4f}", "{:+.4f}", 1),
+    "top1": ("top-1", "{:.1%}", "{:+.1f}", 100),
     "perplexity": ("perplexity", "{:.3f}", "{:+.3f}", 1),
-    "exact_prefix": ("exact prefix, tokens", "{:.1f}", "{:+.1f}", 1),
+    "exact_prefix": ("exact prefix", "{:.1f}", "{:+.1f}", 1),
     "same": ("same answer", "{:.1%}", "{:+.1f}", 100),
     "keep_ratio": ("heads kept", "{:.1%}", "{:+.1f}", 100),
 }
 
 
 def figures_table(figures: Sequence[Any], title: str) -> Table:
-    """One line per figure, dense beside pruned; differences of shares are in points, intervals hold 95 %."""
+    """One line per figure, dense beside pruned; differences of shares are in points, KL in nats, prefixes in tokens."""
     rows, last = [], None
     for figure in figures:
         name, form, change, factor = MEASURES[figure.measure]
-        test, dataset = figure.difference, f"{figure.dataset} ({figure.prompts})"
+        test, dataset, difference = figure.difference, f"{figure.dataset}, {figure.prompts}", ""
+        if test is not None:
+            ends = interval(test.ci95, change, factor)
+            difference = change.format(factor * test.diff) + (f" ({ends})" if ends else "")
         rows.append(
             (
-                dataset if dataset != last else "",
+                "" if dataset == last else dataset,
                 name,
                 "" if figure.dense is None else form.format(figure.dense),
                 form.format(figure.pruned),
-                "" if test is None else change.format(factor * test.diff),
-                "" if test is None else interval(test.ci95, change, factor),
-                "" if test is None or test.p_value != test.p_value else f"{test.p_value:.3g}",
+                difference,
+                "" if test is None or test.p_value != test.p_value else f"{test.p_value:.2g}",
             )
         )
         last = dataset
-    columns = ("data (prompts)", "", "dense", "pruned", "difference", "95 % interval", "McNemar p")
-    return table(title, columns, rows, padding=(0, 1))
+    columns = ("data, prompts", "", "dense", "pruned", "difference (95 %)", "p")
+    return table(title, columns, rows, padding=(0, 1), fold=True)
 
 
 def adds(adaptivity: Any) -> str:

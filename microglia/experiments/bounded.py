@@ -1,13 +1,14 @@
 """How large the mean of a bounded loss can be, from its values on prompts drawn independently: by betting.
 
-For losses x in [0, 1], disagreement or clipped KL, counts of lost and won answers are too coarse. A gambler who believes
-that the mean is below `mean` stakes s on every prompt, which multiplies the capital by 1 + s (mean − x), never negative
-for s ≤ 1. If the mean is `mean` or more, no stake multiplies capital in expectation, whatever was seen before, so a
-capital that ever reaches 1 / error has a probability of at most `error` (Ville 1939; Waudby-Smith and Ramdas 2024).
-The stake follows from the prompts before, as Bates et al. (2021) choose it: the less losses vary, the bolder. Nothing is
+For losses x in [0, 1], of agreement or clipped KL, counts of lost and won answers are too coarse. Who believes that the
+mean is below `mean` stakes s on every prompt, which multiplies the capital by 1 + s (mean − x), never negative for s ≤
+1. If the mean is `mean` or more, no stake multiplies capital in expectation, whatever was seen before, so a capital
+that ever reaches 1 / error has a probability of at most `error` (Ville 1939; Waudby-Smith and Ramdas 2024). The stake
+follows from the prompts before, as Bates et al. (2021) choose it: the less losses vary, the bolder. Nothing is
 asymptotic and nothing is assumed of the losses but independence and their bounds; the order must not depend on them.
 
-Of losses with mean .03 and deviation .03, 200 prompts promise .05 at 95 % in 97 % of the cases; Hoeffding–Bentkus never.
+Of losses with mean .03 and deviation .03, 200 prompts promise .05 at 95 % in 96 % of the cases,
+Hoeffding–Bentkus in none.
 """
 
 import math
@@ -25,8 +26,8 @@ CLOSE = 1e-6  # how near the limit is searched for; it is always given from abov
 def mean_p_value(losses: ArrayLike, mean: float, confidence: float = 0.95) -> float:
     """p-value of "the mean loss is `mean` or more", losses (n,) in [0, 1]; it falls as `mean` grows.
 
-    Valid at every error, powerful at 1 − confidence. Raises DataError for losses outside [0, 1] or none, ConfigError for a mean or confidence outside
-    (0, 1).
+    Valid at every error, powerful at 1 − confidence. Raises DataError for losses outside [0, 1] or none, ConfigError
+    for a mean or confidence outside (0, 1).
     """
     x, error = _checked(losses), _error(confidence)
     if not 0 < mean < 1:

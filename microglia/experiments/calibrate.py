@@ -1,9 +1,9 @@
-"""Prune as far as a promise allows: at most so much accuracy lost, with a stated confidence.
+"""Prune as far as a promise allows: at most so much accuracy, agreement or KL lost, with a stated confidence.
 
 Learn then Test (Angelopoulos et al. 2021): keep ratios are tested in a fixed order, from the gentlest to
 the most aggressive, each at the full error of 1 - confidence, and the first that fails ends it. Whatever the truth, a
 setting that loses more than promised is chosen with a probability of at most that error, since the first of them in
-the order would have to pass its test. Each test is the exact one of `experiments.drop`, on the same prompts.
+the order would have to pass its test. Each test is that of the loss (`experiments.losses`), on the same prompts.
 
 The promise holds for prompts drawn like the calibration prompts, which must not have shaped policy or thresholds.
 """
@@ -12,16 +12,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from scipy import stats
 
 from microglia.benchmark import typical_speed
-from microglia.errors import ConfigError, DataError, MicrogliaError
-from microglia.evaluation.run import Evaluation
+from microglia.errors import ConfigError, DataError, MicrogliaError, check_choice
 from microglia.evaluation.setup import Setup
-from microglia.experiments.drop import drop_limit, drop_p_value, prompts_needed
-from microglia.experiments.measure import Progress, answers
+from microglia.experiments.drop import drop_limit, drop_p_value
+from microglia.experiments.losses import LOSSES, MOST_KL
+from microglia.experiments.measure import Progress
 from microglia.ledger import Ledger
 from microglia.pruner import Pruner
 from microglia.results import Promise, Tried
@@ -38,18 +39,19 @@ def fixed_sequence(counts: Iterable[tuple[int, int]], prompts: int, max_drop: fl
 
     `counts` gives (lost, won) of each setting, gentlest first; after the first that fails no more are taken from it.
     """
-    passed = 0
-    for lost, won in counts:
-        if drop_p_value(lost, won, prompts, max_drop, confidence) > 1 - confidence:
-            break
-        passed += 1
-    return passed
+    return passed((drop_p_value(lost, won, prompts, max_drop, confidence) for lost, won in counts), confidence)
+
+
+def passed(p_values: Iterable[float], confidence: float) -> int:
+    """How many settings come before the first whose test fails; after that no more p-values are taken."""
+    return sum(1 for _ in takewhile(lambda p: p <= 1 - confidence, p_values))
 
 
 @dataclass(frozen=True)
 class Aim:
     """What is wanted: the fewest heads that can be promised to lose at most `max_drop`, with a confidence.
 
+    loss: of accuracy, of agreement (share of a text's tokens) or kl (nats per token), see `experiments.losses`.
     keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
     gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt.
     """
@@ -59,13 +61,20 @@ class Aim:
     keep_ratio: float | None = None
     latency_ratio: float | None = None
     keep_ratios: Sequence[float] = KEEP_RATIOS
+    loss: str = "accuracy"
 
     def __post_init__(self) -> None:
+        check_choice("loss", self.loss, LOSSES)
         if self.keep_ratio is not None and self.latency_ratio is not None:
             raise ConfigError(
                 f"keep_ratio={self.keep_ratio} and latency_ratio={self.latency_ratio} were given; choose one of them"
             )
-        _ = prompts_needed(self.max_drop, self.confidence), _checked(self.keep_ratios)  # each checks itself
+        _ = self.needed, _checked(self.keep_ratios)  # each checks itself
+
+    @property
+    def needed(self) -> int:
+        """The fewest prompts that could promise this."""
+        return LOSSES[self.loss].needed(self.max_drop, self.confidence)
 
 
 def calibrate(
@@ -83,56 +92,55 @@ def calibrate(
     """
     aim, undecided = aim or Aim(), pruner.with_threshold(0.0)
     remembered = (ledger or Ledger()).within(**setup.identity, pruner=undecided.fingerprint())
-    needed, prompts, ratios = (
-        prompts_needed(aim.max_drop, aim.confidence),
-        len(setup.examples),
-        _checked(aim.keep_ratios),
-    )
-
-    def answered(at: Pruner | None, target: float) -> Evaluation:
-        """Dense where there is no pruner."""
-        label = "dense" if at is None else f"keep ratio {target:g}"
-        key = {"threshold": None if at is None else at.gate.threshold}
-        return Evaluation.from_json(remembered.get(key, partial(answers, setup, at, label, progress)))
-
-    keep_ratio = aim.keep_ratio
+    loss = LOSSES[aim.loss](setup, aim.confidence, remembered, progress)
+    prompts, ratios, keep_ratio = len(setup.examples), _checked(aim.keep_ratios), aim.keep_ratio
     if aim.latency_ratio is not None:
         speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner, setup.execution)
         keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
-    if keep_ratio is None and prompts < needed:
-        return _promise(None, None, [], aim.max_drop, confidence=aim.confidence, prompts=prompts, needed=needed)
-    dense, tried = answered(None, 1.0), list[Tried]()
+    if keep_ratio is None and prompts < aim.needed:
+        return _promise(aim, None, [], aim.max_drop, prompts=prompts, needed=aim.needed)
+    tried = list[Tried]()
 
-    def counts(ratios: Iterable[float]) -> Iterator[tuple[int, int]]:
+    def settings(ratios: Iterable[float]) -> Iterator[Tried]:
         for ratio in ratios:
             at = pruner.at(ratio)
             if tried and at.gate.threshold <= tried[-1].threshold:
                 continue  # the same decisions once more
-            tried.append(_tried(dense, answered(at, ratio), ratio, at.gate.threshold, aim.confidence))
-            yield tried[-1].lost, tried[-1].won
+            tried.append(loss.tried(at, ratio))
+            yield tried[-1]
 
     if keep_ratio is not None:
-        passed, limit = len(list(counts([keep_ratio]))), None
+        count, limit = len(list(settings([keep_ratio]))), None
     else:
-        passed, limit = fixed_sequence(counts(ratios), prompts, aim.max_drop, aim.confidence), aim.max_drop
-    chosen = tried[passed - 1] if passed else None
-    return _promise(chosen, dense, tried, limit, confidence=aim.confidence, prompts=prompts)
+        count, limit = (
+            passed((loss.p_value(one, aim.max_drop) for one in settings(ratios)), aim.confidence),
+            aim.max_drop,
+        )
+    chosen = tried[count - 1] if count else None
+    return _promise(aim, chosen, tried, limit, prompts=prompts, dense_accuracy=loss.dense_accuracy)
 
 
 def _promise(
-    chosen: Tried | None, dense: Evaluation | None, tried: Sequence[Tried], max_drop: float | None, **rest: Any
+    aim: Aim,
+    chosen: Tried | None,
+    tried: Sequence[Tried],
+    max_drop: float | None,
+    *,
+    dense_accuracy: float | None = None,
+    **rest: Any,
 ) -> Promise:
     """The chosen setting, or the dense model, in figures and in a sentence."""
-    right = dense.accuracy if dense else None
     promise = Promise(
         keep_ratio=chosen.keep_ratio if chosen else 1.0,
         threshold=chosen.threshold if chosen else EVERY_HEAD,
         drop=chosen.drop if chosen else 0.0,
         drop_bound=min(chosen.drop_bound, math.inf if max_drop is None else max_drop) if chosen else 0.0,
         max_drop=max_drop,
-        dense_accuracy=right,
-        accuracy=chosen.accuracy if chosen else right,
+        dense_accuracy=dense_accuracy,
+        accuracy=chosen.accuracy if chosen else dense_accuracy,
         tried=tuple(tried),
+        confidence=aim.confidence,
+        loss=aim.loss,
         **rest,
     )
     return replace(promise, sentence=sentence(promise))
@@ -140,26 +148,28 @@ def _promise(
 
 def sentence(promise: Promise) -> str:
     """What is promised, for people."""
-    sure = f"with {promise.confidence:.0%} confidence"
+    sure, amount = f"with {promise.confidence:.0%} confidence", partial(lost, promise.loss)
     if promise.needed is not None:
         return (
-            f"{promise.prompts} prompts are too few to promise a drop of at most {_points(promise.max_drop)}: {sure} "
+            f"{promise.prompts} prompts are too few to promise a drop of at most {amount(promise.max_drop)}: {sure} "
             f"it takes at least {promise.needed}, and more where answers change; the model stays dense"
         )
     kept = f"{promise.keep_ratio:.1%} of the heads are kept; {sure} that costs at most"
-    measured = f"(measured: {_points(promise.drop)} on {promise.prompts} prompts)"
+    measured = f"(measured: {amount(promise.drop)} on {promise.prompts} prompts)"
     if promise.max_drop is None:
-        return f"{kept} {_points(promise.drop_bound)} {measured}"
+        return f"{kept} {amount(promise.drop_bound)} {measured}"
     if promise.threshold == EVERY_HEAD:
         first = promise.tried[0]
         more = more_prompts(first, promise.prompts, promise.max_drop, promise.confidence)
         hint = f"about {more} prompts might do" if more else "train longer or with less pressure"
+        found = amount(first.drop)
+        if first.lost is not None:
+            found = f"{first.lost} and won {first.won} of {promise.prompts} answers"
         return (
-            f"no setting can be promised to lose at most {_points(promise.max_drop)}: keeping {first.keep_ratio:.1%} "
-            f"of the heads lost {first.lost} and won {first.won} of {promise.prompts} answers, a limit of "
-            f"{_points(first.drop_bound)}; {hint}; the model stays dense"
+            f"no setting can be promised to lose at most {amount(promise.max_drop)}: keeping {first.keep_ratio:.1%} "
+            f"of the heads lost {found}, a limit of {amount(first.drop_bound)}; {hint}; the model stays dense"
         )
-    return f"{kept} {_points(promise.max_drop)} against the dense model {measured}"
+    return f"{kept} {amount(promise.max_drop)} against the dense model {measured}"
 
 
 def unused_examples(task: Task, split: str, used: frozenset[str], *, limit: int | None, **load: Any) -> list[Example]:
@@ -216,31 +226,20 @@ def gentlest_reaching(
 
 
 def more_prompts(tried: Tried, prompts: int, max_drop: float, confidence: float) -> int | None:
-    """Roughly how many prompts would do if lost and won answers went on in the same proportions; None if none would."""
-    lost, won, margin = tried.lost / prompts, tried.won / prompts, max_drop - tried.drop
-    if margin <= 0:
+    """Roughly how many prompts would do if lost and won answers went on in the same proportions.
+
+    None if none would, and for losses that count no answers.
+    """
+    margin = max_drop - tried.drop
+    if margin <= 0 or tried.lost is None or tried.won is None:
         return None
+    lost, won = tried.lost / prompts, tried.won / prompts
     more = max(prompts, float(stats.norm.ppf(confidence)) ** 2 * (lost + won) / margin**2)
     if more > 20 * prompts:
         return round(more)
     while drop_limit(round(lost * more), round(won * more), round(more), confidence) > max_drop:
         more *= 1.05
     return round(more)
-
-
-def _tried(dense: Evaluation, pruned: Evaluation, target: float, threshold: float, confidence: float) -> Tried:
-    pairs = [(a.correct, b.correct) for a, b in zip(dense.answers, pruned.answers, strict=True)]
-    lost, won = pairs.count((True, False)), pairs.count((False, True))
-    return Tried(
-        target=target,
-        threshold=threshold,
-        keep_ratio=1 - pruned.sparsity,
-        accuracy=pruned.accuracy,
-        lost=lost,
-        won=won,
-        drop=(lost - won) / len(pairs),
-        drop_bound=drop_limit(lost, won, len(pairs), confidence),
-    )
 
 
 def _checked(keep_ratios: Sequence[float]) -> list[float]:
@@ -250,6 +249,11 @@ def _checked(keep_ratios: Sequence[float]) -> list[float]:
     return sorted(set(keep_ratios), reverse=True)
 
 
-def _points(share: float | None) -> str:
-    points = f"{100 * (share or 0):.3g}"
+def lost(loss: str, drop: float | None) -> str:
+    """A drop in the words of its loss: points of accuracy, tokens, or nats."""
+    if loss == "agreement":
+        return f"{100 * (drop or 0):.3g}% of a text's tokens"
+    if loss == "kl":
+        return f"{drop or 0:.3g} nats per token (a text counts as {MOST_KL:g} at most)"
+    points = f"{100 * (drop or 0):.3g}"
     return f"{points} point" if points == "1" else f"{points} points"

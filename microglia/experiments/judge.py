@@ -16,7 +16,7 @@ from microglia.evaluation.closeness import Closeness, closeness
 from microglia.evaluation.likelihood import Pair, encode_pair
 from microglia.evaluation.run import Evaluation, paired
 from microglia.evaluation.setup import Setup
-from microglia.evaluation.significance import clustered_ci, paired_difference
+from microglia.evaluation.significance import clustered_ci, paired_difference, wilson_ci
 from microglia.experiments.measure import Progress
 from microglia.ledger import Ledger
 from microglia.pruner import Pruner
@@ -56,11 +56,13 @@ def judge(
         raise ConfigError("scoring='text' compares with the dense model, so it cannot be left out; drop dense=False")
     if not setup.examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
+    if scoring == "generation":
+        check_answers(setup)
 
     def update(part: str) -> Done | None:
         return partial(progress, f"{setup.task.name}, {part}") if progress else None
 
-    given = scoring == "text" and bool(setup.examples[0].answer)
+    given = scoring == "text" and holds_texts(setup)
     runs = dict[str, Evaluation]()
     for name, at in {"pruned": pruner, **({"dense": None} if dense else {})}.items():
         if scoring in SCORINGS:
@@ -85,7 +87,7 @@ def judge(
     if not given and scoring not in SCORINGS:
         judged += _written(setup, runs)
     kept = [a.keep_ratio for a in runs["pruned"].answers] if runs else [c.keep_ratio for c in close]
-    judged.append(_figure(setup, "keep_ratio", kept, [1.0] * len(kept) if dense else None))
+    judged.append(_figure(setup, "keep_ratio", kept, None))
     return Judged(tuple(judged), runs)
 
 
@@ -192,7 +194,16 @@ def _written(setup: Setup, runs: dict[str, Evaluation]) -> list[Figure]:
         return figures
     prefixes, whole = exact_prefixes(dense, pruned), [len(a.tokens) for a in dense.answers]
     same = [a.tokens == b.tokens for a, b in zip(dense.answers, pruned.answers, strict=True)]
-    return [*figures, _figure(setup, "exact_prefix", prefixes, whole), _figure(setup, "same", same, [1.0] * len(same))]
+    share, ends = sum(same) / len(same), wilson_ci(sum(same), len(same))
+    all_same = Figure(
+        dataset=setup.task.name,
+        measure="same",
+        prompts=len(same),
+        pruned=share,
+        dense=1.0,
+        difference=Difference(share - 1, (ends[0] - 1, ends[1] - 1), math.nan),
+    )
+    return [*figures, _figure(setup, "exact_prefix", prefixes, whole), all_same]
 
 
 def _figure(setup: Setup, measure: str, pruned: Sequence[float], dense: Sequence[float] | None) -> Figure:
@@ -209,6 +220,27 @@ def _figure(setup: Setup, measure: str, pruned: Sequence[float], dense: Sequence
         pruned=sum(pruned) / len(pruned),
         difference=difference,
     )
+
+
+def check_answers(setup: Setup) -> None:
+    """Raise ConfigError for a task on which nothing is right or wrong."""
+    if setup.task.scoring == "text":
+        raise ConfigError(
+            f"task {setup.task.name} has no right answers to count; choose scoring='text', a promise with "
+            "loss='agreement' or loss='kl', or another task"
+        )
+
+
+def holds_texts(setup: Setup) -> bool:
+    """Whether the data hold texts to score; else the dense model writes them."""
+    return setup.task.scoring == "text" and bool(setup.examples[0].answer)
+
+
+def texts_of(setup: Setup, ledger: Ledger | None = None, progress: Progress | None = None) -> list[Pair]:
+    """Token ids of the prompts and of the texts after them: those of the data, or greedy answers of the dense model."""
+    if holds_texts(setup):
+        return _given_pairs(setup)
+    return _own_pairs(setup, setup.answers(None, partial(progress, "dense") if progress else None, ledger))
 
 
 def _given_pairs(setup: Setup) -> list[Pair]:

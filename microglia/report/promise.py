@@ -3,6 +3,7 @@
 from microglia.report import words
 from microglia.report.section import Section
 from microglia.report.sources import Findings
+from microglia.results import Tried
 
 COLUMNS = ["", "heads kept", "right", "lost", "won", "points to dense", "at most lost"]
 
@@ -14,9 +15,7 @@ def promises(findings: Findings) -> Section:
         [
             name,
             words.percent(tried.keep_ratio),
-            words.percent(tried.accuracy),
-            str(tried.lost),
-            str(tried.won),
+            *_counted(tried),
             words.points(-tried.drop),
             f"{100 * tried.drop_bound:.1f}",
         ]
@@ -24,3 +23,10 @@ def promises(findings: Findings) -> Section:
         for tried in promise.tried
     ]
     return Section("promise", "What is promised", " ".join(sentences), columns=COLUMNS if rows else [], rows=rows)
+
+
+def _counted(tried: Tried) -> list[str]:
+    """Right, lost and won answers; nothing where the loss counts none."""
+    if tried.accuracy is None:
+        return ["", "", ""]
+    return [words.percent(tried.accuracy), str(tried.lost), str(tried.won)]

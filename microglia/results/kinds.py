@@ -133,7 +133,8 @@ class Promise(Result):
     keep_ratio: mean over the prompts; 1 for the dense model, when nothing could be promised. max_drop: the promise;
     None when a keep ratio or a speed was the aim. drop_bound: at most max_drop, and for a setting that was an aim a
     limit at the same confidence; for a chosen one it makes no allowance for the choice, which max_drop does.
-    needed: prompts without which nothing can be promised, when they were too few. sentence: all that, for people.
+    needed: prompts without which nothing can be promised, when they were too few. loss: what a drop is of, accuracy,
+    agreement (tokens) or kl (nats per token). sentence: all that, for people.
     """
 
     kind: ClassVar[str] = "promise"
@@ -149,6 +150,7 @@ class Promise(Result):
     accuracy: float | None
     tried: tuple[Tried, ...] = ()
     needed: int | None = None
+    loss: str = "accuracy"
     sentence: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 

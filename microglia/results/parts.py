@@ -207,15 +207,16 @@ class AblationRow(Figures):
 class Tried:
     """One setting: the keep ratio that was the target, what was kept, and what that cost.
 
-    lost, won: answers that were right dense only, and pruned only. drop_bound: the drop's upper limit for this setting.
+    lost, won: answers that were right dense only, and pruned only; None like accuracy where the loss counts no answers.
+    drop: of accuracy, or the mean loss. drop_bound: its upper limit for this setting.
     """
 
     target: float
     threshold: float
     keep_ratio: float
-    accuracy: float
-    lost: int
-    won: int
+    accuracy: float | None = None
+    lost: int | None = None
+    won: int | None = None
     drop: float
     drop_bound: float
 

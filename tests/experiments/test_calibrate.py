@@ -127,6 +127,7 @@ class Scripted:
     lost: dict[int, int]
     prompts: int = 200
     runs: int = 0
+    task = SimpleNamespace(name="scripted", scoring="generation")
 
     @property
     def examples(self) -> list:
