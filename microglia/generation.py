@@ -24,14 +24,15 @@ from microglia.settings import Settings, merged, without_defaults
 class Generated:
     """New tokens (B, N), their texts, and of every site the keep (B, U) and the signals, by name (B, U).
 
-    lengths: new tokens per row, up to and with the one that ends the answer, without the padding after it. Without a
-    pruner there is neither keep nor signals. With several answers to a prompt (num_return_sequences) rows are answers,
-    and those of keep and signals are prompts.
+    lengths: new tokens per row, up to and with the one that ends the answer, without the padding after it. finished:
+    whether one of them ended it, and not the limit of new tokens. Without a pruner there is neither keep nor signals.
+    With several answers to a prompt (num_return_sequences) rows are answers, and those of keep and signals are prompts.
     """
 
     tokens: Tensor
     texts: list[str]
     lengths: list[int]
+    finished: list[bool]
     keep: list[Tensor] = field(default_factory=list)
     signals: list[dict[str, Tensor]] = field(default_factory=list)
 
@@ -75,12 +76,13 @@ def generate(
             new = getattr(output, "sequences", output)[:, ids.shape[1] :]
     lengths = settings.lengths(new)
     answers = [row[:length] for row, length in zip(new, lengths, strict=True)]
+    finished = [len(row) > 0 and int(row[-1]) in settings.end_tokens for row in answers]
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     if trace is None:
-        return Generated(new, texts, lengths)
+        return Generated(new, texts, lengths, finished)
     rows = slice(None, None, max(1, len(trace.keep[0]) // len(ids)))  # beams of a prompt share its decision
     signals = [{name: x[rows] for name, x in site.items()} for site in trace.signals]
-    return Generated(new, texts, lengths, [k[rows] for k in trace.keep], signals)
+    return Generated(new, texts, lengths, finished, [k[rows] for k in trace.keep], signals)
 
 
 @contextmanager

@@ -20,11 +20,11 @@ from microglia.evaluation.run import paired
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for, kind_of
 from microglia.experiments.calibrate import Aim, calibrate, questions_used, unused_examples
-from microglia.experiments.ledger import Ledger
 from microglia.explain import Explanation, explain
 from microglia.gate import Gate, keep_ratio
 from microglia.generation import generate
 from microglia.lease import attached_alone
+from microglia.ledger import Ledger
 from microglia.models import REASONER, load_model
 from microglia.policies import new_agents
 from microglia.pruner import Fill, Pruner

@@ -22,6 +22,7 @@ FLOORS = {
     "microglia.processes": 1,
     "microglia.reasoner": 1,
     "microglia.record": 2,
+    "microglia.ledger": 2,
     "microglia.results": 2,
     "microglia.anatomy": 2,
     "microglia.models": 2,

@@ -43,7 +43,7 @@ def ablate(
     from microglia.experiments.ablate import FACTORS, Ablation, Recipe, variants
     from microglia.experiments.ablate import ablate as measure
     from microglia.experiments.demo import RECIPE
-    from microglia.experiments.ledger import Ledger
+    from microglia.ledger import Ledger
     from microglia.models import load_model
     from microglia.units import find_sites
 

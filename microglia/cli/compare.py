@@ -44,7 +44,7 @@ def compare(
     from microglia.experiments.compare import at_keep_ratio as choose
     from microglia.experiments.compare import compare as measure
     from microglia.experiments.compare.plot import check_plot
-    from microglia.experiments.ledger import Ledger
+    from microglia.ledger import Ledger
 
     if plot is not None:
         check_plot(plot)

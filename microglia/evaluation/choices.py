@@ -3,9 +3,11 @@
 import time
 
 from microglia.errors import ConfigError, DataError
+from microglia.evaluation.batches import Progress
 from microglia.evaluation.likelihood import encode_pair, likelihoods
-from microglia.evaluation.run import Answer, Evaluation, Progress
+from microglia.evaluation.run import Answer, Evaluation
 from microglia.evaluation.setup import Setup
+from microglia.ledger import Ledger
 from microglia.pruner import Pruner
 from microglia.tasks.prompts import choice_prompt, generated_answer_prefix
 
@@ -15,13 +17,18 @@ SCORINGS = ("likelihood", "likelihood-per-character")
 
 
 def score_choices(
-    setup: Setup, pruner: Pruner | None = None, scoring: str = "likelihood", progress: Progress | None = None
+    setup: Setup,
+    pruner: Pruner | None = None,
+    scoring: str = "likelihood",
+    progress: Progress | None = None,
+    ledger: Ledger | None = None,
 ) -> Evaluation:
     """Choose the likeliest of each example's choices, dense without a pruner; nothing is generated.
 
     The question stands alone in the prompt and is read dense; the choices' texts are scored with the kept units. Every
     answer holds its text, its length in tokens and the log-probabilities of all choices. `progress(done, total)` counts
-    choices. Raises DataError when there is no example, ConfigError for an example without choices.
+    choices; the ledger keeps finished batches. Raises DataError when there is no example, ConfigError for an example
+    without choices.
     """
     if scoring not in SCORINGS:
         raise ConfigError(f"scoring={scoring!r} is unknown; choose generation, {' or '.join(SCORINGS)}")
@@ -43,6 +50,7 @@ def score_choices(
         execution=setup.execution,
         batch_size=setup.batch_size,
         progress=progress,
+        ledger=ledger and ledger.within(**setup.identity, pruner=None if pruner is None else pruner.fingerprint()),
     )
     answers, start = [], 0
     for example, choices in zip(examples, chosen_from, strict=True):

@@ -1,7 +1,9 @@
 """What happened to every head over many prompts: how often it was kept, and the mean of its signals."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -19,15 +21,20 @@ class HeadMeans:
         per_site = {"kept": list(keep)} | {name: [site[name] for site in signals] for name in (signals or [{}])[0]}
         self._add({name: [x.double().sum(0).cpu() for x in values] for name, values in per_site.items()}, len(keep[0]))
 
-    def add_all(self, other: "HeadMeans") -> None:
-        """Everything that was added to another."""
-        self._add(other.sums, other.prompts)
-
     def _add(self, sums: Mapping[str, list[Tensor]], prompts: int) -> None:
         self.prompts += prompts
         for name, values in sums.items():
             before = self.sums.get(name)
             self.sums[name] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums as they are, for a ledger."""
+        return {"prompts": self.prompts, "sums": {name: [x.tolist() for x in sums] for name, sums in self.sums.items()}}
+
+    def add_json(self, row: Mapping[str, Any]) -> None:
+        """Everything that was added to another, from its `to_json`."""
+        sums = {name: [torch.tensor(x, dtype=torch.float64) for x in xs] for name, xs in row["sums"].items()}
+        self._add(sums, row["prompts"])
 
     def as_json(self) -> dict[str, list[list[float]]]:
         """`kept` (share of the prompts) and every signal: a list of heads per site; empty without prompts."""

@@ -6,20 +6,22 @@ text of one token is therefore scored by the dense model alone, whatever the pol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia import processes
 from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.errors import ConfigError, DataError
-from microglia.evaluation.run import Progress
+from microglia.evaluation.batches import Progress, by_batches
 from microglia.execution import EXECUTIONS, Execution, execution_for
+from microglia.ledger import Ledger
 from microglia.passes import answer_logits, batch_of, read_prompt, write_answer
 from microglia.pruner import Pruner
 from microglia.registry import listed
 from microglia.tasks.prompts import prompt_ids
+from microglia.tasks.used import fingerprint_of
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of the text after it
 
@@ -55,11 +57,13 @@ def likelihoods(
     execution: str | Execution = "compact",
     batch_size: int = 32,
     progress: Progress | None = None,
+    ledger: Ledger | None = None,
 ) -> list[Likelihood]:
     """The likelihood of every pair's text after its prompt, in their order; dense without a pruner.
 
     Raises DataError for a pair that exceeds the model's context, ConfigError for an execution that continues a prompt
-    token by token only. `progress(done, total)` is called after every batch.
+    token by token only. `progress(done, total)` is called after every batch. ledger: keeps finished batches; its
+    settings name model, pruner and execution.
     """
     lm, context = causal_lm(model), context_length(model)
     execution = execution_for(execution, lm)
@@ -74,30 +78,26 @@ def likelihoods(
         )
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    done = 0
 
-    def scored(rows: list[int]) -> dict[int, Likelihood]:
-        nonlocal done
+    def scored(rows: list[int]) -> dict[str, Any]:
         batch = batch_of([{"prompt": pairs[i][0], "answer": pairs[i][1]} for i in rows], input_device(lm))
         if pruner is None:
-            logits, ratios = (
-                write_answer(lm, batch, read_prompt(lm, batch.prompt, batch.prompt_mask)),
-                [1.0] * len(rows),
-            )
+            logits = write_answer(lm, batch, read_prompt(lm, batch.prompt, batch.prompt_mask))
+            ratios = [1.0] * len(rows)
         else:
             logits, trace = answer_logits(lm, batch, pruner, execution)
             ratios = trace.keep_ratio.tolist()
-        likelihood = {}
+        found = []
         for row, i in enumerate(rows):
             ids = batch.answer[row, : len(pairs[i][1])]
             scores = logits[row, : len(ids)].float().log_softmax(-1)  # (N, V)
             total = scores.gather(1, ids[:, None]).sum().item()
-            likelihood[i] = Likelihood(total, bool((scores.argmax(-1) == ids).all()), ratios[row])
-        done += len(rows) * processes.count()
-        if progress:
-            progress(min(done, len(pairs)), len(pairs))
-        return likelihood
+            found.append([total, bool((scores.argmax(-1) == ids).all()), ratios[row]])
+        return {"likelihoods": found}
 
-    processes.join()
-    by_pair = {i: one for part in processes.shared_out(batches, scored) for i, one in part.items()}
+    if ledger is not None:
+        ledger = ledger.within(texts=fingerprint_of(pairs), part="likelihoods")
+    by_pair = dict[int, Likelihood]()
+    for rows, part in zip(batches, by_batches(batches, scored, ledger, progress), strict=True):
+        by_pair |= zip(rows, (Likelihood(*one) for one in part["likelihoods"]), strict=True)
     return [by_pair[i] for i in range(len(pairs))]

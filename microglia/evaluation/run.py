@@ -9,25 +9,26 @@ from typing import TYPE_CHECKING, Any
 from microglia import processes
 from microglia.errors import DataError
 from microglia.evaluation.answer_limit import limits, stopping_at
+from microglia.evaluation.batches import Progress, by_batches
 from microglia.evaluation.heads import HeadMeans
 from microglia.evaluation.significance import mcnemar_exact, paired_difference, spearman_ci, wilson_ci
 from microglia.execution import execution_for
 from microglia.gate import keep_ratio
-from microglia.generation import generate
+from microglia.generation import Generated, generate
+from microglia.ledger import Ledger
 from microglia.pruner import Pruner
 from microglia.results import Correlation, Difference, Summary
 
 if TYPE_CHECKING:
     from microglia.evaluation.setup import Setup
 
-Progress = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Answer:
     """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense.
 
-    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood.
+    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood. `finished`: ended by
+    itself, not at the limit. `tokens` are those of the answer, where it was generated here.
     """
 
     id: str
@@ -38,6 +39,20 @@ class Answer:
     difficulty: int
     family: str
     choices: tuple[float, ...] = ()
+    finished: bool = True
+    tokens: tuple[int, ...] = field(default=(), compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """What is not empty, without the tokens."""
+        row = asdict(self)
+        del row["tokens"]
+        return {name: value for name, value in row.items() if name != "choices" or value}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Answer":
+        """What `to_json` or a ledger gave."""
+        given: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in row.items()}
+        return cls(**given)
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,11 @@ class Evaluation:
         tokens = sum(a.new_tokens for a in self.answers)
         kept = sum(a.new_tokens * a.keep_ratio for a in self.answers)
         return 1 - kept / tokens if tokens else self.sparsity
+
+    @property
+    def unfinished(self) -> float:
+        """Share of the answers that were cut off at the limit. They are judged by what there is of them."""
+        return 1 - _mean([a.finished for a in self.answers])
 
     @property
     def mean_tokens(self) -> float:
@@ -99,6 +119,7 @@ class Evaluation:
             accuracy_by_family=self.by("family", lambda a: a.correct),
             sparsity_by_family=self.by("family", lambda a: 1 - a.keep_ratio),
             mean_tokens=self.mean_tokens,
+            unfinished=self.unfinished,
             seconds=self.seconds,
             heads=self.heads,
             to_dense=None if dense is None else paired(dense, self),
@@ -106,8 +127,7 @@ class Evaluation:
 
     def rows(self) -> list[dict[str, Any]]:
         """One JSON-ready row per answer."""
-        rows = [asdict(answer) for answer in self.answers]
-        return [{name: value for name, value in row.items() if name != "choices" or value} for row in rows]
+        return [answer.to_json() for answer in self.answers]
 
     def to_json(self) -> dict[str, Any]:
         """For a ledger."""
@@ -116,71 +136,70 @@ class Evaluation:
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Evaluation":
         """What `to_json` gave."""
-        return cls(tuple(Answer(**answer) for answer in row["answers"]), row["seconds"])
+        return cls(tuple(Answer.from_json(answer) for answer in row["answers"]), row["seconds"])
 
 
-@dataclass(frozen=True)
-class _Answered:
-    """One batch: answers by the index of their example, the heads' sums, the seconds, and the process that did it."""
-
-    answers: dict[int, Answer]
-    heads: HeadMeans
-    seconds: float
-    process: int
-
-
-def evaluate(setup: "Setup", pruner: Pruner | None = None, progress: Progress | None = None) -> Evaluation:
+def evaluate(
+    setup: "Setup", pruner: Pruner | None = None, progress: Progress | None = None, ledger: Ledger | None = None
+) -> Evaluation:
     """Greedy answers to the setup's examples in batches of similar length, dense without a pruner.
 
     `progress(done, total)` is called after every batch. Of several processes (torchrun) each answers a share of the
-    batches, and all return the whole; `seconds` are then those of the slowest. Raises DataError when there is no
-    example.
+    batches, and all return the whole; `seconds` are then those of the slowest. ledger: keeps finished batches, so that
+    an interrupted run goes on; its settings name the model. Raises DataError when there is no example.
     """
-    examples, tokenizer = setup.examples, setup.tokenizer
+    examples, prompts = setup.examples, setup.prompts
     if not examples:
         raise DataError("there is no example to evaluate; give at least one, or a larger limit")
-    processes.join()
-    prompts = setup.prompts
-    most = limits(tokenizer, examples, setup.answer_limit, setup.max_new_tokens)
+    most = limits(setup.tokenizer, examples, setup.answer_limit, setup.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
     batches = [order[start : start + setup.batch_size] for start in range(0, len(order), setup.batch_size)]
     execution = execution_for(setup.execution, setup.model)  # once: what it keeps serves all batches
-    done = 0
 
-    def answered(indices: list[int]) -> _Answered:
-        nonlocal done
+    def answered(rows: list[int]) -> dict[str, Any]:
         begun = time.monotonic()
         output = generate(
             setup.model,
-            tokenizer,
-            [prompts[i] for i in indices],
+            setup.tokenizer,
+            [prompts[i] for i in rows],
             pruner,
             execution=execution,
-            max_new_tokens=max(most[i] for i in indices),
-            **({} if setup.answer_limit is None else {"stopping_criteria": stopping_at([most[i] for i in indices])}),
+            max_new_tokens=max(most[i] for i in rows),
+            **({} if setup.answer_limit is None else {"stopping_criteria": stopping_at([most[i] for i in rows])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
         heads.add(output.keep, output.signals)
-        ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
-        counts = [min(n, most[i]) for i, n in zip(indices, output.lengths, strict=True)]
-        answers = {
-            i: Answer(e.id, text, setup.task.correct(e, text), ratio, tokens, e.difficulty, e.family)
-            for i, e, text, ratio, tokens in zip(
-                indices, (examples[i] for i in indices), output.texts, ratios, counts, strict=True
-            )
-        }
-        done += len(indices) * processes.count()
-        if progress:
-            progress(min(done, len(examples)), len(examples))
-        return _Answered(answers, heads, seconds, processes.rank())
+        ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(rows)
+        answers = [_answer(setup, i, output, row, ratios[row], most[i]) for row, i in enumerate(rows)]
+        return {"answers": [asdict(answer) for answer in answers], "heads": heads.to_json(), "seconds": seconds}
 
+    if ledger is not None:
+        who = None if pruner is None or not execution.prunes else pruner.fingerprint()
+        ledger = ledger.within(**setup.identity, pruner=who, part="answers")
     answers: dict[int, Answer] = {}
     heads, seconds = HeadMeans(), [0.0] * processes.count()
-    for part in processes.shared_out(batches, answered):
-        answers |= part.answers
-        heads.add_all(part.heads)
-        seconds[part.process] += part.seconds
+    parts = by_batches(batches, answered, ledger, progress)
+    for index, (rows, part) in enumerate(zip(batches, parts, strict=True)):
+        answers |= zip(rows, map(Answer.from_json, part["answers"]), strict=True)
+        heads.add_json(part["heads"])
+        seconds[index % len(seconds)] += part["seconds"]
     return Evaluation(tuple(answers[i] for i in range(len(examples))), max(seconds), heads.as_json())
+
+
+def _answer(setup: "Setup", index: int, output: Generated, row: int, kept: float, most: int) -> Answer:
+    """One row of a batch as the answer to the example of this index."""
+    example, text, count = setup.examples[index], output.texts[row], min(output.lengths[row], most)
+    return Answer(
+        example.id,
+        text,
+        setup.task.correct(example, text),
+        kept,
+        count,
+        example.difficulty,
+        example.family,
+        finished=output.finished[row] and count == output.lengths[row],
+        tokens=tuple(output.tokens[row, :count].tolist()),
+    )
 
 
 def paired(dense: Evaluation, pruned: Evaluation) -> Difference:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from microglia.anatomy import causal_lm, context_length, input_device
-from microglia.evaluation.run import Evaluation, Progress, evaluate
+from microglia.evaluation.batches import Progress
+from microglia.evaluation.run import Evaluation, evaluate
 from microglia.execution import Execution
+from microglia.ledger import Ledger
 from microglia.passes import answer_logits, batch_of, encode
 from microglia.pruner import Pruner
 from microglia.reading import read_prompts
@@ -56,9 +58,11 @@ class Setup:
             "answer_limit": self.answer_limit,
         }
 
-    def answers(self, pruner: Pruner | None, progress: Progress | None = None) -> Evaluation:
-        """Greedy answers to all examples, dense without a pruner."""
-        return evaluate(self, pruner, progress)
+    def answers(
+        self, pruner: Pruner | None, progress: Progress | None = None, ledger: Ledger | None = None
+    ) -> Evaluation:
+        """Greedy answers to all examples, dense without a pruner; finished batches are kept in the ledger."""
+        return evaluate(self, pruner, progress, ledger)
 
     def logits(self, pruner: Pruner) -> list[Tensor]:
         """What the policy says of each of the N prompts, nothing generated: (N, U) per site, on the CPU."""

@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 from microglia.errors import ConfigError
 from microglia.evaluation.crossed import crossed_difference, holm_corrected
 from microglia.evaluation.setup import Setup
-from microglia.experiments.ledger import Ledger
 from microglia.experiments.measure import Measured, Progress, figures, losses, measure, right
 from microglia.experiments.side_by_side import agents_from
 from microglia.gate import Gate
+from microglia.ledger import Ledger
 from microglia.policies import LearnedPolicy, Policy, StaticPolicy, agent_kinds
 from microglia.policies.base import POLICIES
 from microglia.pruner import Fill, Pruner

@@ -21,8 +21,8 @@ from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.evaluation.run import Evaluation
 from microglia.evaluation.setup import Setup
 from microglia.experiments.drop import drop_limit, drop_p_value, prompts_needed
-from microglia.experiments.ledger import Ledger
 from microglia.experiments.measure import Progress, answers
+from microglia.ledger import Ledger
 from microglia.pruner import Pruner
 from microglia.results import Promise, Tried
 from microglia.tasks.base import Example, Task

@@ -42,7 +42,8 @@ class Summary:
 
     sparsity is a mean over prompts; sparsity_per_token one over the tokens of their answers, which time is spent on.
     heads: per site and head how often it was `kept`, and its mean signals; empty when dense.
-    to_dense: accuracy minus that of the dense model on the same prompts.
+    to_dense: accuracy minus that of the dense model on the same prompts. unfinished: share of answers that were cut off
+    at the limit of new tokens; they are judged by what there is of them.
     """
 
     prompts: int
@@ -58,6 +59,7 @@ class Summary:
     heads: dict[str, Matrix] = field(default_factory=dict)
     to_dense: Difference | None = None
     sparsity_per_token: float | None = None
+    unfinished: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from microglia.tasks.gsm8k import Gsm8kTask
 from microglia.tasks.hendrycks_math import Math500Task, MathTask
 from microglia.tasks.jsonl import JsonlTask
 from microglia.tasks.svamp import SvampTask
+from microglia.tasks.text import TextTask
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": ArithmeticTask,
@@ -23,6 +24,7 @@ TASKS: dict[str, type[Task]] = {
     "arc-easy": ArcEasyTask,
     "arc-challenge": ArcChallengeTask,
     "jsonl": JsonlTask,
+    "text": TextTask,
 }
 
 __all__ = ["TASKS", "Choices", "Example", "Task", "get_task"]

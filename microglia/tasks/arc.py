@@ -34,6 +34,7 @@ class ArcChallengeTask(Task):
 
     name: ClassVar[str] = "arc-challenge"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+    scoring: ClassVar[str] = "likelihood"
     part: ClassVar[str] = "ARC-Challenge"
 
     def read(self, split: str, data_dir: Path | str | None) -> list[Example]:

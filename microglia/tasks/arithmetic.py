@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from microglia.errors import ConfigError
 from microglia.reasoner.problems import SPLITS, problems
-from microglia.tasks.base import Example, Task
+from microglia.tasks.base import BOXED, Example, Task
 
 DEFAULT_LIMIT = 1000  # there is no end of problems, so "all" has to be some number
 
@@ -15,6 +15,7 @@ class ArithmeticTask(Task):
 
     name: ClassVar[str] = "arithmetic"
     splits: ClassVar[tuple[str, ...]] = SPLITS
+    instruction: ClassVar[str] = BOXED
 
     def load(
         self, split: str, *, limit: int | None = None, seed: int = 0, data_dir: Path | str | None = None

@@ -35,6 +35,12 @@ class Example:
     family: str = ""
     choices: Choices | None = None
     shots: tuple["Example", ...] = ()  # solved examples that stand before the question in its prompt
+    instruction: str = ""  # what a chat model is told below the question
+    whole: bool = False  # whether the question is the whole prompt, with no template or turn around it
+
+
+# The wording that Qwen's model cards give for mathematics.
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 
 
 class Task(ABC):
@@ -45,6 +51,8 @@ class Task(ABC):
 
     name: ClassVar[str]
     template: ClassVar[str] = "Question: {question}\nAnswer:"
+    instruction: ClassVar[str] = ""  # for chat models; a base model would take it for a part of the question
+    scoring: ClassVar[str] = "generation"  # how it is judged unless somebody says otherwise
     splits: ClassVar[tuple[str, ...]]
     options: ClassVar[tuple[str, ...]] = ("shots",)
 
@@ -72,10 +80,11 @@ class Task(ABC):
     def with_shots(self, examples: Sequence[Example], data_dir: Path | str | None) -> list[Example]:
         """The examples, each with the task's shots before it and none of them among its own shots.
 
+        Without shots, which show how to answer, they carry the task's instruction instead.
         Raises ConfigError when the task has no split to take shots from, DataError when that holds too few.
         """
         if not self.shots:
-            return list(examples)
+            return [replace(example, instruction=self.instruction) for example in examples]
         if "train" not in self.splits:
             raise ConfigError(f"task {self.name} has no train split to take shots from; leave shots out")
         solved = tuple(self.read("train", data_dir)[: self.shots])

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from microglia.errors import DataError
 from microglia.tasks.answers import normalise_answer
-from microglia.tasks.base import Example, Task, split_off
+from microglia.tasks.base import BOXED, Example, Task, split_off
 from microglia.tasks.rows import first_file, hub_rows, read_rows
 
 HUB_ID, HUB_CONFIG = "openai/gsm8k", "main"
@@ -25,6 +25,7 @@ class Gsm8kTask(Task):
 
     name: ClassVar[str] = "gsm8k"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+    instruction: ClassVar[str] = BOXED
 
     def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
         """The examples of a split, from `data_dir` (a folder with train.jsonl and test.jsonl) or from the hub.

@@ -55,8 +55,12 @@ def render_prompt(
 
 
 def example_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template: str) -> str:
-    """The prompt of an example with its shots."""
-    return render_prompt(tokenizer, example.question, template, [(s.question, s.answer) for s in example.shots])
+    """The prompt of an example with its shots and, for a chat model, what it is told to do."""
+    if example.whole:
+        return example.question
+    told = example.instruction and uses_chat_template(tokenizer)
+    question = f"{example.question}\n{example.instruction}" if told else example.question
+    return render_prompt(tokenizer, question, template, [(s.question, s.answer) for s in example.shots])
 
 
 def choice_prompt(tokenizer: PreTrainedTokenizerBase, example: Example, template: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from microglia.errors import DataError
 from microglia.tasks.answers import normalise_answer
-from microglia.tasks.base import Example, Task, split_off
+from microglia.tasks.base import BOXED, Example, Task, split_off
 from microglia.tasks.rows import first_file, hub_rows, read_json, usable_rows
 
 HUB_ID = "ChilleD/SVAMP"
@@ -24,6 +24,7 @@ class SvampTask(Task):
 
     name: ClassVar[str] = "svamp"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+    instruction: ClassVar[str] = BOXED
 
     def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
         """The examples of a split, from `data_dir` (the authors' repository or its data folder) or from the hub.

@@ -4,14 +4,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 from microglia.tasks.base import Example
 
 
 def fingerprint(examples: Sequence[Example], prompts: Sequence[str] = ()) -> str:
     """The same for the same examples, texts and all, in the same order and the same prompts; for no others."""
-    rows = [asdict(example) for example in examples]
-    return hashlib.sha256(json.dumps([rows, list(prompts)]).encode()).hexdigest()[:16]
+    return fingerprint_of([[asdict(example) for example in examples], list(prompts)])
+
+
+def fingerprint_of(value: Any) -> str:
+    """The same for equal values of JSON, and for no others."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def question_keys(questions: Iterable[str]) -> frozenset[str]:

@@ -24,8 +24,8 @@ from microglia.experiments.calibrate import (
     unused_examples,
 )
 from microglia.experiments.drop import drop_limit
-from microglia.experiments.ledger import Ledger
 from microglia.gate import Gate, keep_ratio
+from microglia.ledger import Ledger
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
 from microglia.system import MicrogliaPruningSystem

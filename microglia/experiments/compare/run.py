@@ -11,8 +11,8 @@ from microglia.errors import ConfigError
 from microglia.evaluation.setup import Setup
 from microglia.experiments.compare.entries import Entry
 from microglia.experiments.compare.summary import DENSE, TIMED, Run
-from microglia.experiments.ledger import Ledger
 from microglia.experiments.measure import Measured, Progress, measure
+from microglia.ledger import Ledger
 from microglia.pruner import Pruner
 from microglia.results import BenchmarkRow, Latency, part_from_json, plain
 

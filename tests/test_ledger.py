@@ -3,7 +3,7 @@
 import pytest
 
 from microglia.errors import DataError
-from microglia.experiments.ledger import Ledger
+from microglia.ledger import Ledger
 
 
 def test_finished_work_is_not_done_again(tmp_path) -> None:
