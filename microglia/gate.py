@@ -61,8 +61,7 @@ class Gate:
         hard = geometry.rectangle(logits - self.threshold, self.bucket).to(logits.dtype)
         if self.mode == "hard":
             return hard
-        keep: Tensor = _StraightThrough.apply(soft, hard)
-        return keep
+        return straight_through(soft, hard)
 
     def every(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) of every site → keep (B, U) of every site.
@@ -83,6 +82,12 @@ class Gate:
                 f"bucket={self.bucket} was given, but a site has {fewest} units, all of which would always be kept; "
                 "give less"
             )
+
+
+def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
+    """Exactly `hard`, with the gradient of `soft` (Bengio et al. 2013)."""
+    value: Tensor = _StraightThrough.apply(soft, hard)
+    return value
 
 
 class _StraightThrough(torch.autograd.Function):

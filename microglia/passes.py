@@ -18,7 +18,7 @@ from microglia.errors import DataError
 from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
-from microglia.tasks.prompts import answer_end, continuation_ids, example_prompt, generated_answer_prefix, prompt_ids
+from microglia.tasks.prompts import example_prompt, prompt_ids, worked_answers
 from microglia.units import find_sites
 
 if TYPE_CHECKING:
@@ -51,10 +51,9 @@ def encode(
     """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
     from datasets import Dataset  # here, since importing it takes seconds
 
-    prefix, end = generated_answer_prefix(tokenizer), answer_end(tokenizer)
     rows: dict[str, list[Any]] = {
         "prompt": prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples]),
-        "answer": [[*continuation_ids(tokenizer, prefix + e.answer), end] for e in examples],
+        "answer": worked_answers(tokenizer, examples),
     }
     rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
     for example, length in zip(examples, rows["length"], strict=True):

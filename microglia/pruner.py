@@ -23,12 +23,14 @@ class Budget:
     """From a keep ratio to a threshold: a policy's logits on calibration prompts.
 
     logits: (N, U) per site for N prompts that should be like those to come and unlike those that trained the policy.
-    bucket: of the gate, None for the geometries' own.
+    bucket: of the gate, None for the geometries' own. weights: (N,), what each prompt counts for, the tokens of its
+    answer, since time is spent per token; None where all count alike.
     """
 
     logits: Sequence[Tensor]
     geometries: Sequence[Geometry]
     bucket: int | None = None
+    weights: Tensor | None = None
 
     @property
     def prompts(self) -> int:
@@ -36,7 +38,7 @@ class Budget:
         return len(self.logits[0]) if len(self.logits) else 0
 
     def threshold(self, target: float) -> float:
-        """The threshold at which the mean keep ratio over the prompts comes closest to `target` from above.
+        """The threshold at which the keep ratio over the prompts comes closest to `target` from above.
 
         One threshold for all prompts and sites: prompts still differ. Raises ConfigError for a target outside (0, 1].
         """
@@ -62,10 +64,12 @@ class Budget:
         return (low + float(below.max())) / 2 if len(below) else low - 1
 
     def keep_ratio(self, threshold: float) -> float:
-        """The mean share of units that the prompts keep at a threshold."""
+        """The share of units that the prompts keep at a threshold, a mean over them by their weights."""
         # In the logits' own precision, as the gate will: in a finer one the last unit could fall on the other side.
         gate = Gate(threshold=threshold, bucket=self.bucket)
-        return float(keep_ratio(gate.every(self.logits, self.geometries)).mean())
+        kept = keep_ratio(gate.every(self.logits, self.geometries)).double()
+        weights = torch.ones_like(kept) if self.weights is None else self.weights.to(kept)
+        return float(kept @ weights / weights.sum())
 
     @cached_property
     def _values(self) -> Tensor:
@@ -132,9 +136,11 @@ class Pruner:
         """This pruner with another threshold."""
         return replace(self, gate=replace(self.gate, threshold=threshold))
 
-    def with_budget(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> "Pruner":
-        """This pruner with calibration logits (N, U) per site; the gate's bucket counts in them too."""
-        return replace(self, budget=Budget(logits, geometries, self.gate.bucket))
+    def with_budget(
+        self, logits: Sequence[Tensor], geometries: Sequence[Geometry], weights: Tensor | None = None
+    ) -> "Pruner":
+        """This pruner with calibration logits (N, U) per site, and weights (N,) of the prompts as in Budget."""
+        return replace(self, budget=Budget(logits, geometries, self.gate.bucket, weights))
 
     def keep(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) per site → keep (B, U) per site."""

@@ -59,6 +59,10 @@ class TrainingConfig:
     ramp: Annotated[
         float, "Share of the steps over which the target keep ratio falls from 1; 0 applies it from the first step."
     ] = 0.5
+    loss_per: Annotated[
+        Literal["token", "example"],
+        "Average loss and price over the tokens of all answers, as time is spent, or over examples, short or long.",
+    ] = "token"
     distill: Annotated[float, "Weight of the KL divergence from the dense model's distribution on answer tokens."] = 0.0
     lora: Annotated[
         Literal["none", "first", "joint"],

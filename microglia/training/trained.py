@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from microglia import processes
-from microglia.gate import Gate
+from microglia.gate import Gate, keep_ratio
 from microglia.passes import Batch, answer_logits
 from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
-from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.training.loss import answer_losses, answer_tokens, divergences, gate_entropy
 
 MULTIPLIER_RATE = 0.1  # of the target mode, the same for agents and their static baseline, whatever their own rates
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
@@ -87,16 +87,22 @@ class Trained(nn.Module):
             with torch.no_grad():
                 dense, _ = answer_logits(self.lm, batch, None)
         logits, trace = answer_logits(self.lm, batch, pruner, whole=gates if c.gradient_checkpointing else None)
-        tokens = int((batch.labels != -100).sum()) if prompts else 0
-        task = processes.pooled(task_loss(logits, batch.labels), tokens)
+        tokens = answer_tokens(batch.labels).float()
+        weights = tokens if c.loss_per == "token" else torch.ones_like(tokens)
+
+        def mean(of_answers: Tensor) -> Tensor:
+            """Over the answers of all processes, by their weights: task, divergence and price alike."""
+            return processes.pooled(of_answers @ weights / weights.sum(), int(weights.sum()) if prompts else 0)
+
+        task = mean(answer_losses(logits, batch.labels))
         if pruner is None:
             return task, {"task": task}
         gate = pruner.gate
-        keep = processes.pooled(mean_keep(trace.keep), prompts)
+        keep = mean(keep_ratio(trace.keep))
         entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
         loss = task + c.beta * entropy
         if dense is not None:
-            loss = loss + c.distill * processes.pooled(distillation_loss(logits, dense, batch.labels), tokens)
+            loss = loss + c.distill * mean(divergences(logits, dense, batch.labels))
         if not self.training:  # evaluations are compared with each other: the weights of the end, not of now
             loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
         elif now.target is None:
