@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,13 @@ from microglia.anatomy import causal_lm
 from microglia.errors import DataError, check_range
 from microglia.generation import generate
 from microglia.settings import end_tokens
-from microglia.tasks.prompts import check_characters, prompt_ids
+from microglia.tasks.base import Example, Task
+from microglia.tasks.prompts import check_characters, example_prompt, prompt_ids
+from microglia.training.config import TrainingConfig
+from microglia.training.progress import bar
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Progress = Callable[[int, int], None]
 
@@ -88,6 +94,34 @@ def continuations(
     for part in processes.shared_out(batches, write):
         known |= part
     return [Continuation(row, *known[key]) for row, key in zip(ids, keys, strict=True)]
+
+
+def continued(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    *,
+    quiet: bool = True,
+) -> "Dataset":
+    """Token ids of every example's prompt and of the dense model's continuation, as `passes.encode` gives answers."""
+    from datasets import Dataset  # here, since importing it takes seconds
+
+    prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
+    with bar("dense model writes", quiet=quiet) as progress:
+        written = continuations(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=config.continuation_tokens,
+            temperature=config.continuation_temperature,
+            seed=config.seed,
+            progress=progress,
+        )
+    rows = {"prompt": [c.prompt_ids for c in written], "answer": [c.answer_ids for c in written]}
+    rows["length"] = [len(c.prompt_ids) + len(c.answer_ids) for c in written]  # type: ignore[misc]
+    return Dataset.from_dict(rows)
 
 
 def weights_checksum(model: nn.Module) -> str:
