@@ -30,7 +30,7 @@ from microglia.pruner import Fill, Pruner
 from microglia.reading import read_prompts
 from microglia.results import EvaluationResult, JudgementResult, Promise
 from microglia.tasks import Task, get_task
-from microglia.tasks.prompts import example_prompt, render_prompt
+from microglia.tasks.prompts import render_prompt
 from microglia.tasks.used import question_keys
 from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
 from microglia.training.loop import examples_of
@@ -114,8 +114,8 @@ class MicrogliaPruningSystem:
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
         known = [*(example for part in examples_of(task, config, data_dir) for example in part), *held_out]
         self._used |= question_keys(example.question for example in known)
-        prompts = [example_prompt(self.tokenizer, example, task.template) for example in held_out]
-        self.pruner = self._calibrated(result.pruner.with_threshold(0.0), prompts)
+        held_out_setup = Setup(self.model, self.tokenizer, task, held_out)
+        self.pruner = held_out_setup.calibrated(result.pruner.with_threshold(0.0))
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
         self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
         if output_dir is not None and processes.is_first():
@@ -216,11 +216,14 @@ class MicrogliaPruningSystem:
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
         """From now on so many heads are kept on average; prompts still differ. Returns the threshold.
 
-        prompts: questions to calibrate on; without them the held-out ones of the training are used, whose logits the
-        checkpoint holds. None as ratio goes back to the trained decision.
+        prompts: questions to calibrate on, all of which count alike; without them the held-out ones of the training are
+        used, whose logits the checkpoint holds, weighted by the tokens of their answers. None as ratio goes back to the
+        trained decision.
         """
         if prompts is not None:
-            self.pruner = self._calibrated(self.pruner, self._rendered(list(prompts)))
+            geometries = [site.geometry for site in find_sites(self.model, self.pruner.units)]
+            read = read_prompts(self.model, self.tokenizer, self._rendered(list(prompts)), self.pruner)
+            self.pruner = self.pruner.with_budget(read.logits, geometries)
             self._used |= question_keys(prompts)
         self.pruner = self.pruner.with_threshold(0.0) if ratio is None else self.pruner.at(ratio)
         self.promise = {}  # was for another threshold
@@ -324,11 +327,6 @@ class MicrogliaPruningSystem:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
             raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
         return list(prompts) if raw else [render_prompt(self.tokenizer, prompt, self.template) for prompt in prompts]
-
-    def _calibrated(self, pruner: Pruner, prompts: Sequence[str]) -> Pruner:
-        """The pruner with a budget from complete prompts."""
-        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(read_prompts(self.model, self.tokenizer, prompts, pruner).logits, geometries)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

@@ -23,6 +23,7 @@ from microglia.policies import Policy
 from microglia.pruner import Pruner
 
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
+WEIGHTS = "calibration.weights"  # of its prompts, where they do not all count alike
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Checkpoint:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
         calibration = enumerate(budget.logits if budget else ())
         tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in calibration}
+        if budget is not None and budget.weights is not None:
+            tensors[WEIGHTS] = budget.weights.detach().float().cpu().contiguous()
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise CheckpointError(
                 f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
@@ -77,9 +80,9 @@ class Checkpoint:
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
         policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
-        pruner = config.pruner(policy)
+        pruner, weights = config.pruner(policy), calibration.pop(WEIGHTS, None)
         if calibration:
-            pruner = pruner.with_budget(calibration, config.geometries)
+            pruner = pruner.with_budget(list(calibration.values()), config.geometries, weights)
         return cls(pruner, config, contents or None)
 
     def calibrated(self, pruner: Pruner, promise: Mapping[str, Any]) -> "Checkpoint":
@@ -144,14 +147,14 @@ def _read(folder: Path) -> tuple[MicrogliaConfig, dict[str, bytes]]:
                 raise  # else another checkpoint has come in between: read that
 
 
-def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, list[Tensor]]:
-    """Policy and calibration logits from the bytes of a safetensors file."""
+def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, dict[str, Tensor]]:
+    """Policy and calibration from the bytes of a safetensors file: logits in the order of sites, perhaps weights."""
     try:
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
     names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
-    calibration = {name: tensors.pop(name) for name in names if name in tensors}
+    calibration = {name: tensors.pop(name) for name in (*names, WEIGHTS) if name in tensors}
     try:
         with torch.device("meta"):  # what a configuration asks for may be larger than any memory
             wanted = {name: tuple(x.shape) for name, x in config.new_policy().state_dict().items()}
@@ -161,11 +164,15 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
         tensors = renamed(tensors, config.policy)
     prompts = max((len(x) for x in calibration.values() if x.dim()), default=0) or 1
     logits = {name: (prompts, g.count) for name, g in zip(names, config.geometries, strict=True) if calibration}
-    if problems := _problems(tensors | calibration, wanted | logits):
+    weights = {WEIGHTS: (prompts,)} if WEIGHTS in calibration else {}
+    problems = _problems(tensors | calibration, wanted | logits | weights)
+    if not problems and weights and not bool((calibration[WEIGHTS] > 0).all()):
+        problems = [f"{WEIGHTS} holds numbers that are not above 0"]
+    if problems:
         raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
     policy = config.new_policy()
     policy.load_state_dict(tensors)
-    return policy.eval(), [x.float() for x in calibration.values()]
+    return policy.eval(), {name: x.float() for name, x in calibration.items()}
 
 
 def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -20,7 +20,7 @@ from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.reading import Reading, joined, read
 from microglia.tasks.base import Example, Task
-from microglia.training.loss import task_loss
+from microglia.training.loss import answer_losses
 from microglia.units import HeadSite, find_sites
 
 
@@ -88,9 +88,7 @@ class Calibration:
         first = self.read(batch) if prompt is None else copy.deepcopy(prompt)
         with Masked().apply(self.sites, Decision(self.keeps() if keep is None else keep)):
             logits = write_answer(self.lm, batch, first)
-        return torch.stack(
-            [task_loss(row[None], labels[None]) for row, labels in zip(logits, batch.labels, strict=True)]
-        )
+        return answer_losses(logits, batch.labels)
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Any:

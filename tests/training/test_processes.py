@@ -17,6 +17,7 @@ from tests.training.test_training import tiny_run
 BASE = TrainingConfig(max_steps=5, batch_size=4, limit=13, eval_limit=5, save_steps=3, warmup_steps=0, noise=(1.0, 1.0))
 RUNS = {
     "agents": BASE,
+    "per example": replace(BASE, keep_ratio=0.5, ramp=0.0, distill=1.0, loss_per="example"),
     "steered": replace(BASE, keep_ratio=0.5, ramp=0.0, beta=0.1),
     "lora": replace(BASE, lora="joint", lora_rank=2, distill=1.0),
     "stopped early": replace(BASE, max_steps=40, eval_steps=2, patience=1, learning_rate=1e-9),
