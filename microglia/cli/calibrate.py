@@ -90,6 +90,7 @@ def tried(promise: Any) -> Any:
     rows = [
         [
             share(one.keep_ratio),
+            "" if one.keep_ratio_per_token is None else share(one.keep_ratio_per_token),
             share(one.accuracy),
             str(one.lost),
             str(one.won),
@@ -99,6 +100,6 @@ def tried(promise: Any) -> Any:
         ]
         for one in promise.tried
     ]
-    columns = ("heads kept", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", "")
+    columns = ("heads kept", "per token", "right", "lost", "won", "drop", f"limit, {promise.confidence:.0%}", "")
     title = f"{promise.prompts} prompts, dense {share(promise.dense_accuracy)} right"
     return table(title, columns, rows, padding=(0, 1))

@@ -16,7 +16,7 @@ from typing import Any
 
 from scipy import stats
 
-from microglia.benchmark import typical_speed
+from microglia.benchmark import fixed_prompts, step_speed
 from microglia.errors import ConfigError, DataError, MicrogliaError
 from microglia.evaluation.run import Evaluation
 from microglia.evaluation.setup import Setup
@@ -51,7 +51,7 @@ class Aim:
     """What is wanted: the fewest heads that can be promised to lose at most `max_drop`, with a confidence.
 
     keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
-    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt.
+    gentlest of `keep_ratios` for a latency ratio, which is measured on a fixed set of prompts.
     """
 
     max_drop: float = 0.02
@@ -97,7 +97,8 @@ def calibrate(
 
     keep_ratio = aim.keep_ratio
     if aim.latency_ratio is not None:
-        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner, setup.execution)
+        timed = fixed_prompts(setup.model, setup.tokenizer, setup.prompts, setup.answer_tokens)
+        speed = step_speed(setup.model, timed, pruner, setup.execution)
         keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
     if keep_ratio is None and prompts < needed:
         return _promise(None, None, [], aim.max_drop, confidence=aim.confidence, prompts=prompts, needed=needed)
@@ -126,6 +127,7 @@ def _promise(
     right = dense.accuracy if dense else None
     promise = Promise(
         keep_ratio=chosen.keep_ratio if chosen else 1.0,
+        keep_ratio_per_token=chosen.keep_ratio_per_token if chosen else 1.0,
         threshold=chosen.threshold if chosen else EVERY_HEAD,
         drop=chosen.drop if chosen else 0.0,
         drop_bound=min(chosen.drop_bound, math.inf if max_drop is None else max_drop) if chosen else 0.0,
@@ -146,7 +148,8 @@ def sentence(promise: Promise) -> str:
             f"{promise.prompts} prompts are too few to promise a drop of at most {_points(promise.max_drop)}: {sure} "
             f"it takes at least {promise.needed}, and more where answers change; the model stays dense"
         )
-    kept = f"{promise.keep_ratio:.1%} of the heads are kept; {sure} that costs at most"
+    per_token = "" if promise.keep_ratio_per_token is None else f" ({promise.keep_ratio_per_token:.1%} per token)"
+    kept = f"{promise.keep_ratio:.1%} of the heads are kept{per_token}; {sure} that costs at most"
     measured = f"(measured: {_points(promise.drop)} on {promise.prompts} prompts)"
     if promise.max_drop is None:
         return f"{kept} {_points(promise.drop_bound)} {measured}"
@@ -235,6 +238,7 @@ def _tried(dense: Evaluation, pruned: Evaluation, target: float, threshold: floa
         target=target,
         threshold=threshold,
         keep_ratio=1 - pruned.sparsity,
+        keep_ratio_per_token=1 - pruned.sparsity_per_token,
         accuracy=pruned.accuracy,
         lost=lost,
         won=won,

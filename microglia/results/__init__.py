@@ -33,6 +33,7 @@ from microglia.results.parts import (
     FrozenAccuracy,
     Latency,
     RandomMasks,
+    RequestTime,
     Summary,
     Tried,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "Promise",
     "RandomMasks",
     "ReportResult",
+    "RequestTime",
     "Result",
     "Summary",
     "TrainingRun",

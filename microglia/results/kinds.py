@@ -15,7 +15,9 @@ from microglia.results.parts import (
     Correlation,
     Difference,
     FrozenAccuracy,
+    Latency,
     RandomMasks,
+    RequestTime,
     Shares,
     Summary,
     Tried,
@@ -48,7 +50,9 @@ class EvaluationResult(Result):
 class DemoResult(Result):
     """The demo: dense, agents (`pruned`), static baseline and random masks on the same problems.
 
-    low_budget: agents and static baseline once more with fewer heads. latency: a decode step of one prompt.
+    low_budget: agents and static baseline once more with fewer heads. requests, steps: whole requests on a fixed set of
+    prompts and their decode steps alone, by policy, dense against dense (A/A) among them; latency: in records of
+    before, a decode step of one prompt.
     """
 
     kind: ClassVar[str] = "demo"
@@ -60,20 +64,23 @@ class DemoResult(Result):
     adaptivity: Adaptivity
     low_budget: AtBudget
     follows_difficulty: Correlation | None
-    latency: tuple[BenchmarkRow, ...]
     agent_parameters: int
     agent_share: float
     seconds: float
     problems: int
     seed: int
     circumstances: Circumstances
+    requests: dict[str, RequestTime] = field(default_factory=dict)
+    steps: dict[str, Latency] = field(default_factory=dict)
+    latency: tuple[BenchmarkRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonResult(Result):
     """Policies over keep ratios and seeds, the dense model first.
 
-    by_keep_ratio: adaptivity at every target; settings: what else the answers depend on.
+    by_keep_ratio: adaptivity at every target; settings: what else the answers depend on; effort: what making each
+    policy took, its training or its calibration examples.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -87,6 +94,7 @@ class ComparisonResult(Result):
     dataset: str = ""
     split: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    effort: dict[str, Any] = field(default_factory=dict)
     circumstances: Circumstances = field(default_factory=Circumstances)
 
 
@@ -114,6 +122,7 @@ class Promise(Result):
     keep_ratio: mean over the prompts; 1 for the dense model, when nothing could be promised. max_drop: the promise;
     None when a keep ratio or a speed was the aim. drop_bound: at most max_drop, and for a setting that was an aim a
     limit at the same confidence; for a chosen one it makes no allowance for the choice, which max_drop does.
+    keep_ratio_per_token: the same over the tokens of their answers.
     needed: prompts without which nothing can be promised, when they were too few. sentence: all that, for people.
     """
 
@@ -130,6 +139,7 @@ class Promise(Result):
     accuracy: float | None
     tried: tuple[Tried, ...] = ()
     needed: int | None = None
+    keep_ratio_per_token: float | None = None
     sentence: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 
