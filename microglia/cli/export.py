@@ -22,7 +22,8 @@ def export(
     *,
     format: Annotated[Literal["hf", "onnx", "gguf"], "Format of the files."] = "hf",
     plan: Annotated[
-        Literal["mean", "task", "prompt", "codebook"], "Kept on average, for a task, a prompt, by a mask."
+        Literal["mean", "task", "prompt", "codebook"],
+        "Keep what is kept on average, for a task or prompt, or by a codebook's mask.",
     ] = "mean",
     output_dir: Annotated[Path, "An empty or a new folder."] = Path("exported"),
     prompt: Annotated[str | None, "The question of --plan prompt."] = None,

@@ -68,7 +68,7 @@ class KeepPlan:
             )
         if budget is None or not budget.prompts:
             raise ConfigError(
-                "the plan 'codebook' needs the codebook's calibration prompts, but there are none; train it"
+                "the plan 'codebook' needs the calibration prompts of training, but there are none; train it"
             )
         one = [x[mask : mask + 1].detach().float().cpu() for x in policy.masks]
         chosen = torch.stack([torch.isclose(x, y).all(-1) for x, y in zip(budget.logits, one, strict=True)]).all(0)

@@ -64,9 +64,7 @@ def test_the_choice_is_hard_and_its_gradient_the_softmax_of_the_router():
     weights = [torch.randn(40, g.heads, generator=torch.Generator().manual_seed(i)) for i, g in enumerate(GEOMETRIES)]
     sum((x * w).sum() for x, w in zip(policy(given), weights, strict=True)).backward()
     hard = torch.nn.functional.one_hot(policy.choices(given), 3).float()
-    for site, w in zip(
-        policy.agents, weights, strict=True
-    ):  # a mask learns from the prompts that it has, and no others
+    for site, w in zip(policy.agents, weights, strict=True):  # a mask learns from its own prompts
         torch.testing.assert_close(site.masks.grad, 5 * hard.T @ w)
         assert site.masks.grad.abs().sum(-1).min() > 0
     found = policy.router.weight.grad.clone()
@@ -150,5 +148,5 @@ def test_plan_k_is_what_the_prompts_of_mask_k_get():
         KeepPlan.of_mask(pruner.policy, 3, pruner.budget, pruner.gate)
     with pytest.raises(ConfigError, match=r"one mask of a codebook, but this policy is 'static'"):
         KeepPlan.of_mask(frozen.policy, 0, pruner.budget, pruner.gate)
-    with pytest.raises(ConfigError, match=r"needs the codebook's calibration prompts, but there are none"):
+    with pytest.raises(ConfigError, match=r"needs the calibration prompts of training, but there are none"):
         KeepPlan.of_mask(pruner.policy, 0, None, pruner.gate)

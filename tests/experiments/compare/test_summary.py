@@ -97,7 +97,7 @@ def test_several_tests_are_corrected_together() -> None:
 
 def test_the_front_loses_only_what_is_surely_beaten() -> None:
     rows = summarise(RUNS, 0.7).rows
-    # the baseline is as fast as the agents, and its accuracy may be theirs; random is surely slower and less often right
+    # the baseline is as fast as the agents and its accuracy may be theirs; random is surely slower and worse
     assert [row.pareto_latency for row in rows] == [True, True, True, False]
     close = [*RUNS[:2], run("static_baseline", flipped(0, 1, 2), ratio=1.31), run("random", flipped(0, 1), ratio=1.25)]
     assert [row.pareto_latency for row in summarise(close, 0.7).rows] == [True, True, True, False]
