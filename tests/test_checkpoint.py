@@ -13,7 +13,7 @@ from microglia.errors import CheckpointError, ConfigError
 from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.models import load_model
-from microglia.policies import MixturePolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
+from microglia.policies import CodebookPolicy, MixturePolicy, Policy, PredictorPolicy, SignalPolicy, StaticPolicy
 from microglia.pruner import Budget, Pruner
 from microglia.training.lora import with_lora
 from tests.tiny import Fixed, geometries_of, tiny_model
@@ -82,7 +82,8 @@ def test_every_family_comes_back_from_the_disk_the_same(family, tmp_path):
 
 MAKERS = {
     "static": partial(StaticPolicy.random, seed=3),
-    "mixture": partial(MixturePolicy, hidden_dim=3),
+    "mixture": partial(CodebookPolicy, MixturePolicy, hidden_dim=3),
+    "codebook": partial(CodebookPolicy, hidden_dim=3),
     "predictor": partial(PredictorPolicy, hidden_dim=5, signals=("entropy",)),
     "signal": lambda geometries: SignalPolicy("entropy"),
 }

@@ -100,9 +100,16 @@ def tried(promise: Any) -> Any:
     limit = f"limit, {promise.confidence:.0%}"
     columns: tuple[str, ...]
     if promise.loss == "accuracy":
-        columns = ("heads kept", "right", "lost", "won", "drop", limit, "")
+        columns = ("heads kept", "per token", "right", "lost", "won", "drop", limit, "")
         cells = [
-            [share(one.accuracy), str(one.lost), str(one.won), points(one.drop), points(one.drop_bound)]
+            [
+                "" if one.keep_ratio_per_token is None else share(one.keep_ratio_per_token),
+                share(one.accuracy),
+                str(one.lost),
+                str(one.won),
+                points(one.drop),
+                points(one.drop_bound),
+            ]
             for one in promise.tried
         ]
         title = f"{promise.prompts} prompts, dense {share(promise.dense_accuracy)} right"

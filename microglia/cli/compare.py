@@ -1,8 +1,8 @@
 """`microglia compare`: agents, their static baseline and criteria on the same prompts, over keep ratios and seeds."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,14 +21,23 @@ def compare(
     *,
     model_path: Annotated[o.Many, "Checkpoint with agents; one, or one per seed."] = None,
     train_pairs: Annotated[bool, "Train agents and baseline per seed instead."] = False,
-    policies: Annotated[o.Many, "Criteria (norm,taylor:per-input) or name=FOLDER.", "random"] = None,
+    policy: Annotated[Literal["mixture", "agents", "codebook"], "Agents that --train-pairs trains."] = "mixture",
+    hidden_dim: Annotated[int | None, "Their width: masks, or units of a hidden layer.", "by policy"] = None,
+    loss_per: Annotated[Literal["token", "example"], "What --train-pairs averages loss and price over."] = "token",
+    policies: Annotated[
+        o.Many, "Criteria (norm,taylor:per-input), name=FOLDER, or controls: frozen, shuffled, equal-time.", "random"
+    ] = None,
+    calibration_examples: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a criterion."), "512 for gradients, else 128"
+    ] = None,
     keep_ratios: Annotated[
         o.Many,
         typer.Option("--keep-ratios", "--keep-ratio", help="One or several.", show_default="0.9,0.8,0.7,0.6,0.5"),
     ] = None,
     at_keep_ratio: Annotated[float | None, "Keep ratio at which adaptivity is judged.", "what the agents keep"] = None,
     seeds: Annotated[o.Many, "Seeds of the policies: 0,1,2.", "0"] = None,
-    num_runs: Annotated[int, typer.Option(min=0, help="Repetitions of the timing; 0: no timing.")] = 20,
+    num_runs: Annotated[int, typer.Option(min=0, help="Repetitions of the timing; 0: no timing.")] = 5,
+    timed_prompts: Annotated[int, typer.Option(min=1, help="Prompts that all are timed on.")] = 12,
     output_dir: Annotated[Path | None, "Folder for records, and to go on from after an interruption.", "none"] = None,
     plot: Annotated[Path | None, "Picture to write: .png, .svg or .pdf."] = None,
     answer_limit: o.AnswerLimit = None,
@@ -53,17 +62,20 @@ def compare(
     all_seeds = o.numbers("--seeds", seeds, int) or [0]
     system, agents = fresh(model_path, loading, output_dir) if train_pairs else load(model_path, loading)
     comparison, training_examples = prepared(system, examples, generation, answer_limit, num_runs)
-    baselines = list[Any]()
+    comparison = replace(comparison, timed_prompts=timed_prompts)
+    baselines, training = list[Any](), system.training
     if train_pairs:
-        place = Path(str(output_dir))
-        agents, baselines = pairs(comparison.held_out, all_seeds, place, system.source, examples.data_dir)
+        place, recipe = Path(str(output_dir)), pair_recipe(policy, hidden_dim, loss_per)
+        training = {"first": asdict(recipe.first), "config": asdict(recipe.second)}
+        agents, baselines = pairs(comparison.held_out, recipe, all_seeds, place, system.source, examples.data_dir)
     compared = make_entries(
         policies or ["random"],
         comparison.setup,
         training_examples,
         {"agents": agents, BASELINE: baselines},
         like=comparison.like,
-        training=system.training,
+        training=training,
+        calibration_examples=calibration_examples,
     )
     at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
     where, settings = examples.settings()
@@ -76,7 +88,10 @@ def compare(
     kept = f"{file} keeps the finished runs: {GO_ON}" if file else "nothing was kept, as --output-dir was not given"
     with progress("comparing", kept) as update:
         runs = measure(replace(comparison, ledger=ledger, progress=update), compared, [*ratios, at], all_seeds)
-    result = replace(summarise(runs, at), **where, settings=settings, circumstances=measured_on(system.model))
+    settings |= {"num_runs": num_runs, "timed_prompts": timed_prompts}
+    effort = {entry.name: entry.effort for entry in compared}
+    result = replace(summarise(runs, at), **where, settings=settings, effort=effort)
+    result = replace(result, circumstances=measured_on(system.model))
     if output_dir is not None:
         write_run(output_dir / SUMMARY, result, records(result))
     if plot is not None:
@@ -113,15 +128,22 @@ def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple
     return MicrogliaPruningSystem(loading.model or "reasoner", **loading.arguments()), []
 
 
-def pairs(
-    held_out: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
-) -> tuple[list[Any], list[Any]]:
-    """Agents and static baselines of all seeds, trained by the demo's recipe or taken from an earlier run."""
+def pair_recipe(policy: str, hidden_dim: int | None, loss_per: str) -> Any:
+    """The demo's recipe, for other agents or another average of the loss."""
     from microglia.experiments.demo import RECIPE
+
+    stages = {name: replace(getattr(RECIPE, name), loss_per=loss_per) for name in ("first", "second")}
+    return replace(RECIPE, policy=policy, hidden_dim=hidden_dim, **stages)
+
+
+def pairs(
+    held_out: Any, recipe: Any, seeds: list[int], output_dir: Path, source: str | None, data_dir: Path | None
+) -> tuple[list[Any], list[Any]]:
+    """Agents and static baselines of all seeds, trained by the recipe or taken from an earlier run."""
     from microglia.experiments.side_by_side import saved_pair
 
     made = []
-    most = max(RECIPE.first.max_steps, RECIPE.second.max_steps, 1)
+    most = max(recipe.first.max_steps, recipe.second.max_steps, 1)
     for seed in seeds:
         with progress(f"training, seed {seed}", f"{output_dir / PAIRS} keeps the finished pairs: {GO_ON}") as update:
             place = output_dir / PAIRS / str(seed)
@@ -129,7 +151,7 @@ def pairs(
             def on_log(row: dict[str, Any], update: Any = update) -> None:
                 update("steps", row["step"], most)
 
-            made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
+            made.append(saved_pair(held_out, recipe, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
     return [pair.agents.policy for pair in made], [pair.static_baseline.policy for pair in made]
 
 
@@ -166,13 +188,16 @@ def views(result: Any) -> list[Any]:
     first, rows = result.rows[0], []
     for row in result.rows:
         time = []
-        if latency := row.latency:
-            time = [f"{latency.ms_per_token:.2f}", f"{latency.ratio_to_dense:.2f}×", f"{latency.kv_bytes / 1024:,.0f}"]
+        if row.request and row.latency:
+            ends = interval(row.request.ratio_ci95, "{:.2f}", 1, "–")
+            time = [f"{row.request.ratio_to_dense:.2f}× ({ends})", f"{row.latency.ratio_to_dense:.2f}×"]
+            time.append(f"{row.latency.kv_bytes / 1024:,.0f}")
         best = bool(row.pareto_sparsity if row.pareto_latency is None else row.pareto_latency)
         rows.append(
             [
                 row.policy + "*" * best,
                 share(row.keep_ratio),
+                "" if row.keep_ratio_per_token is None else share(row.keep_ratio_per_token),
                 f"{100 * row.accuracy:.1f} ({interval(row.ci95, '{:.0f}', sign='–')})",
                 f"{row.loss:.3f}",
                 f"{row.mean_tokens:.0f}",
@@ -180,17 +205,18 @@ def views(result: Any) -> list[Any]:
                 f"{row.agents_to_this.p_holm:.2g}" if row.agents_to_this else "",
             ]
         )
-    timed = ("ms", "faster", "KV KiB") if first.latency else ()
+    timed = ("request", "step", "KV KiB") if first.request else ()
     families = [f"{name} {share(value)}" for name, value in result.sparsity_by_family.items() if name]
     return [
         table(
             f"{result.dataset}, {result.split}, {first.prompts} prompts",
-            ("", "kept", "right, 95 %", "loss", "tokens", *timed, "p"),
+            ("", "kept", "per token", "right, 95 %", "loss", "tokens", *timed, "p"),
             rows,
             fold=True,
         ),
-        "p: against the agents at the same target, Holm-corrected. *: no other row is both as accurate and as "
-        + ("fast. ms: of a step; faster: dense time ÷ this." if timed else "small."),
+        "kept: over prompts, and over the tokens of their answers. p: against the agents at the same target, "
+        "Holm-corrected. *: no other row is as good and surely better in accuracy or "
+        + ("time. request, step: dense time ÷ this; the dense row is dense ÷ dense." if timed else "sparsity."),
         adds(result.adaptivity),
         follows(result.follows_difficulty),
         *(["Heads pruned by family: " + ", ".join(families)] if families else []),

@@ -7,7 +7,6 @@ import typer
 from rich.text import Text
 
 from microglia.cli import options as o
-from microglia.cli.benchmark import variants
 from microglia.cli.show import adds, follows, interval, points, share, table
 from microglia.cli.verb import Outcome, progress, tell, verb
 
@@ -27,7 +26,7 @@ def demo(
 
     with progress("answering", "nothing was kept, run the demo again to start anew") as update:
         result = run(output_dir, problems=problems, seed=seed, tell=tell, progress=update)
-    return Outcome(result.to_json(), (comparison(result), picture(result), variants(result.latency), verdict(result)))
+    return Outcome(result.to_json(), (comparison(result), picture(result), times(result), verdict(result)))
 
 
 def comparison(result: Any) -> Any:
@@ -44,13 +43,15 @@ def comparison(result: Any) -> Any:
     rows = []
     for name, row in summaries.items():
         if row is None:  # means over several masks
-            rows.append([name, share(result.random.accuracy), "", share(result.random.sparsity), "", ""])
+            rows.append([name, share(result.random.accuracy), "", share(result.random.sparsity), "", "", ""])
             continue
         test = row.to_dense
         difference = f"{points(test.diff)} [{interval(test.ci95, sign=', ')}]" if test else ""
         ends = interval(row.accuracy_ci95, "{:.1f}", sign="–")
-        rows.append([name, share(row.accuracy), ends, share(row.sparsity), difference, f"{row.mean_tokens:.0f}"])
-    columns = ("", "right", "95 %", "heads pruned", "points to dense, 95 %", "tokens")
+        per_token = "" if row.sparsity_per_token is None else share(row.sparsity_per_token)
+        cells = [share(row.accuracy), ends, share(row.sparsity), per_token, difference, f"{row.mean_tokens:.0f}"]
+        rows.append([name, *cells])
+    columns = ("", "right", "95 %", "heads pruned", "per token", "points to dense, 95 %", "tokens")
     return table(f"{result.problems} held-out problems", columns, rows)
 
 
@@ -61,6 +62,19 @@ def picture(result: Any) -> Text:
         accuracy = result.pruned.accuracy_by_difficulty[steps]
         lines.append(f"  {steps} {'█' * round(60 * sparsity):<40} {sparsity:6.1%} pruned, {accuracy:6.1%} right")
     return Text("\n".join(lines))
+
+
+def times(result: Any) -> Any:
+    """Whole requests and decode steps, dense against dense first."""
+    rows = []
+    for name, request in result.requests.items():
+        step, charged = result.steps[name], ", ".join(request.charged)
+        speed = f"{request.ratio_to_dense:.2f}× ({interval(request.ratio_ci95, '{:.2f}', 1, '–')})"
+        steps = [f"{step.ratio_to_dense:.2f}×", f"{step.ceiling:.2f}×", f"{step.kv_bytes / 1024:,.0f}"]
+        rows.append([name.replace("_", " "), f"{request.ms:.0f}", speed, *steps, charged])
+    prompts = next(iter(result.requests.values())).prompts
+    columns = ("", "ms", "request, dense ÷ this", "step", "ceiling", "KV KiB", "charged")
+    return table(f"Requests of {prompts} fixed prompts, each as long as the dense answer", columns, rows, fold=True)
 
 
 def verdict(result: Any) -> Text:

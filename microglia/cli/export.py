@@ -21,9 +21,13 @@ def export(
     checkpoint: Annotated[str | None, typer.Argument(help="Folder that `train` wrote, or a hub id.")] = None,
     *,
     format: Annotated[Literal["hf", "onnx", "gguf"], "Format of the files."] = "hf",
-    plan: Annotated[Literal["mean", "task", "prompt"], "Keep what is kept on average, for a task or prompt."] = "mean",
+    plan: Annotated[
+        Literal["mean", "task", "prompt", "codebook"],
+        "Keep what is kept on average, for a task or prompt, or by a codebook's mask.",
+    ] = "mean",
     output_dir: Annotated[Path, "An empty or a new folder."] = Path("exported"),
     prompt: Annotated[str | None, "The question of --plan prompt."] = None,
+    mask: Annotated[int | None, typer.Option(min=0, help="Which mask of --plan codebook, from 0.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Number of prompts of --plan task.")] = 64,
     keep_ratio: o.KeepRatio = None,
     evaluate: Annotated[int, typer.Option(min=0, help="Test examples on which to compare with the dense model.")] = 0,
@@ -39,6 +43,8 @@ def export(
     microglia export checkpoints --format hf --plan mean --output-dir exported
 
     microglia export checkpoints --format gguf --plan task --dataset gsm8k --evaluate 200
+
+    for mask in 0 1 2 3; do microglia export checkpoints --plan codebook --mask $mask --output-dir exported-$mask; done
     """
     from microglia.export import accuracy_kept
     from microglia.export import export as write
@@ -48,13 +54,16 @@ def export(
     if (prompt is not None) != (plan == "prompt"):
         given = "no" if prompt is None else "a"
         raise ConfigError(f"plan={plan!r} was given {given} prompt; --prompt goes with --plan prompt")
+    if (mask is not None) != (plan == "codebook"):
+        given = "no" if mask is None else "a"
+        raise ConfigError(f"plan={plan!r} was given {given} mask; --mask goes with --plan codebook")
     check_folder(output_dir)
     dtype = loading.dtype or ("float32" if format == "onnx" else "auto")
     system = loading.system(checkpoint or model_path, dtype=dtype)
     task = get_task(task_options.dataset or system.training.get("dataset", "arithmetic"))
     draw = partial(task.load, seed=seed, data_dir=task_options.data_dir)
     drawn = [example.question for example in draw("validation", limit=limit)] if plan == "task" else [prompt or ""]
-    chosen = keep_plan(system, plan, drawn, keep_ratio)
+    chosen = keep_plan(system, plan, drawn, keep_ratio, mask)
     accuracy = None
     if evaluate:
         examples = draw("test", limit=evaluate)
@@ -67,7 +76,7 @@ def export(
     return Outcome(result.to_json(), views(result))
 
 
-def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None) -> Any:
+def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None, mask: int | None = None) -> Any:
     """The plan of this kind for a system, at another keep ratio if one is given."""
     from microglia.export import KeepPlan
     from microglia.reading import read_prompts
@@ -86,6 +95,8 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None)
     pruner = system.pruner
     if kind == "mean":
         return KeepPlan.of_prompts(kind, pruner.budget, pruner.gate)
+    if kind == "codebook":
+        return KeepPlan.of_mask(pruner.policy, mask, pruner.budget, pruner.gate)
     prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
     logits = read_prompts(system.model, system.tokenizer, prompts, pruner).logits
     budget = pruner.with_budget(logits, [site.geometry for site in find_sites(system.model)]).budget

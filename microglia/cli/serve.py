@@ -31,8 +31,8 @@ def serve(
     max_prompt_tokens: Annotated[int | None, "Longest prompt in tokens.", "the model's context"] = None,
     max_body_bytes: Annotated[int, "Largest request in bytes."] = 1 << 20,
     batch_by: Annotated[
-        Literal["settings", "decision"],
-        "settings: in order of arrival. decision: under load, prompts that keep as many heads together.",
+        Literal["settings", "decision", "mask"],
+        "settings: by age. decision: under load, prompts that keep as many heads together. mask: the same heads only.",
     ] = "settings",
     grace: Annotated[float | None, "Seconds that running answers get at the end.", "all they need"] = None,
     loading: o.Loading,

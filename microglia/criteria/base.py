@@ -18,7 +18,8 @@ class Criterion(ABC):
     """One way to tell which heads matter. To add one: a frozen dataclass, registered in CRITERIA.
 
     name: in the registry. score: what it measures. paper: whom it follows. departs: where it does not.
-    per_input: whether it can score each prompt. fill: what its paper lets pruned heads leave behind.
+    per_input: whether it can score each prompt. fill: what its paper lets pruned heads leave behind. examples: to
+    calibrate on unless told otherwise; gradients need more of them than norms before two draws give the same mask.
     """
 
     name: ClassVar[str]
@@ -27,6 +28,7 @@ class Criterion(ABC):
     departs: ClassVar[str]
     per_input: ClassVar[bool] = False
     fill: ClassVar[Fill] = "zero"
+    examples: ClassVar[int] = 128
 
     @abstractmethod
     def scores(self, calibration: Calibration) -> list[Tensor]:

@@ -24,6 +24,7 @@ class Hessian(Criterion):
     probes: int = 4
 
     name: ClassVar[str] = "hessian"
+    examples: ClassVar[int] = 512
     score: ClassVar[str] = "relative Hessian trace of the head's o slice (Hutchinson) × ‖w‖²"
     paper: ClassVar[str] = "Yu et al. 2022, HAP"
     departs: ClassVar[str] = (

@@ -27,6 +27,7 @@ class LoraGradient(Criterion):
     decay: float = 0.9
 
     name: ClassVar[str] = "lora_gradient"
+    examples: ClassVar[int] = 512
     score: ClassVar[str] = "Σ ((∂loss/∂B·A + B·∂loss/∂A − ∂loss/∂B·∂loss/∂A) ⊙ (W + BA))² over the head's slices"
     paper: ClassVar[str] = "Zhang et al. 2024, LoRAPrune"
     departs: ClassVar[str] = "adapters on attention only, thrown away afterwards; scored once, not pruned step by step"

@@ -25,6 +25,7 @@ class Movement(Criterion):
     keep_ratio: float = 0.75
 
     name: ClassVar[str] = "movement"
+    examples: ClassVar[int] = 512
     score: ClassVar[str] = "Σ −∂loss/∂W·W of the head's o slice, while only the best heads are kept"
     paper: ClassVar[str] = "Sanh et al. 2020, movement pruning; Lagunas et al. 2021, in blocks"
     departs: ClassVar[str] = "the weights stay frozen; one score per head"

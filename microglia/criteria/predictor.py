@@ -23,6 +23,7 @@ class Predictor(Criterion):
     learning_rate: float = 3e-3
 
     name: ClassVar[str] = "predictor"
+    examples: ClassVar[int] = 512
     score: ClassVar[str] = "|∂loss/∂keep| of this prompt, as an MLP at the first site predicts it"
     paper: ClassVar[str] = "Akhauri et al. 2024, ShadowLLM"
     departs: ClassVar[str] = (

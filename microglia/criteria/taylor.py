@@ -15,6 +15,7 @@ class Taylor(Criterion):
     """Mean over examples of |∂loss/∂keep_h| at keep 1, divided by its L2 norm over the site's heads."""
 
     name: ClassVar[str] = "taylor"
+    examples: ClassVar[int] = 512
     score: ClassVar[str] = "mean |∂loss/∂keep|, L2-normalised per site"
     paper: ClassVar[str] = "Michel et al. 2019, Are Sixteen Heads Really Better than One?"
     departs: ClassVar[str] = "gates act on the answer's positions only; one pass for all budgets, not pruned in rounds"

@@ -17,7 +17,7 @@ from typing import Any
 
 from scipy import stats
 
-from microglia.benchmark import typical_speed
+from microglia.benchmark import fixed_prompts, step_speed
 from microglia.errors import ConfigError, DataError, MicrogliaError, check_choice
 from microglia.evaluation.setup import Setup
 from microglia.experiments.drop import drop_limit, drop_p_value
@@ -53,7 +53,7 @@ class Aim:
 
     loss: of accuracy, of agreement (share of a text's tokens) or kl (nats per token), see `experiments.losses`.
     keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
-    gentlest of `keep_ratios` for a latency ratio, which is measured on a typical prompt.
+    gentlest of `keep_ratios` for a latency ratio, which is measured on a fixed set of prompts.
     """
 
     max_drop: float = 0.02
@@ -95,7 +95,8 @@ def calibrate(
     loss = LOSSES[aim.loss](setup, aim.confidence, remembered, progress)
     prompts, ratios, keep_ratio = len(setup.examples), _checked(aim.keep_ratios), aim.keep_ratio
     if aim.latency_ratio is not None:
-        speed = typical_speed(setup.model, setup.tokenizer, setup.prompts, pruner, setup.execution)
+        timed = fixed_prompts(setup.model, setup.tokenizer, setup.prompts, setup.answer_tokens)
+        speed = step_speed(setup.model, timed, pruner, setup.execution)
         keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
     if keep_ratio is None and prompts < aim.needed:
         return _promise(aim, None, [], aim.max_drop, prompts=prompts, needed=aim.needed)
@@ -132,6 +133,7 @@ def _promise(
     """The chosen setting, or the dense model, in figures and in a sentence."""
     promise = Promise(
         keep_ratio=chosen.keep_ratio if chosen else 1.0,
+        keep_ratio_per_token=chosen.keep_ratio_per_token if chosen else 1.0,
         threshold=chosen.threshold if chosen else EVERY_HEAD,
         drop=chosen.drop if chosen else 0.0,
         drop_bound=min(chosen.drop_bound, math.inf if max_drop is None else max_drop) if chosen else 0.0,
@@ -154,7 +156,8 @@ def sentence(promise: Promise) -> str:
             f"{promise.prompts} prompts are too few to promise a drop of at most {amount(promise.max_drop)}: {sure} "
             f"it takes at least {promise.needed}, and more where answers change; the model stays dense"
         )
-    kept = f"{promise.keep_ratio:.1%} of the heads are kept; {sure} that costs at most"
+    per_token = "" if promise.keep_ratio_per_token is None else f" ({promise.keep_ratio_per_token:.1%} per token)"
+    kept = f"{promise.keep_ratio:.1%} of the heads are kept{per_token}; {sure} that costs at most"
     measured = f"(measured: {amount(promise.drop)} on {promise.prompts} prompts)"
     if promise.max_drop is None:
         return f"{kept} {amount(promise.drop_bound)} {measured}"

@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from microglia.anatomy import context_length
-from microglia.benchmark import Plan, benchmark, typical_subject
+from microglia.anatomy import input_device
+from microglia.benchmark import TimedRun, fixed_prompts, request_time, step_time, time_requests
 from microglia.checkpoint import check_writable
 from microglia.evaluation.run import Evaluation, follows_difficulty, paired
 from microglia.evaluation.setup import Setup
@@ -17,7 +17,8 @@ from microglia.experiments.side_by_side import BASELINE, PairRecipe, questions, 
 from microglia.models import REASONER, load_model
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
-from microglia.results import Adaptivity, AtBudget, BenchmarkResult, DemoResult, RandomMasks
+from microglia.record import circumstances
+from microglia.results import Adaptivity, AtBudget, Circumstances, DemoResult, RandomMasks
 from microglia.tasks import get_task
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import LEARNING_RATE
@@ -79,17 +80,18 @@ def demo(
         tell(f"{name}: {runs[name].accuracy:.1%} right at sparsity {runs[name].sparsity:.1%}")
     tell("measuring time and memory")
     chosen = {name: pruners[name].at(KEEP_RATIO) for name in policies}
-    latency = _latency(held_out, chosen["pruned"], seed)
+    timed = _timed(setup, runs["dense"], chosen, seed)
     parameters = sum(p.numel() for p in pair.agents.policy.parameters())
     result = DemoResult(
         **compared(runs),
-        latency=latency.rows,
+        requests={name: request_time([run]) for name, run in timed.items()},
+        steps={name: step_time([run]) for name, run in timed.items()},
         agent_parameters=parameters,
         agent_share=parameters / sum(p.numel() for p in model.parameters()),
         seconds=time.monotonic() - started,
         problems=problems,
         seed=seed,
-        circumstances=latency.circumstances,
+        circumstances=Circumstances(**circumstances(input_device(model))),
     )
     (folder / "summary.json").write_text(json.dumps(result.to_json(), indent=2) + "\n")
     (folder / "history.json").write_text(json.dumps(pair.history, indent=2) + "\n")
@@ -108,13 +110,14 @@ def shared_out(examples: Sequence[Any], parts: int) -> list[list[Any]]:
     return [list(examples[start:end] or examples) for start, end in pairwise(ends)]
 
 
-def _latency(setup: Setup, pruner: Pruner, seed: int) -> BenchmarkResult:
-    """Decode steps of the prompt whose keep ratio is the median."""
-    new_tokens = 64
-    context = (context_length(setup.model) or 4096) - new_tokens - 8
-    plan = Plan(batch_sizes=(1,), contexts=(context,), keep_ratios=(None,), new_tokens=new_tokens, num_runs=20)
-    subject = typical_subject(setup.model, setup.tokenizer, setup.prompts, pruner)
-    return benchmark(setup.model, subject, plan, {"model": REASONER, "seed": seed})
+def _timed(setup: Setup, dense: Evaluation, pruners: dict[str, Pruner], seed: int) -> dict[str, TimedRun]:
+    """Requests as long as the dense answers, of the dense model against itself (A/A) and of each pruner against it."""
+    lengths = [answer.new_tokens for answer in dense.answers]
+    prompts = fixed_prompts(setup.model, setup.tokenizer, setup.prompts, lengths, seed=seed)
+    return {
+        name.replace(" ", "_"): time_requests(setup.model, prompts, pruner)
+        for name, pruner in {"dense": None, **pruners}.items()
+    }
 
 
 def compared(runs: dict[str, Evaluation]) -> dict[str, Any]:
@@ -144,5 +147,12 @@ def compared(runs: dict[str, Evaluation]) -> dict[str, Any]:
 def adaptivity(baseline: Evaluation, agents: Evaluation, target: float) -> Adaptivity:
     """What deciding by the prompt adds to the static baseline, in shares of right answers."""
     test = paired(baseline, agents)
-    kept = {"agents": 1 - agents.sparsity, "static_baseline": 1 - baseline.sparsity}
-    return Adaptivity(gain=test.diff, ci95=test.ci95, p_value=test.p_value, target=target, keep_ratios=kept)
+    runs = {"agents": agents, "static_baseline": baseline}
+    return Adaptivity(
+        gain=test.diff,
+        ci95=test.ci95,
+        p_value=test.p_value,
+        target=target,
+        keep_ratios={name: 1 - run.sparsity for name, run in runs.items()},
+        keep_ratios_per_token={name: 1 - run.sparsity_per_token for name, run in runs.items()},
+    )

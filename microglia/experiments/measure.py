@@ -62,4 +62,5 @@ def figures(runs: Sequence[Measured]) -> Figures:
         ci95=wilson_ci(int(correct[0].sum()), correct.shape[1]) if alike else accuracy.ci95,
         loss=loss.mean,
         loss_ci95=loss.ci95,
+        keep_ratio_per_token=float(np.mean([1 - run.answers.sparsity_per_token for run in runs])),
     )

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from microglia.errors import ConfigError
 from microglia.gate import Gate, keep_ratio
+from microglia.policies import CodebookPolicy, Policy
 from microglia.pruner import Budget
 
-PLANS = ("mean", "task", "prompt")
+PLANS = ("mean", "task", "prompt", "codebook")
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class KeepPlan:
     """What is frozen: `keep` (H,) per site, hard and regular in shape.
 
     kind: `mean` is the mean logits over the checkpoint's calibration prompts, `task` those over a task's prompts,
-        `prompt` the decision for one prompt. `prompts`: how many. `threshold`: of the gate that decided.
+        `prompt` the decision for one prompt, `codebook` one mask of a codebook, whose `prompts` are the calibration
+        prompts that get it. `prompts`: how many. `threshold`: of the gate that decided.
     adaptive_keep_ratio: what the same gate keeps of these prompts when each decides for itself, on average.
     """
 
@@ -48,6 +50,30 @@ class KeepPlan:
     def of_prompt(cls, budget: Budget, gate: Gate) -> "KeepPlan":
         """Exactly what `gate` decides for one prompt, whose logits are the budget's."""
         return cls("prompt", _keep(budget, gate), 1, gate.threshold, budget.keep_ratio(gate.threshold))
+
+    @classmethod
+    def of_mask(cls, policy: Policy, mask: int | None, budget: Budget | None, gate: Gate) -> "KeepPlan":
+        """One mask of a codebook: what `gate` decides for every prompt that the router gives it.
+
+        budget: the logits of the checkpoint's calibration prompts. Raises ConfigError for another policy or mask.
+        """
+        if not isinstance(policy, CodebookPolicy):
+            raise ConfigError(
+                f"the plan 'codebook' takes one mask of a codebook, but this policy is {policy.name!r}; train with "
+                "--policy codebook, or take the plan mean, task or prompt"
+            )
+        if mask is None or not 0 <= mask < policy.hidden_dim:
+            raise ConfigError(
+                f"mask={mask} was given; this codebook has the masks 0 to {policy.hidden_dim - 1}, give one"
+            )
+        if budget is None or not budget.prompts:
+            raise ConfigError(
+                "the plan 'codebook' needs the calibration prompts of training, but there are none; train it"
+            )
+        one = [x[mask : mask + 1].detach().float().cpu() for x in policy.masks]
+        chosen = torch.stack([torch.isclose(x, y).all(-1) for x, y in zip(budget.logits, one, strict=True)]).all(0)
+        keep = _keep(replace(budget, logits=one, weights=None), gate)
+        return cls("codebook", keep, int(chosen.sum()), gate.threshold, budget.keep_ratio(gate.threshold))
 
     @property
     def keep_ratio(self) -> float:

@@ -40,8 +40,8 @@ class CodebookPolicy(LearnedPolicy):
     """One of `hidden_dim` masks per prompt: `masks[argmax Linear(all features → masks)]`, one product for all sites.
 
     The choice is hard; its gradient is that of the softmax (straight-through, Bengio et al. 2013). Masks begin alike,
-    each with a cluster of the training prompts (k-means of their features), and so none is left without prompts to
-    learn from; a router of random weights leaves some.
+    each with a cluster of the training prompts (k-means of their features), so that each has prompts to learn from.
+    Nothing holds them there: a mask may lose its prompts while others learn, and is then of no use.
     """
 
     name: ClassVar[str] = "codebook"

@@ -34,13 +34,15 @@ def sections(findings: Findings) -> list[Section]:
 
 def compared(run: Run, suffix: str) -> Section:
     """Dense against pruned, one line per policy."""
-    titles = ["", "right", "95 % interval", "heads pruned", "points to dense", "95 % interval", "p", "answer tokens"]
+    titles = ["", "right", "95 % interval", "heads pruned", "per token", "points to dense", "95 % interval", "p"]
+    titles.append("answer tokens")
     rows = [
         [
             words.label(r.policy),
             words.percent(r.accuracy),
             words.interval(r.ci95),
             words.percent(r.sparsity),
+            "" if r.sparsity_per_token is None else words.percent(r.sparsity_per_token),
             *words.difference(r.to_dense),
             "" if r.mean_tokens is None else f"{r.mean_tokens:.0f}",
         ]
@@ -65,6 +67,11 @@ def fronts(run: Run, suffix: str) -> Section:
         marks = [_mark(r, r.sparsity, None, names) for r in run.entries]
         figures += _views("Accuracy and sparsity", marks, run.entries, "heads pruned", "{:.0%}", dense)
     timed = [r for r in run.entries if r.timing]
+    whole = [r for r in run.entries if r.request]
+    if len(whole) > 1:
+        marks = [_mark(r, r.request.ratio_to_dense, r.request.ratio_ci95, names) for r in whole if r.request]
+        label = "request speed-up, dense time ÷ this time"
+        figures += _views("Accuracy and the time of a request", marks, whole, label, "{:.2f}×", dense)
     if len(timed) > 1:
         marks = [_mark(r, r.timing.ratio_to_dense, r.timing.ratio_ci95, names) for r in timed if r.timing]
         label = "decode speed-up, dense time ÷ this time"
@@ -109,13 +116,15 @@ def _front(
             words.percent(r.accuracy),
             words.interval(r.ci95),
             words.percent(r.sparsity),
+            f"{r.request.ratio_to_dense:.3f}" if r.request else "",
+            words.interval(r.request.ratio_ci95, "{:.3f}", 1) if r.request else "",
             f"{r.timing.ms_per_token:.2f}" if r.timing else "",
             f"{r.timing.ratio_to_dense:.3f}" if r.timing else "",
             words.interval(r.timing.ratio_ci95, "{:.3f}", 1) if r.timing else "",
         ]
         for r in entries
     ]
-    titles = ["", "right", "95 %", "heads pruned", "ms/token", "speed-up", "95 %"]
+    titles = ["", "right", "95 %", "heads pruned", "request", "95 %", "ms/token", "speed-up", "95 %"]
     used = [i for i in range(len(titles)) if any(row[i] for row in rows)]
     legend = list(dict.fromkeys((m.style, "random masks" if m.style == 3 else m.name) for m in marks))
     svg = charts.front(marks, alt, label, form, dense=dense)

@@ -26,6 +26,7 @@ from microglia.results import (
     EvaluationResult,
     Latency,
     Promise,
+    RequestTime,
     Summary,
     from_json,
     part_from_json,
@@ -51,6 +52,8 @@ class Entry:
     by: dict[str, dict[str, float]] = field(default_factory=dict)
     heads: dict[str, list[list[float]]] = field(default_factory=dict)
     timing: BenchmarkRow | Latency | None = None
+    request: RequestTime | None = None
+    sparsity_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,22 @@ def _history(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _demo(result: DemoResult, label: str, findings: Findings) -> None:
-    timing = {row.variant: row for row in result.latency}
+    before = {row.variant: row for row in result.latency}  # of records of before
+    timing: dict[str, BenchmarkRow | Latency | None] = {**result.steps}
     entries = [
-        _entry("dense", result.dense, timing.get("dense")),
-        _entry("pruned", result.pruned, timing.get("compact_total")),
-        _entry("static_baseline", result.static_baseline),
+        _entry("dense", result.dense, timing.get("dense", before.get("dense")), request=result.requests.get("dense")),
+        _entry(
+            "pruned",
+            result.pruned,
+            timing.get("pruned", before.get("compact_total")),
+            request=result.requests.get("pruned"),
+        ),
+        _entry(
+            "static_baseline",
+            result.static_baseline,
+            timing.get("static_baseline"),
+            request=result.requests.get("static_baseline"),
+        ),
         *(_entry(f"random {number}", mask) for number, mask in enumerate(result.random.masks, 1)),
         _entry("pruned", result.low_budget.pruned),
         _entry("static_baseline", result.low_budget.static_baseline),
@@ -196,6 +210,8 @@ def _comparison(result: ComparisonResult, label: str, findings: Findings) -> Non
             to_dense=row.to_dense,
             mean_tokens=row.mean_tokens,
             timing=row.latency,
+            request=row.request,
+            sparsity_per_token=None if row.keep_ratio_per_token is None else 1 - row.keep_ratio_per_token,
         )
         for row in result.rows
     )
@@ -275,9 +291,10 @@ def _evaluations(records: Iterable[Record], findings: Findings) -> None:
 def _entry(
     policy: str,
     summary: Summary,
-    timing: BenchmarkRow | None = None,
+    timing: BenchmarkRow | Latency | None = None,
     *,
     to_dense: Difference | None = None,
+    request: RequestTime | None = None,
 ) -> Entry:
     names = [f"{value}_by_{kind}" for value in ("accuracy", "sparsity") for kind in ("difficulty", "family")]
     by = {name: {group: x for group, x in getattr(summary, name).items() if group} for name in names}
@@ -292,6 +309,8 @@ def _entry(
         by={name: groups for name, groups in by.items() if groups},
         heads=summary.heads,
         timing=timing,
+        request=request,
+        sparsity_per_token=summary.sparsity_per_token,
     )
 
 

@@ -134,6 +134,10 @@ def headline(run: Run) -> list[tuple[str, str, str]]:
     if value:
         tiles.append((value, "points to dense", ends))
     tiles.append((percent(pruned.sparsity), "heads pruned", f"{pruned.prompts:,} problems"))
+    if request := pruned.request:
+        tiles.append(
+            (f"{request.ratio_to_dense:.2f}×", "request speed-up", f"{interval(request.ratio_ci95, '{:.2f}', 1)}")
+        )
     if timing := pruned.timing:
         tiles.append((f"{timing.ratio_to_dense:.2f}×", "decode speed-up", f"ceiling {timing.ceiling:.2f}×"))
     return tiles

@@ -35,6 +35,7 @@ from microglia.results.parts import (
     FrozenAccuracy,
     Latency,
     RandomMasks,
+    RequestTime,
     Summary,
     Tried,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "Promise",
     "RandomMasks",
     "ReportResult",
+    "RequestTime",
     "Result",
     "Summary",
     "TrainingRun",

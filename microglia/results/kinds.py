@@ -16,7 +16,9 @@ from microglia.results.parts import (
     Difference,
     Figure,
     FrozenAccuracy,
+    Latency,
     RandomMasks,
+    RequestTime,
     Shares,
     Summary,
     Tried,
@@ -67,7 +69,9 @@ class JudgementResult(Result):
 class DemoResult(Result):
     """The demo: dense, agents (`pruned`), static baseline and random masks on the same problems.
 
-    low_budget: agents and static baseline once more with fewer heads. latency: a decode step of one prompt.
+    low_budget: agents and static baseline once more with fewer heads. requests, steps: whole requests on a fixed set of
+    prompts and their decode steps alone, by policy, dense against dense (A/A) among them; latency: in records of
+    before, a decode step of one prompt.
     """
 
     kind: ClassVar[str] = "demo"
@@ -79,20 +83,23 @@ class DemoResult(Result):
     adaptivity: Adaptivity
     low_budget: AtBudget
     follows_difficulty: Correlation | None
-    latency: tuple[BenchmarkRow, ...]
     agent_parameters: int
     agent_share: float
     seconds: float
     problems: int
     seed: int
     circumstances: Circumstances
+    requests: dict[str, RequestTime] = field(default_factory=dict)
+    steps: dict[str, Latency] = field(default_factory=dict)
+    latency: tuple[BenchmarkRow, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonResult(Result):
     """Policies over keep ratios and seeds, the dense model first.
 
-    by_keep_ratio: adaptivity at every target; settings: what else the answers depend on.
+    by_keep_ratio: adaptivity at every target; settings: what else the answers depend on; effort: what making each
+    policy took, its training or its calibration examples.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -106,6 +113,7 @@ class ComparisonResult(Result):
     dataset: str = ""
     split: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    effort: dict[str, Any] = field(default_factory=dict)
     circumstances: Circumstances = field(default_factory=Circumstances)
 
 
@@ -133,6 +141,7 @@ class Promise(Result):
     keep_ratio: mean over the prompts; 1 for the dense model, when nothing could be promised. max_drop: the promise;
     None when a keep ratio or a speed was the aim. drop_bound: at most max_drop, and for a setting that was an aim a
     limit at the same confidence; for a chosen one it makes no allowance for the choice, which max_drop does.
+    keep_ratio_per_token: the same over the tokens of their answers.
     needed: prompts without which nothing can be promised, when they were too few. loss: what a drop is of, accuracy,
     agreement (tokens) or kl (nats per token). sentence: all that, for people.
     """
@@ -151,6 +160,7 @@ class Promise(Result):
     tried: tuple[Tried, ...] = ()
     needed: int | None = None
     loss: str = "accuracy"
+    keep_ratio_per_token: float | None = None
     sentence: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
 

@@ -75,7 +75,8 @@ class AnswerText:
 class Adaptivity:
     """What deciding by the input adds: accuracy of the agents minus that of the static baseline.
 
-    target: the keep ratio of both, None where both keep what they were trained to; keep_ratios: what they kept.
+    target: the keep ratio of both, None where both keep what they were trained to; keep_ratios: what they kept, a mean
+    over prompts; keep_ratios_per_token: the same over the tokens of their answers.
     """
 
     gain: float
@@ -84,17 +85,22 @@ class Adaptivity:
     target: float | None
     keep_ratios: Shares
     loss: Difference | None = None
+    keep_ratios_per_token: Shares = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Accuracy and loss of a policy over prompts and seeds, with 95 % intervals."""
+    """Accuracy and loss of a policy over prompts and seeds, with 95 % intervals.
+
+    keep_ratio is a mean over prompts; keep_ratio_per_token one over the tokens of their answers.
+    """
 
     keep_ratio: float
     accuracy: float
     ci95: Interval
     loss: float
     loss_ci95: Interval
+    keep_ratio_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,10 @@ class AtBudget:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """A decode step on a typical prompt, whose own keep ratio stands here; ratios as in BenchmarkRow."""
+    """Decode steps on the prompts that were timed, whose own keep ratio stands here; ratios as in BenchmarkRow.
+
+    In records of before: of the one prompt whose keep ratio was the policy's median.
+    """
 
     keep_ratio: float
     ms_per_token: float
@@ -168,11 +177,31 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RequestTime:
+    """Whole requests on a fixed set of prompts, each as long as its answer; times are medians of n repetitions, in ms.
+
+    ms: per request as charged. ratio_to_dense: dense time ÷ this time over all the prompts, so that an answer counts by
+    its tokens. parts: per request, also those that are not `charged`: a static mask is decided on and sliced once for
+    all requests. prompts, tokens: of the set.
+    """
+
+    ms: float
+    ratio_to_dense: float
+    ratio_ci95: Interval
+    parts: Shares
+    charged: tuple[str, ...]
+    prompts: int
+    tokens: int
+    n: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class ComparisonRow(Figures):
     """One policy at one target keep ratio.
 
     to_dense: minus the dense model's accuracy; agents_to_this: the agents' accuracy at the same target minus this one.
-    pareto: no other row is as accurate and as sparse, or as fast.
+    request: whole requests, in the dense row against dense ones once more (A/A); latency: decode steps alone.
+    pareto: no other row is surely better in accuracy or in sparsity, or in time, and no worse in the other.
     """
 
     policy: str
@@ -180,6 +209,7 @@ class ComparisonRow(Figures):
     mean_tokens: float
     prompts: int
     seeds: tuple[int, ...]
+    request: RequestTime | None = None
     latency: Latency | None = None
     to_dense: Difference | None = None
     agents_to_this: Difference | None = None
@@ -208,7 +238,8 @@ class Tried:
     """One setting: the keep ratio that was the target, what was kept, and what that cost.
 
     lost, won: answers that were right dense only, and pruned only; None like accuracy where the loss counts no answers.
-    drop: of accuracy, or the mean loss. drop_bound: its upper limit for this setting.
+    drop: of accuracy, or the mean loss. drop_bound: its upper limit for this setting. keep_ratio is a mean over
+    prompts; keep_ratio_per_token one over the tokens of their answers.
     """
 
     target: float
@@ -219,6 +250,7 @@ class Tried:
     won: int | None = None
     drop: float
     drop_bound: float
+    keep_ratio_per_token: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

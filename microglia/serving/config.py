@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from microglia.errors import ConfigError, check_choice
 
-BATCH_BY = ("settings", "decision")
+BATCH_BY = ("settings", "decision", "mask")
 
 SIZES = ("max_batch", "max_waiting", "max_new_tokens", "max_prompt_tokens", "max_body_bytes")
 
@@ -18,8 +18,9 @@ class ServingConfig:
     together; max_waiting: prompts in the queue, those being answered not counted, more get 429; max_new_tokens: the
     longest answer; max_prompt_tokens: the longest prompt, None for what the context holds; max_body_bytes: of a
     request; batch_by: `settings` takes the oldest jobs of equal pruning, `decision` counts the heads that all of those
-    will keep, when there are more than fit, and takes the ones that keep about as many as the oldest; grace: seconds
-    that running answers get at the end, None for all they need.
+    will keep, when there are more than fit, and takes the ones that keep about as many as the oldest, `mask` takes
+    those that keep the very same heads, which then share cut weights; grace: seconds that running answers get at the
+    end, None for all they need.
     """
 
     name: str

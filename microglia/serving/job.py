@@ -67,7 +67,8 @@ class Job:
     """A prompt, ready for the model. `emit` takes its events; it is called on the model's thread and must not block.
 
     cancelled: set from any thread when nobody waits for the answer any more; the model then writes no further.
-    kept_heads: per site, where batches are formed by decision; None as long as they have not been counted.
+    kept_heads: per site, where batches are formed by decision; None as long as they have not been counted. mask: the
+    same for which heads they are, equal for prompts that keep the same ones.
     """
 
     prompt: str
@@ -80,6 +81,7 @@ class Job:
     has_output: bool = False  # whether any character of the answer has left
     ended: bool = False
     kept_heads: tuple[int, ...] | None = None
+    mask: bytes = b""
 
     def emit_text(self, text: str) -> None:
         """Emit the next characters, if there are any and somebody waits for them."""

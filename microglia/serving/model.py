@@ -69,12 +69,13 @@ class PrunedModel:
         return Pruning(self.pruner.at(keep_ratio).gate.threshold)
 
     def count_kept_heads(self, jobs: Sequence[Job]) -> None:
-        """Give each job the number of heads that its prompt will keep per site; one dense pass, nothing is written."""
+        """Give each job the heads that its prompt will keep, and their number per site; one dense pass, no answer."""
         logits = read_prompts(self.model, self.tokenizer, [job.prompt for job in jobs], self.pruner).logits
         for row, job in enumerate(jobs):
             pruner = self.pruner.with_threshold(job.pruning.threshold or 0.0)
             keep = pruner.keep([x[row : row + 1] for x in logits], self.geometries)
             job.kept_heads = tuple(int(k.sum()) for k in keep)
+            job.mask = torch.cat([k.flatten() for k in keep]).bool().numpy().tobytes()
 
     @torch.inference_mode()
     def answer(self, jobs: Sequence[Job]) -> None:

@@ -110,8 +110,10 @@ class Worker:
         """The next batch, waiting for one; empty when it is time to stop."""
         while True:
             jobs = self._jobs_of_equal_pruning()
-            if self.config.batch_by == "decision" and len(jobs) > self.config.max_batch:
-                jobs = self._order_by_decision(jobs)
+            if self.config.batch_by == "decision" and len(jobs) > self.config.max_batch and self._counted(jobs):
+                jobs = order_by_decision(jobs)
+            elif self.config.batch_by == "mask" and len(jobs) > 1 and self._counted(jobs):
+                jobs = [job for job in jobs if job.mask == jobs[0].mask]
             with self.changed:
                 if self.stopping:
                     return []
@@ -129,18 +131,18 @@ class Worker:
             self._drop_cancelled()
             return equal_pruning(self.waiting)
 
-    def _order_by_decision(self, jobs: list[Job]) -> list[Job]:
-        """The oldest job first, then those whose prompts keep about as many heads at every site."""
+    def _counted(self, jobs: list[Job]) -> bool:
+        """Whether it is known which heads the jobs' prompts will keep: those that were not read ahead are now."""
         if jobs[0].pruning.threshold is None:
-            return jobs
+            return False
         uncounted, size = [job for job in jobs if job.kept_heads is None], self.config.max_batch
         try:
             for start in range(0, len(uncounted), size):
                 self.model.count_kept_heads(uncounted[start : start + size])
         except Exception:  # whoever is to blame hears of it alone, when it is answered
             log.exception("could not read the waiting prompts ahead; batches are formed by age")
-            return jobs
-        return order_by_decision(jobs)
+            return False
+        return True
 
     def _answer(self, jobs: list[Job]) -> None:
         """Let the model answer; when it fails on a batch, each job that has not begun is tried alone."""

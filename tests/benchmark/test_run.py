@@ -17,8 +17,6 @@ from microglia.benchmark import (
     random_subject,
     records,
     text_subject,
-    typical_speed,
-    typical_subject,
 )
 from microglia.benchmark.memory import peak_bytes, reset_peak
 from microglia.benchmark.shapes import shape_config
@@ -27,11 +25,10 @@ from microglia.execution import Captured, Compact
 from microglia.gate import Gate, keep_ratio
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
-from microglia.reading import read, read_prompts
 from microglia.record import append_records, read_records
 from microglia.results import from_json
 from microglia.units import HeadSite, find_sites
-from tests.tiny import tiny_model, tiny_tokenizer, wild
+from tests.tiny import tiny_model
 
 PLAN = Plan(batch_sizes=(1, 2), contexts=(16,), keep_ratios=(0.5,), new_tokens=3, num_runs=2)
 WANTED = set(
@@ -168,22 +165,6 @@ def test_what_pruned_heads_leave_behind_is_measured_too(monkeypatch) -> None:
     rows = benchmark(model, subject, plan, {}).rows
     assert [row.variant for row in rows] == ["dense", "masked", "compact", "compact_total"]
     assert len(biased) == 2 * 2 * 2  # sites, with one repetition to warm up, of requests and of bursts
-
-
-def test_the_typical_prompt_is_the_median_one() -> None:
-    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
-    prompts = ["abcdefgh", "12+34=?", "Zebra!", "(x-y)*z", "qrstuvwxyz"]
-    pruner = wild(model)
-    logits = read_prompts(model, tokenizer, prompts, pruner).logits
-    pruner = pruner.with_budget(logits, [site.geometry for site in find_sites(model)])
-    subject = typical_subject(model, tokenizer, prompts, pruner)
-    kept = keep_ratio(pruner.at(0.5).keep(logits, pruner.budget.geometries)).tolist()
-    found = subject(2, 256, 0.5)
-    row = read(model, found.ids, torch.ones_like(found.ids), found.pruner)
-    assert keep_ratio(row.keep).tolist() == [sorted(kept)[2]] * 2
-    assert len(set(kept)) > 1
-    assert subject(1, 3, 0.5).ids.shape == (1, 3)
-    assert typical_speed(model, tokenizer, prompts, pruner, num_runs=1)(0.5) > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

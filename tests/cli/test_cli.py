@@ -175,7 +175,7 @@ def test_each_script_calls_its_verb(name):
         ("train --model TINY --output-dir RUN --limit 4 --max-steps 2", "already holds checkpoints of a run"),
         ("train --model TINY --output-dir NEW --resume", "holds no run to resume"),
         ("train --model TINY --output-dir NEW --schedule zigzag", "'--schedule': 'zigzag' is not one of 'linear'"),
-        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents or mixture"),
+        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents, mixture or codebook"),
         ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
         ("train --model TINY --alpha 0.1,much", "alpha=0.1,much was given; give one number, or start and end as"),
         ("train --model TINY --features colour", "signals='colour' is unknown"),

@@ -93,7 +93,7 @@ def test_a_key_from_a_file_that_ends_in_a_line_break_matches(checkpoint):
         ("x --grace -1", "grace=-1.0 was given; it must be a number of seconds, 0 or more"),
         ("x --execution nope", "execution='nope' is unknown; choose captured, compact, dense or masked"),
         ("x --path nope", "execution='nope' is unknown; choose captured, compact, dense or masked"),
-        ("x --batch-by luck", "'--batch-by': 'luck' is not one of 'settings', 'decision'"),
+        ("x --batch-by luck", "'--batch-by': 'luck' is not one of 'settings', 'decision', 'mask'"),
     ],
 )
 def test_what_cannot_be_served_is_said_in_one_sentence(flags, sentence, monkeypatch):

@@ -2,11 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from microglia.benchmark import Plan
-from microglia.cli.demo import adds, comparison, picture, verdict
+from microglia.benchmark import fixed_prompts, time_requests
+from microglia.cli.demo import adds, comparison, picture, times, verdict
 from microglia.experiments.demo import RECIPE, demo, shared_out
 from microglia.experiments.side_by_side import PairRecipe
 from microglia.results import from_json
@@ -26,12 +27,10 @@ def ran(tmp_path_factory):
     recipe = PairRecipe(replace(RECIPE.first, **small), replace(RECIPE.second, **small))
     lines = []
 
-    def plan(**options):
-        return Plan(**options | {"new_tokens": 8, "num_runs": 2})
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("microglia.experiments.demo.HELD_OUT", 24)
-        patch.setattr("microglia.experiments.demo.Plan", plan)
+        patch.setattr("microglia.experiments.demo.fixed_prompts", partial(fixed_prompts, count=2))
+        patch.setattr("microglia.experiments.demo.time_requests", partial(time_requests, num_runs=1))
         how = {"problems": 12, "batch_size": 12, "max_new_tokens": 40, "tell": lines.append}
         summary = demo(folder, recipe=recipe, **how)
     return folder, summary, lines
@@ -42,6 +41,9 @@ def test_the_summary_is_what_the_interface_promises(ran):
     folder, summary, _ = ran
     written = json.loads((folder / "summary.json").read_text())
     assert from_json(written) == summary
+    assert list(summary.requests) == list(summary.steps) == ["dense", "pruned", "static_baseline"]
+    assert {(one.prompts, one.n) for one in summary.requests.values()} == {(2, 1)}
+    assert summary.requests["static_baseline"].charged == ("reading", "steps")
     named = {"dense", "pruned", "static_baseline", "random"}
     assert named | {"agent_parameters", "agent_share", "seconds"} <= set(written)
     figures = {"accuracy", "sparsity", "to_dense"}
@@ -77,6 +79,8 @@ def test_what_is_shown_are_the_figures_of_the_summary(ran):
     assert answered[:3] == ["dense", "pruned", "static baseline"]
     table = comparison(summary)
     assert list(table.columns[1].cells)[1] == f"{summary.pruned.accuracy:.1%}"
+    timed = list(times(summary).columns[2].cells)
+    assert [cell.split("×")[0] for cell in timed] == [f"{x.ratio_to_dense:.2f}" for x in summary.requests.values()]
     shown = picture(summary).plain
     assert len(shown.splitlines()) == 1 + len(summary.pruned.sparsity_by_difficulty)
     sentences = verdict(summary).plain

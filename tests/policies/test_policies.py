@@ -9,6 +9,7 @@ from microglia.gate import Gate
 from microglia.policies import (
     POLICIES,
     AgentPolicy,
+    CodebookPolicy,
     MaskMixture,
     MicrogliaAgent,
     MixturePolicy,
@@ -31,7 +32,7 @@ def random_features(signals=BOTH, rows=5):
     return [torch.randn(rows, feature_size(g, signals), generator=generator) for g in GEOMETRIES]
 
 
-AGENTS = [AgentPolicy, MixturePolicy]
+AGENTS = [AgentPolicy, MixturePolicy, CodebookPolicy]
 
 
 @pytest.mark.parametrize("signals", [BOTH, ("norm",), ("entropy",)], ids="+".join)
@@ -47,12 +48,15 @@ def test_agents_start_by_keeping_every_head(policy):
         assert Gate()(logits, geometry).min() == 1
 
 
-@pytest.mark.parametrize(("kind", "policy", "usual"), [("agents", AgentPolicy, 128), ("mixture", MixturePolicy, 16)])
+KINDS = [("agents", AgentPolicy, 128), ("mixture", MixturePolicy, 16), ("codebook", CodebookPolicy, 8)]
+
+
+@pytest.mark.parametrize(("kind", "policy", "usual"), KINDS)
 def test_agents_are_made_by_the_name_of_their_kind(kind, policy, usual):
     made, small = new_agents(kind, GEOMETRIES), new_agents(kind, GEOMETRIES, hidden_dim=4, signals=("norm",))
     assert type(made) is type(small) is policy
     assert (made.hidden_dim, small.hidden_dim, small.signals) == (usual, 4, ("norm",))
-    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents or mixture"):
+    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents, mixture or codebook"):
         new_agents("gru", GEOMETRIES)
 
 
@@ -118,7 +122,7 @@ def test_agents_can_start_from_a_static_baseline(policy):
     torch.testing.assert_close(started, (5 * torch.cat(baseline)).clamp(-1, 1))
 
 
-@pytest.mark.parametrize("make", [*AGENTS, StaticPolicy.all_kept], ids=["agents", "mixture", "static"])
+@pytest.mark.parametrize("make", [*AGENTS, StaticPolicy.all_kept], ids=["agents", "mixture", "codebook", "static"])
 def test_every_parameter_gets_a_gradient_through_the_gates(make):
     policy, gate = make(GEOMETRIES), Gate(mode="straight-through", temperature=1.0)
     logits = policy(random_features())
@@ -174,7 +178,7 @@ def test_a_predictor_reads_the_first_site_only():
     assert not any(a.equal(b) for a, b in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("name", ["agents", "mixture", "static", "signal", "predictor"])
+@pytest.mark.parametrize("name", ["agents", "mixture", "codebook", "static", "signal", "predictor"])
 def test_a_policy_made_again_from_its_name_signals_and_options_is_the_same(name):
     signals = ("norm",) if name == "signal" else BOTH
     first = POLICIES[name].create(GEOMETRIES, signals)

@@ -450,7 +450,7 @@ def test_a_failing_model_is_an_error_and_not_the_end(model):
         ({"host": "0.0.0.0"}, r"host='0.0.0.0' can be reached from other machines and there is no API key"),
         ({"port": 70000}, r"port=70000 was given"),
         ({"max_new_tokens": 0}, r"max_new_tokens=0 was given; it must be at least 1"),
-        ({"batch_by": "x"}, r"batch_by='x' is unknown; choose settings or decision"),
+        ({"batch_by": "x"}, r"batch_by='x' is unknown; choose one of settings, decision, mask"),
         ({"name": " "}, r"the model's name is empty"),
         ({"api_key": "schlüssel"}, r"the API key must be ASCII"),
     ],

@@ -51,7 +51,7 @@ class Noting:
     def count_kept_heads(self, jobs):
         self.counted.append([j.prompt for j in jobs])
         for one in jobs:
-            one.kept_heads = (len(one.prompt), 4)
+            one.kept_heads, one.mask = (len(one.prompt), 4), one.prompt.encode()
 
 
 @pytest.fixture
@@ -101,6 +101,14 @@ def test_by_decision_those_that_keep_as_many_heads_share_a_batch(start):
         "dddd",
         "e",
     ]  # each is counted once
+
+
+def test_by_mask_only_those_that_keep_the_same_heads_share_a_batch(start):
+    worker, model = start(max_batch=3, batch_by="mask")
+    worker.submit([job("aaaa"), job("b"), job("bbbb"), job("aaaa"), job("b"), job("aaaa"), job("aaaa")])
+    drained(worker)
+    assert model.batches == [["first"], ["aaaa", "aaaa", "aaaa"], ["b", "b"], ["bbbb"], ["aaaa"]]
+    assert len(model.counted) == 3  # all waiting prompts at first, three at a time, and never again
 
 
 def test_by_decision_dense_and_few_prompts_are_not_counted(start):
@@ -223,5 +231,5 @@ def test_the_oldest_comes_first_whatever_it_is_ordered_by():
 
 @pytest.mark.parametrize("wrong", [{"max_batch": 0}, {"max_waiting": 0}, {"batch_by": "luck"}])
 def test_wrong_options_are_refused(wrong):
-    with pytest.raises(ConfigError, match=r"was given; it must be at least 1|choose settings or decision"):
+    with pytest.raises(ConfigError, match=r"was given; it must be at least 1|choose one of settings, decision, mask"):
         Worker(Noting(), ServingConfig("x", **wrong))

@@ -1,7 +1,7 @@
 """What is compared: trained policies and criteria by name, always with the agents and their static baseline."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from microglia.checkpoint import Checkpoint
 from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
 from microglia.evaluation.setup import Setup
+from microglia.experiments.compare.controls import CONTROLS, EQUAL_TIME, FROZEN, SHUFFLED, frozen, shuffled
 from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Example
@@ -18,7 +19,6 @@ from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config
 
 AGENTS, BASELINE, PER_INPUT = "agents", "static_baseline", ":per-input"
-CALIBRATION_PROMPTS = 128  # of a criterion that is not trained as the agents were
 
 Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a seed
 
@@ -30,6 +30,8 @@ class Entry:
     identity: what tells the policy that a seed makes from others of that name, for a ledger.
     count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
     fill: what its pruned heads leave behind, None for what the agents' leave.
+    of_agents: makes the policy of a control from the agents' pruner at a keep ratio and held-out prompts; `make` then
+    gives the agents' policy. effort: what making it took, for the record.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Entry:
     make: Callable[[int], Policy]
     count: int | None = None
     fill: Fill | None = None
+    of_agents: Callable[[Pruner, Setup], Policy] | None = None
+    effort: dict[str, Any] = field(default_factory=dict)
 
 
 def parsed(words: Sequence[str]) -> dict[str, list[str]]:
@@ -57,22 +61,46 @@ def make_entries(
     *,
     like: Pruner,
     training: Mapping[str, Any] | None = None,
+    calibration_examples: int | None = None,
 ) -> list[Entry]:
     """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
 
     examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share, and its fill
     but for criteria whose paper has the mean. training: the agents' training as a checkpoint holds it, by which the
-    static baseline is trained too.
+    static baseline is trained too. calibration_examples: of criteria that are not trained, None for each one's own.
     """
     options = {BASELINE: {"config": baseline_of(training)}} if training and training.get("config") else {}
-    entries = []
+    entries = list[Entry]()
     for name, folders in parsed(words).items():
-        if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
+        if name in CONTROLS:
+            of = BASELINE if name == EQUAL_TIME else AGENTS
+            entries.append(control(name, next(entry for entry in entries if entry.name == of)))
+        elif ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
             prints = [policy.fingerprint() for policy in ready]
-            entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready)))
+            saved = training if policies.get(name) else Checkpoint.from_pretrained(folders[0]).config.training
+            effort = effort_of(saved)
+            entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready), effort=effort))
         else:
-            entries.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
+            chosen: dict[str, Any] = {"calibration_examples": calibration_examples, **options.get(name, {})}
+            entries.append(criterion(name, setup, examples, like=like, **chosen))
     return entries
+
+
+def control(name: str, of: Entry) -> Entry:
+    """A control made of another entry: the agents, or for equal time their static baseline."""
+    made = {FROZEN: frozen, SHUFFLED: shuffled}.get(name)
+    return replace(of, name=name, identity=lambda seed: {"control": name, "of": of.identity(seed)}, of_agents=made)
+
+
+def effort_of(training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Steps, examples and time behind trained policies, as far as their checkpoint says it; pairs have two stages."""
+    stages = [config_of(training[name]) for name in ("first", "config") if training and training.get(name)]
+    if not stages:
+        return {}
+    drawn = {f"stage {i}": {"steps": c.max_steps, "batch_size": c.batch_size} for i, c in enumerate(stages, 1)}
+    if min(c.max_steps for c in stages) < 1:
+        return {"trained": True, **drawn}
+    return {"trained": True, "examples": sum(c.max_steps * c.batch_size for c in stages), **drawn}
 
 
 def policy_in(folder: str, name: str, model: Any) -> Policy:
@@ -88,13 +116,22 @@ def policy_in(folder: str, name: str, model: Any) -> Policy:
     return checkpoint.pruner.policy.to(input_device(model)).eval()
 
 
-def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **options: Any) -> Entry:
+def criterion(
+    word: str,
+    setup: Setup,
+    examples: Examples,
+    *,
+    like: Pruner,
+    calibration_examples: int | None = None,
+    **options: Any,
+) -> Entry:
     """A criterion by its name, `:per-input` behind it if it shall decide for each prompt.
 
     Raises ConfigError for an unknown name.
     """
     chosen = get_criterion(word.removesuffix(PER_INPUT), **options)
-    limit = options["config"].limit if "config" in options else CALIBRATION_PROMPTS
+    trained = "config" in options
+    limit = options["config"].limit if trained else calibration_examples or chosen.examples
     fill: Fill = "mean" if chosen.fill == "mean" else like.fill
     described = {"criterion": word, "fill": fill, **{name: asdict(value) for name, value in options.items()}}
 
@@ -115,7 +152,8 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
         )
         return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
 
-    return Entry(word, identity, make, fill=fill)
+    effort = effort_of({"config": asdict(options["config"])}) if trained else {"trained": False, "examples": limit}
+    return Entry(word, identity, make, fill=fill, effort=effort)
 
 
 def baseline_of(training: Mapping[str, Any]) -> TrainingConfig:

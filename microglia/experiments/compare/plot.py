@@ -30,9 +30,9 @@ def draw(result: ComparisonResult, path: Path | str, *, title: str = "") -> Path
 
     rows = result.rows
     panels = [("heads pruned, %", [100 * (1 - row.keep_ratio) for row in rows], "pareto_sparsity")]
-    speeds = [row.latency.ratio_to_dense for row in rows if row.latency]
+    speeds = [row.request.ratio_to_dense for row in rows if row.request]
     if len(speeds) == len(rows):
-        panels.append(("measured speed-up of a decode step, ×", speeds, "pareto_latency"))
+        panels.append(("measured speed-up of a request, ×", speeds, "pareto_latency"))
     figure = Figure(figsize=(5.5 * len(panels), 4.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, (label, places, front) in zip(axes, panels, strict=True):

@@ -7,26 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from microglia.benchmark import TimedRun, request_time, step_time
 from microglia.errors import DataError
 from microglia.evaluation.crossed import crossed_difference, holm_corrected
 from microglia.evaluation.run import Evaluation, follows_difficulty
 from microglia.experiments.compare.entries import AGENTS, BASELINE
 from microglia.experiments.measure import Measured, figures, losses, right
-from microglia.results import Adaptivity, ComparisonResult, ComparisonRow, Difference, Latency
+from microglia.results import Adaptivity, ComparisonResult, ComparisonRow, Difference
 
 DENSE = "dense"
-TIMED = ("dense", "pruned")  # variants of a timing
 
 
 @dataclass(frozen=True)
 class Run:
-    """One policy at one target keep ratio with one seed. timing: of `TIMED` variants on a typical prompt."""
+    """One policy at one target keep ratio with one seed. timing: of requests, on the prompts that all are timed on."""
 
     policy: str
     target: float
     seed: int
     measured: Measured
-    timing: dict[str, Latency] | None = None
+    timing: TimedRun | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,12 @@ class Group:
         return [answer.id for answer in self.runs[0].measured.answers.answers]
 
     @property
-    def timing(self) -> dict[str, Latency]:
-        return next((run.timing for run in self.runs if run.timing), {})
+    def keep_ratio_per_token(self) -> float:
+        return float(np.mean([1 - run.measured.answers.sparsity_per_token for run in self.runs]))
+
+    @property
+    def timing(self) -> list[TimedRun]:
+        return [run.timing for run in self.runs if run.timing]
 
     def row(self, to_dense: Difference | None = None, agents_to_this: Difference | None = None) -> ComparisonRow:
         policy, target = self.key
@@ -76,7 +80,8 @@ class Group:
             mean_tokens=float(np.mean([run.measured.answers.mean_tokens for run in self.runs])),
             prompts=self.right.shape[1],
             seeds=tuple(run.seed for run in self.runs),
-            latency=self.timing.get("pruned"),
+            request=request_time(self.timing) if self.timing else None,
+            latency=step_time(self.timing) if self.timing else None,
             pareto_sparsity=False,
             to_dense=to_dense,
             agents_to_this=agents_to_this,
@@ -121,6 +126,7 @@ def adaptivity(agents: Group, baseline: Group) -> Adaptivity:
         p_value=test.p_value,
         target=agents.key[1],
         keep_ratios={AGENTS: agents.keep_ratio, BASELINE: baseline.keep_ratio},
+        keep_ratios_per_token={AGENTS: agents.keep_ratio_per_token, BASELINE: baseline.keep_ratio_per_token},
         loss=crossed_difference(agents.losses, baseline.losses),
     )
 
@@ -131,27 +137,60 @@ def _rows(dense: Group, groups: dict[tuple[str, float], Group], agents: dict[flo
     others = [key for key in groups if key[0] != AGENTS and key[1] in agents]
     against = holm_corrected([crossed_difference(agents[key[1]].right, groups[key].right) for key in others])
     from_agents = dict(zip(others, against, strict=True))
-    rows = [_dense_row(dense, list(groups.values()))]
+    rows = [dense.row()]
     for (key, group), test in zip(groups.items(), to_dense, strict=True):
         rows.append(group.row(to_dense=test, agents_to_this=from_agents.get(key)))
-    sparse = _pareto(rows, [1 - row.keep_ratio for row in rows])
+    sparse = _pareto(rows, [Gain.known(1 - (row.keep_ratio_per_token or row.keep_ratio)) for row in rows])
     rows = [replace(row, pareto_sparsity=best) for row, best in zip(rows, sparse, strict=True)]
-    speeds = [row.latency.ratio_to_dense for row in rows if row.latency]
+    speeds = [Gain(row.request.ratio_to_dense, row.request.ratio_ci95) for row in rows if row.request]
     if len(speeds) < len(rows):
         return rows
     return [replace(row, pareto_latency=best) for row, best in zip(rows, _pareto(rows, speeds), strict=True)]
 
 
-def _dense_row(dense: Group, pruned: Sequence[Group]) -> ComparisonRow:
-    """The dense row; its time is the median over the benchmarks of the others, in each of which it took part."""
-    timed = [group.timing["dense"] for group in pruned if group.timing]
-    if not timed:
-        return dense.row()
-    median = float(np.median([latency.ms_per_token for latency in timed]))
-    return replace(dense.row(), latency=replace(timed[0], ms_per_token=median, keep_ratio=1.0))
+@dataclass(frozen=True)
+class Gain:
+    """What pruning is for, more is better, with its 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def known(cls, value: float) -> "Gain":
+        """What was counted and not measured."""
+        return cls(value, (value, value))
+
+    def surely_above(self, other: "Gain") -> bool:
+        return self.ci95[0] > other.ci95[1]
 
 
-def _pareto(rows: Sequence[ComparisonRow], gains: Sequence[float]) -> list[bool]:
-    """Whether no other row is at least as good in accuracy and in the gain, and better in one of them."""
-    points = [(row.accuracy, gain) for row, gain in zip(rows, gains, strict=True)]
-    return [not any(a >= x and g >= y and (a, g) != (x, y) for a, g in points) for x, y in points]
+def _pareto(rows: Sequence[ComparisonRow], gains: Sequence[Gain]) -> list[bool]:
+    """Whether no other row is at least as good in accuracy and in the gain and surely better in one of them.
+
+    Surely: their intervals do not overlap.
+    """
+    points = [(Gain(row.accuracy, row.ci95), gain) for row, gain in zip(rows, gains, strict=True)]
+
+    def beats(one: tuple[Gain, Gain], other: tuple[Gain, Gain]) -> bool:
+        pairs = list(zip(one, other, strict=True))
+        return all(x.value >= y.value for x, y in pairs) and any(x.surely_above(y) for x, y in pairs)
+
+    return [not any(beats(other, point) for other in points) for point in points]
+
+
+def equal_times(runs: Sequence[Run], agents: str, baseline: str) -> dict[float, float]:
+    """At each target of the agents the keep ratio at which the static baseline's requests take as long as theirs.
+
+    On straight lines between the baseline's own measured keep ratios and the dense model, whose share of its time is 1;
+    1 where the agents are no faster than dense. What it then takes is measured like every other row.
+    """
+    groups: dict[tuple[str, float], list[TimedRun]] = {}
+    for run in runs:
+        if run.timing is not None:
+            groups.setdefault((run.policy, run.target), []).append(run.timing)
+    shares = {key: 1 / request_time(part).ratio_to_dense for key, part in groups.items()}
+    known = sorted((target, share) for (name, target), share in shares.items() if name == baseline)
+    targets, times = [target for target, _ in known] + [1.0], [share for _, share in known] + [1.0]
+    rising = np.maximum.accumulate(times)
+    found = {target: share for (name, target), share in shares.items() if name == agents}
+    return {target: round(float(np.interp(share, rising, targets)), 3) for target, share in found.items()}

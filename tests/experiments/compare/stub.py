@@ -18,6 +18,7 @@ class Stub:
     made: list
     config: Any = None
     fill: str = "zero"
+    examples: int = 128
 
     def policy(self, calibration: Calibration, *, per_input: bool = False):
         examples = len(calibration.examples)
