@@ -60,10 +60,10 @@ def side_by_side(runs: Mapping[str, Any], difference: str, test: Any | None, tit
             "" if r.sparsity_per_token is None else share(r.sparsity_per_token) for r in runs.values()
         ],
         "tokens per answer": [f"{r.mean_tokens:.1f}" for r in runs.values()],
-        "cut off at the limit": ["" if r.unfinished is None else share(r.unfinished) for r in runs.values()],
+        "cut off": ["" if r.unfinished is None else share(r.unfinished) for r in runs.values()],
         "seconds": [f"{r.seconds:.1f}" for r in runs.values()],
     }
-    lines = [(name, *cells) for name, cells in rows.items()]
+    lines = [(name, *cells) for name, cells in rows.items() if any(cells)]
     view: list[Any] = [table(title, ("", *runs), lines, padding=(0, 1), fold=True)]
     if test:
         words = with_interval(f"{difference}: {points(test.diff)} points", test.ci95)
@@ -104,7 +104,7 @@ def figures_table(figures: Sequence[Any], title: str) -> Table:
             )
         )
         last = dataset
-    columns = ("data, prompts", "", "dense", "pruned", "difference (95 %)", "p")
+    columns = ("data", "", "dense", "pruned", "difference (95 %)", "p")
     return table(title, columns, rows, padding=(0, 1), fold=True)
 
 

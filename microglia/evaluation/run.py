@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class Answer:
     """One example's answer and what it cost: `new_tokens` without padding, `keep_ratio` 1.0 when dense.
 
-    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood. `finished`: ended by
-    itself, not at the limit. `tokens` are those of the answer, where it was generated here.
+    `choices` are the log-probabilities of the choices where the answer was chosen by likelihood. `finished`:
+    a generated one ended by itself and not at the limit. `tokens`: those that were generated.
     """
 
     id: str
@@ -39,14 +39,14 @@ class Answer:
     difficulty: int
     family: str
     choices: tuple[float, ...] = ()
-    finished: bool = True
+    finished: bool | None = None
     tokens: tuple[int, ...] = field(default=(), compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """What is not empty, without the tokens."""
         row = asdict(self)
         del row["tokens"]
-        return {name: value for name, value in row.items() if name != "choices" or value}
+        return {name: value for name, value in row.items() if value not in ((), None)}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> "Answer":
@@ -82,9 +82,10 @@ class Evaluation:
         return 1 - kept / tokens if tokens else self.sparsity
 
     @property
-    def unfinished(self) -> float:
-        """Share of the answers that were cut off at the limit. They are judged by what there is of them."""
-        return 1 - _mean([a.finished for a in self.answers])
+    def unfinished(self) -> float | None:
+        """Share of the answers that were cut off at the limit, and are judged by what there is; None of choices."""
+        finished = [a.finished for a in self.answers if a.finished is not None]
+        return 1 - _mean(finished) if finished else None
 
     @property
     def mean_tokens(self) -> float:

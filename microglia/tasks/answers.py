@@ -69,12 +69,13 @@ def extract_answer(text: str) -> str | None:
     """The normalised final answer of a worked text, None when no number is in it.
 
     Tried in turn: the first `#### n` (Cobbe et al. 2021; the first, because a model that runs on repeats itself), the
-    last "the answer is n", the last `\\boxed{n}`, a last line that is a number, the last number. Of an answer that is
-    stated in one of these ways it is the first number that counts, or what arithmetic before an `=` comes to.
+    last `\\boxed{n}`, which chat models are asked for, the last "the answer is n", a last line that is a number, the
+    last number. Of an answer that is stated in one of these ways it is the first number that counts, or what arithmetic
+    before an `=` comes to.
     """
     text = without_negated(_plain(reply(text)))
     last_line = text.rstrip().rpartition("\n")[2]
-    for answer in (_after_hashes(text), _after_answer_is(text), _boxed(text), quantity(last_line)):
+    for answer in (_after_hashes(text), _boxed(text), _after_answer_is(text), quantity(last_line)):
         if answer is not None:
             return answer
     numbers = [_canonical(match) for match in NUMBER.finditer(text)]

@@ -60,6 +60,17 @@ def test_every_setting_that_was_tried_is_shown(folder):
     assert "with 95% confidence that costs at most 90 points" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize(("loss", "words"), [("agreement", "other tokens"), ("kl", "KL, nats per token")])
+def test_a_promise_may_be_about_tokens(loss, words, folder):
+    few = ["--dataset", "text", "--limit", 8, "--max-new-tokens", 3, "--settings", "0.9,0.5"]
+    done = run("--model-path", folder, "--loss", loss, "--max-drop", 0.9, "--confidence", 0.5, *few)
+    assert done.exit_code == 0, done.stderr
+    assert words in done.stdout
+    assert Checkpoint.from_pretrained(folder).config.promise["loss"] == loss
+    record = read_records(folder / "calibration.jsonl")[0]
+    assert (record.name, record.unit) == (f"{loss}_drop", "nats/token" if loss == "kl" else "ratio")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

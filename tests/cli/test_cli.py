@@ -109,6 +109,50 @@ def test_evaluate_scores_choices(trained, tmp_path):
     assert read_records(tmp_path / "records.jsonl")[0].extra["scoring"] == "likelihood-per-character"
 
 
+def test_evaluate_puts_several_data_sets_in_one_table_and_goes_on(trained, tmp_path):
+    texts = [{"text": "red", "label": "A"}, {"text": "a longer green", "label": "B"}]
+    rows = [{"id": str(n), "question": {"stem": f"Which {n}?", "choices": texts}, "answerKey": "B"} for n in range(3)]
+    (tmp_path / "data" / "arc").mkdir(parents=True)
+    (tmp_path / "data" / "arc" / "ARC-Easy-Test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    flags = ["--dataset", "arithmetic,arc-easy,text", "--limit", "2,3,4", "--data-dir", tmp_path / "data"]
+    flags += ["--output-dir", out, "--max-new-tokens", 3, "--dtype", "bfloat16"]
+    data = only_json(run("evaluate", "--model-path", trained[0], *flags, "--json"))
+    assert data["kind"] == "judgement"
+    prompts = {(figure["dataset"], figure["prompts"]) for figure in data["figures"] if figure["measure"] != "kl"}
+    assert prompts >= {("arithmetic", 2), ("arc-easy", 3), ("text", 4)}
+    assert data["evaluations"].keys() == {"arithmetic", "arc-easy"}
+    assert data["evaluations"]["arc-easy"]["scoring"] == "likelihood"
+    assert json.loads((out / "judgement-arithmetic-arc-easy-text.json").read_text()) == data
+    assert (out / "answers-arithmetic.json").is_file()
+    names = {(r.name, r.extra["dataset"], r.unit) for r in read_records(out / "records.jsonl")}
+    assert {
+        ("kl", "text", "nats/token"),
+        ("exact_prefix", "arithmetic", "tokens"),
+        ("accuracy", "arc-easy", "ratio"),
+    } <= names
+    before = (out / "evaluation-ledger.jsonl").read_text()
+    table = run("evaluate", "--model-path", trained[0], *flags)
+    assert table.exit_code == 0, table.stderr
+    assert "KL per token" in table.stdout
+    assert "cut off at 3 tokens" in table.stdout
+    assert (out / "evaluation-ledger.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--dataset text,text", "name every data set once, and give one limit or one for each"),
+        ("--dataset text,arithmetic --limit 1,2,3", "--dataset text,arithmetic and --limit 1,2,3 were given"),
+        ("--dataset text --limit many", "--limit many was given; give numbers separated by commas"),
+    ],
+)
+def test_evaluate_refuses_data_sets_and_limits_that_do_not_fit(trained, flags, sentence):
+    result = run("evaluate", "--model-path", trained[0], *flags.split())
+    assert result.exit_code == 2
+    assert sentence in result.stderr
+
+
 def test_generate_answers_arguments_or_stdin(trained):
     flags = ["--model-path", trained[0], "--max-new-tokens", 3, "--keep-ratio", 0.8]
     two = only_json(run("generate", "1 + 1 =", "2 + 2 =", *flags, "--json"))

@@ -1,5 +1,7 @@
 """What happened to every head: means over all prompts, however they were batched."""
 
+import json
+
 import pytest
 import torch
 
@@ -25,3 +27,17 @@ def test_a_dense_model_says_nothing_of_heads():
     means = HeadMeans()
     means.add([], [])
     assert means.as_json() == {}
+
+
+def test_sums_come_back_from_json_as_they_were():
+    generator, means, again = torch.Generator().manual_seed(1), HeadMeans(), HeadMeans()
+    for prompts in (3, 1, 4):
+        part = HeadMeans()
+        keep = [torch.rand(prompts, 2, generator=generator) for _ in range(2)]
+        signals = [{"norm": torch.rand(prompts, 2, generator=generator)} for _ in range(2)]
+        for one in (means, part):
+            one.add(keep, signals)
+        again.add_json(json.loads(json.dumps(part.to_json())))
+    assert again.as_json() == means.as_json()
+    again.add_json(HeadMeans().to_json())  # of a dense model
+    assert again.prompts == 8

@@ -13,6 +13,7 @@ from scipy import stats
 from microglia.errors import ConfigError, DataError
 from microglia.evaluation.significance import (
     bootstrap_ci,
+    clustered_ci,
     mcnemar_exact,
     paired_difference,
     spearman_ci,
@@ -226,3 +227,21 @@ def test_bad_samples_are_refused() -> None:
     for compare in (paired_difference, mcnemar_exact, spearman_ci):
         with pytest.raises(DataError, match="3 and 2 values"):
             compare([1, 0, 1], [1, 0])
+
+
+def test_an_interval_per_token_resamples_prompts_with_all_their_tokens() -> None:
+    rng = np.random.default_rng(4)
+    tokens = rng.integers(1, 60, 80)
+    values = tokens * rng.gamma(2, 0.05, 80)  # the tokens of one prompt go together
+    low, high = clustered_ci(values, tokens)
+    ratios = []
+    for _ in range(4000):
+        picked = rng.integers(0, 80, 80)
+        ratios.append(values[picked].sum() / tokens[picked].sum())
+    assert (low, high) == pytest.approx(np.quantile(ratios, (0.025, 0.975)), abs=0.002)
+    assert low < values.sum() / tokens.sum() < high
+    assert clustered_ci(values, tokens) == (low, high)
+    assert all(math.isnan(end) for end in clustered_ci(tokens * 0.5, tokens))
+    assert all(math.isnan(end) for end in clustered_ci([1.0], [2.0]))
+    with pytest.raises(DataError, match="the samples have 2 and 1 values"):
+        clustered_ci([1, 2], [3])

@@ -82,6 +82,9 @@ EXTRACTED = [
     ("Answer: 8\nQ: How many are 2 and 2?\nA: The answer is 4", "8"),
     # \boxed
     ("Thus \\boxed{18} after 3 steps", "18"),
+    ("The answer is found in 3 steps.\n\\[\n\\boxed{18}\n\\]", "18"),
+    ("Therefore, Janet makes $\\boxed{18}$ dollars every day.", "18"),
+    ("\\[ 9 \\times 2 = \\boxed{\\text{18 dollars}} \\]", "18"),
     ("\\boxed{1} then \\boxed{2} in 3 ways", "2"),
     ("\\boxed{x = \\text{total of } 1{,}250} in 3 ways", "1250"),
     ("\\boxed{\\$18.00} by 5 pm", "18"),

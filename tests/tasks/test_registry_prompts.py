@@ -13,7 +13,7 @@ from microglia import tasks
 from microglia.cli import options
 from microglia.errors import ConfigError
 from microglia.models import load_model
-from microglia.tasks import TASKS, Task, get_task
+from microglia.tasks import TASKS, Example, Task, get_task
 from microglia.tasks.prompts import (
     answer_end,
     continuation_ids,
@@ -170,3 +170,27 @@ def test_a_text_behind_another_begins_with_one_space() -> None:
     _, reasoner = load_model("reasoner")
     for text in (" 3+4=7\n#### 7", "7", " First: 20/2=10"):
         assert continuation_ids(reasoner, text) == reasoner(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_chat_model_is_told_to_box_its_answer_where_no_shot_shows_how() -> None:
+    task = get_task("arithmetic")
+    (example,) = task.load("test", limit=1)
+    (shown,) = get_task("arithmetic", shots=1).load("test", limit=1)
+    chat, base = tokenizer(), tokenizer()
+    chat.chat_template = CHAT
+    asked = f"{example.question}\n{task.instruction}"
+    assert "step by step" in asked
+    assert "\\boxed{}" in asked
+    assert example_prompt(chat, example, Task.template) == f"<user>{asked}<end><assistant>"
+    assert example_prompt(base, example, Task.template) == f"Question: {example.question}\nAnswer:"
+    assert task.instruction not in example_prompt(chat, shown, Task.template)
+    assert {name for name, kind in TASKS.items() if kind.instruction} == {"arithmetic", "gsm8k", "svamp"}
+
+
+def test_a_whole_prompt_gets_nothing_around_it() -> None:
+    chat = tokenizer()
+    chat.chat_template = CHAT
+    example = Example("x", "Once upon a time", " there was a fox.", "", 0, whole=True)
+    prompt = example_prompt(chat, example, Task.template)
+    assert prompt == "Once upon a time"
+    assert type(prompt) is str
