@@ -20,6 +20,8 @@ from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.reading import Reading, joined, read
 from microglia.tasks.base import Example, Task
+from microglia.training.config import TrainingConfig
+from microglia.training.continuations import continued
 from microglia.training.loss import answer_losses
 from microglia.units import HeadSite, find_sites
 
@@ -69,7 +71,10 @@ class Calibration:
     @cached_property
     def batches(self) -> list[Batch]:
         """The examples in order, `batch_size` at a time, on the model's device."""
-        rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
+        if not any(example.answer for example in self.examples):  # prompts alone: the dense model writes the answers
+            rows = list(continued(self.lm, self.tokenizer, self.task, self.examples, TrainingConfig()))
+        else:
+            rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
