@@ -100,7 +100,7 @@ def test_worked_answers_are_asked_for_only_where_there_are_some(tmp_path):
     assert row["task"] > row["kl"] > 0
 
 
-# --- recovery at inference ----------------------------------------------------------------------------------------------
+# --- recovery at inference ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("execution", ["masked", "compact"])
