@@ -7,7 +7,7 @@ training as in inference, so that decisions do not depend on the recovery and de
 
 import hashlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -43,6 +43,29 @@ class Recovery(nn.Module):
         projections, norms = _places(model)
         shapes = [(features(p, of_inputs=True), features(p, of_inputs=False)) for p in projections]
         return cls(shapes, [len(norm.weight) for norm in norms], rank).to(input_device(model))  # type: ignore[arg-type]
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], rank: int) -> "Recovery":
+        """What `state_dict` gave. Raises ConfigError for tensors that make no recovery of that rank."""
+        parts = {name: _listed(tensors, name) for name in ("down", "up", "norms")}
+        down, up, norms = parts.values()
+        shaped = all(x.dim() == 2 for x in (*down, *up)) and all(x.dim() == 1 for x in norms)
+        if not shaped or len(down) != len(up) or len(down) + len(up) + len(norms) != len(tensors):
+            raise ConfigError(f"{len(tensors)} tensors make no recovery; save it again")
+        if {len(x) for x in down} | {x.shape[1] for x in up} != {rank}:
+            raise ConfigError(f"recovery={rank} was given, but its tensors have other ranks; save it again")
+        if not all(x.is_floating_point() and bool(x.isfinite().all()) for x in tensors.values()):
+            raise ConfigError("the recovery holds NaN, infinity or no numbers with a point; train at a lower rate")
+        recovery = cls([(a.shape[1], len(b)) for a, b in zip(down, up, strict=True)], [len(x) for x in norms], rank)
+        recovery.load_state_dict(dict(tensors))
+        return recovery.requires_grad_(False)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether it was made for a model of these shapes."""
+        projections, norms = _places(model)
+        there = [(features(p, of_inputs=True), features(p, of_inputs=False)) for p in projections]
+        here = [(a.shape[1], len(b)) for a, b in zip(self.down, self.up, strict=True)]
+        return here == there and [len(x) for x in self.norms] == [len(n.weight) for n in norms]  # type: ignore[arg-type]
 
     @contextmanager
     def applied(self, model: nn.Module, *, merged: bool) -> Iterator[None]:
@@ -101,6 +124,14 @@ class Recovery(nn.Module):
         for tensor in self.state_dict().values():
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def _listed(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors of a list of parameters, `name.0` first, as far as none is missing."""
+    listed: list[Tensor] = []
+    while (key := f"{name}.{len(listed)}") in tensors:
+        listed.append(tensors[key])
+    return listed
 
 
 def _places(model: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:

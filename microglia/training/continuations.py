@@ -69,8 +69,8 @@ def continuations(
     ends = sorted(end_tokens(lm, tokenizer))
     settings = {"weights": weights_checksum(lm), "max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"ends": ends, "seed": seed if temperature else 0}
-    path = Path(cache_dir or store.cache_folder("continuations")) / f"{_digest(settings)}.jsonl"
-    keys = [_digest(row) for row in ids]
+    path = Path(cache_dir or store.cache_folder("continuations")) / f"{digest(settings)}.jsonl"
+    keys = [digest(row) for row in ids]
     known = processes.agreed(lambda: _read(path))
     missing = {key: index for index, key in reversed([*enumerate(keys)]) if key not in known}
     order = sorted(missing.values(), key=lambda index: (len(ids[index]), index))
@@ -79,7 +79,7 @@ def continuations(
 
     def write(rows: list[int]) -> dict[str, tuple[list[int], bool]]:
         nonlocal done
-        chosen = [_Drawn(temperature, [f"{seed} {keys[i]}" for i in rows], max_new_tokens)] if temperature else None
+        chosen = [Drawn(temperature, [f"{seed} {keys[i]}" for i in rows], max_new_tokens)] if temperature else None
         written = generate(
             lm, tokenizer, [prompts[i] for i in rows], max_new_tokens=max_new_tokens, logits_processor=chosen
         )
@@ -141,7 +141,8 @@ def _stored(tensor: Any) -> list[Tensor]:
     return [tensor]
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """A short name for anything that JSON holds."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -153,7 +154,7 @@ def _read(path: Path) -> dict[str, tuple[list[int], bool]]:
         raise DataError(f"{path} has a row without {error}, so it holds no continuations; delete it") from error
 
 
-class _Drawn(LogitsProcessor):
+class Drawn(LogitsProcessor):
     """Draws from softmax(logits / temperature) by one uniform number per row and step, which the row's name decides.
 
     transformers draws rows from one stream of random numbers, so that a prompt's answer would depend on its batch.

@@ -90,7 +90,7 @@ def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta(family):
     model.requires_grad_(False)
     sites = find_sites(model)
     policy = StaticPolicy([torch.full((s.geometry.heads,), 0.3) for s in sites])
-    trained = Trained(model, Pruner(policy), TrainingConfig(estimator="soft", beta=0.0)).train()
+    trained = Trained(model, Pruner(policy), TrainingConfig(estimator="soft", beta=0.0, target="gold")).train()
     with ExitStack() as gates:
         loss, _ = trained(ScheduleState(alpha=0.0, temperature=1.0, noise=0.0, target=None), gates, **vars(BATCH))
         loss.backward()
@@ -150,7 +150,7 @@ def test_loss_and_price_are_weighed_by_the_same_tokens_or_by_none(loss_per):
     batch = Batch(**collate(rows))
     tokens = torch.tensor([float(len(row["answer"])) for row in rows])
     assert tokens[0] != tokens[1]
-    config = TrainingConfig(estimator="soft", beta=0.0, distill=0.5, loss_per=loss_per)
+    config = TrainingConfig(estimator="soft", beta=0.0, target="0.25", loss_per=loss_per)
     with ExitStack() as gates, torch.no_grad():
         now = ScheduleState(alpha=2.0, temperature=1.0, noise=0.0, target=None)
         loss, parts = Trained(model, pruner, config).train()(now, gates, **vars(batch))
@@ -165,4 +165,4 @@ def test_loss_and_price_are_weighed_by_the_same_tokens_or_by_none(loss_per):
         task, price, divergence = (float((x * weights).sum() / weights.sum()) for x in each)
     assert float(parts["task"]) == pytest.approx(task, rel=1e-5)
     assert float(parts["keep_ratio"]) == pytest.approx(price, rel=1e-5)
-    assert float(loss) == pytest.approx(task + 2 * price + 0.5 * divergence, rel=1e-5)
+    assert float(loss) == pytest.approx(0.75 * task + 2 * price + 0.25 * divergence, rel=1e-5)

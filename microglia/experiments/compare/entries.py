@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from microglia.anatomy import input_device
 from microglia.checkpoint import Checkpoint
 from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
@@ -25,10 +24,10 @@ Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a s
 
 @dataclass(frozen=True)
 class Entry:
-    """A name in tables, and the policy that a seed makes.
+    """A name in tables, and the pruner that a seed makes, of which policy and recovery count.
 
-    identity: what tells the policy that a seed makes from others of that name, for a ledger.
-    count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
+    identity: what tells the pruner that a seed makes from others of that name, for a ledger.
+    count: how many there are, of which both then give the first, second, …; None when any seed makes one.
     fill: what its pruned heads leave behind, None for what the agents' leave.
     of_agents: makes the policy of a control from the agents' pruner at a keep ratio and held-out prompts; `make` then
     gives the agents' policy. effort: what making it took, for the record.
@@ -36,7 +35,7 @@ class Entry:
 
     name: str
     identity: Callable[[int], Any]
-    make: Callable[[int], Policy]
+    make: Callable[[int], Pruner]
     count: int | None = None
     fill: Fill | None = None
     of_agents: Callable[[Pruner, Setup], Policy] | None = None
@@ -57,13 +56,13 @@ def make_entries(
     words: Sequence[str],
     setup: Setup,
     examples: Examples,
-    policies: Mapping[str, Sequence[Policy]],
+    pruners: Mapping[str, Sequence[Pruner]],
     *,
     like: Pruner,
     training: Mapping[str, Any] | None = None,
     calibration_examples: int | None = None,
 ) -> list[Entry]:
-    """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
+    """An entry for each of `parsed` names: the pruners that are there, or those of its folders, or its criterion.
 
     examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share, and its fill
     but for criteria whose paper has the mean. training: the agents' training as a checkpoint holds it, by which the
@@ -75,9 +74,9 @@ def make_entries(
         if name in CONTROLS:
             of = BASELINE if name == EQUAL_TIME else AGENTS
             entries.append(control(name, next(entry for entry in entries if entry.name == of)))
-        elif ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
-            prints = [policy.fingerprint() for policy in ready]
-            saved = training if policies.get(name) else Checkpoint.from_pretrained(folders[0]).config.training
+        elif ready := pruners.get(name) or [pruner_in(folder, name, setup.model) for folder in folders]:
+            prints = [_fingerprint(pruner) for pruner in ready]
+            saved = training if pruners.get(name) else Checkpoint.from_pretrained(folders[0]).config.training
             effort = effort_of(saved)
             entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready), effort=effort))
         else:
@@ -103,17 +102,23 @@ def effort_of(training: Mapping[str, Any] | None) -> dict[str, Any]:
     return {"trained": True, "examples": sum(c.max_steps * c.batch_size for c in stages), **drawn}
 
 
-def policy_in(folder: str, name: str, model: Any) -> Policy:
-    """The policy of a checkpoint. Raises CheckpointError for another model's."""
+def _fingerprint(pruner: Pruner) -> str:
+    """Of the two parts that an entry has of its own."""
+    recovery = [] if pruner.recovery is None else [pruner.recovery.fingerprint()]
+    return " ".join([pruner.policy.fingerprint(), *recovery])
+
+
+def pruner_in(folder: str, name: str, model: Any) -> Pruner:
+    """The pruner of a checkpoint. Raises CheckpointError for another model's, ConfigError for one with LoRA."""
     if not Path(folder).is_dir():
         raise ConfigError(
             f"{name}={folder} was given; give name=FOLDER with a checkpoint folder, or a criterion's name"
         )
     checkpoint = Checkpoint.from_pretrained(folder)
-    checkpoint.check(model)
     if checkpoint.config.lora:
         raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
-    return checkpoint.pruner.policy.to(input_device(model)).eval()
+    checkpoint.load_onto(model)
+    return checkpoint.pruner
 
 
 def criterion(
@@ -138,7 +143,7 @@ def criterion(
     def identity(seed: int) -> Any:
         return {**described, "prompts": fingerprint(examples(limit, seed))}
 
-    def make(seed: int) -> Policy:
+    def make(seed: int) -> Pruner:
         calibration = Calibration(
             setup.model,
             setup.tokenizer,
@@ -146,11 +151,12 @@ def criterion(
             examples(limit, seed),
             window=like.window,
             bucket=like.gate.bucket,
+            least_kept=like.gate.least_kept,
             fill=fill,
             batch_size=16,
             seed=seed,
         )
-        return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
+        return chosen.pruner(calibration, per_input=word.endswith(PER_INPUT))
 
     effort = effort_of({"config": asdict(options["config"])}) if trained else {"trained": False, "examples": limit}
     return Entry(word, identity, make, fill=fill, effort=effort)
@@ -170,6 +176,7 @@ def baseline_of(training: Mapping[str, Any]) -> TrainingConfig:
 def config_of(training: Mapping[str, Any]) -> TrainingConfig:
     """The options of a training as a checkpoint holds them."""
     known = {f.name for f in fields(TrainingConfig)}
-    options: dict[str, Any] = {name: x for name, x in training.items() if name in known}
+    options: dict[str, Any] = {"target": "gold"}  # of before there was another
+    options |= {name: x for name, x in training.items() if name in known}
     options |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}  # JSON has no tuples
     return TrainingConfig(**options)

@@ -39,18 +39,21 @@ class Comparison:
         """The pruner of a seed, or of a place where they are counted, with its budget."""
         report = self.progress or (lambda name, done, total: None)
         report(f"making {entry.name}", 0, 1)
-        pruner = self._calibrated(entry, entry.make(seed))
+        made = self._calibrated(entry, entry.make(seed))
         report(f"making {entry.name}", 1, 1)
-        return pruner
+        return made
 
-    def _calibrated(self, entry: Entry, policy: Policy) -> Pruner:
-        policy = policy.to(input_device(self.setup.model)).eval()
-        return self.held_out.calibrated(replace(self.like, policy=policy, fill=entry.fill or self.like.fill))
+    def _calibrated(self, entry: Entry, made: Pruner) -> Pruner:
+        device = input_device(self.setup.model)
+        recovery = made.recovery if made.recovery is None else made.recovery.to(device)
+        policy, fill = made.policy.to(device).eval(), entry.fill or self.like.fill
+        return self.held_out.calibrated(replace(self.like, policy=policy, recovery=recovery, fill=fill))
 
     def at(self, entry: Entry, pruner: Pruner, ratio: float) -> Pruner:
         """The entry at a keep ratio. A control is made of the agents there, whose pruner is given."""
         if entry.of_agents is not None:
-            pruner = self._calibrated(entry, entry.of_agents(pruner.at(ratio), self.held_out))
+            control = replace(pruner, policy=entry.of_agents(pruner.at(ratio), self.held_out))
+            pruner = self._calibrated(entry, control)
         return pruner.at(ratio)
 
     def trained_keep_ratio(self, pruner: Pruner) -> float:

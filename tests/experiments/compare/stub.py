@@ -20,6 +20,9 @@ class Stub:
     fill: str = "zero"
     examples: int = 128
 
+    def pruner(self, calibration: Calibration, *, per_input: bool = False):
+        return calibration.pruner(self.policy(calibration, per_input=per_input))
+
     def policy(self, calibration: Calibration, *, per_input: bool = False):
         examples = len(calibration.examples)
         self.made.append((self.kind, calibration.seed, examples, per_input, self.config))
