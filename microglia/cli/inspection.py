@@ -111,9 +111,9 @@ def _without_weights(source: str, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from microglia.models import REASONER, reasoner_path
+    from microglia.models import located
 
-    folder = str(reasoner_path()) if source == REASONER else source
+    folder = located(source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
