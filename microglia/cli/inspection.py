@@ -17,7 +17,7 @@ SHOWN = "base_model model_class policy policy_options signals window fill lora t
 
 @verb()
 def inspect(
-    what: Annotated[str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint.")] = "reasoner",
+    what: Annotated[str, typer.Argument(help="A model, as --model takes it, or a checkpoint.")] = "reasoner",
     *,
     prompt: Annotated[str | None, "Which heads of a checkpoint this prompt keeps, and why."] = None,
     png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
