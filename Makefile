@@ -20,7 +20,7 @@ CORE := $(addprefix tests/, anatomy units execution test_models.py test_attach.p
 	cli/test_cli.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test fuzz check format docs notebooks reasoner bench wheel lowest clean
+.PHONY: help setup demo fetch llm test fuzz check format docs notebooks reasoner bench wheel lowest clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -37,9 +37,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-demo: setup ## train agents on the embedded reasoner and show dense against pruned
+demo: setup ## train agents on the embedded reasoner and show dense against pruned; MODEL=smollm2 for a pretrained one
+ifdef MODEL
+	@$(MAKE) --no-print-directory llm
+else
 	@echo "demo: microglia demo $(ARGS)"
 	@$(BIN)/microglia demo $(ARGS)
+endif
+
+fetch: setup ## fetch pretrained models into the cache: make fetch MODEL="smollm2 qwen2.5-coder-0.5b"
+	@echo "fetch: scripts/fetch_models.py $(LLM)"
+	@$(BIN)/python scripts/fetch_models.py $(LLM)
+
+# The whole way on a pretrained model in few steps: it shows that everything works, not what pruning is worth.
+LLM := $(or $(MODEL),smollm2)
+LLM_RUN := runs/llm/$(LLM)
+LLM_DATA := --dataset arithmetic
+llm: fetch ## fetch a pretrained model, train agents on it for a few steps, judge them and ask it; MODEL=smollm2
+	@echo "llm: microglia train, evaluate, generate with $(LLM), in $(LLM_RUN)"
+	@$(BIN)/microglia train --model $(LLM) $(LLM_DATA) --keep-ratio 0.8 --max-steps 8 --batch-size 4 --limit 32 --eval-limit 8 --output-dir $(LLM_RUN)
+	@$(BIN)/microglia evaluate --model-path $(LLM_RUN) $(LLM_DATA) --limit 8 --max-new-tokens 64 --output-dir $(LLM_RUN)/judged
+	@$(BIN)/microglia generate "What is the capital of France?" --model-path $(LLM_RUN) --keep-ratio 0.9 --max-new-tokens 48
 
 test: setup ## run the tests, a process per core; warnings are errors
 	@echo "test: pytest -q $(SPREAD) $(ARGS)"

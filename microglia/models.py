@@ -1,4 +1,4 @@
-"""Load a model and its tokenizer from a hub id, a local folder, a module in memory, or the embedded reasoner."""
+"""Load a model and its tokenizer from a hub id, a folder, a GGUF file, a module in memory, or by a known name."""
 
 from importlib import resources
 from pathlib import Path
@@ -9,11 +9,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from microglia import processes
+from microglia.catalogue.cache import origin
+from microglia.catalogue.fetch import fetched
+from microglia.catalogue.gguf import dequantised
+from microglia.catalogue.known import KNOWN, PLACES, REASONER
 from microglia.errors import MicrogliaError, UnsupportedModelError, check_choice, first_line
 
 QUANTIZATIONS = ("int8", "int4")
 INT4_GROUP = 32  # weights that share a scale; divides the head size of every usual model, so heads can be cut out
-REASONER = "reasoner"  # the model that ships with the package: the default, needs no network
 
 
 def reasoner_path() -> Path:
@@ -21,9 +24,45 @@ def reasoner_path() -> Path:
     return Path(str(resources.files("microglia.reasoner") / "model"))
 
 
-def is_reasoner(lm: nn.Module) -> bool:
-    """Whether a model was loaded from the embedded reasoner's folder."""
-    return str(getattr(getattr(lm, "config", None), "_name_or_path", "")) == str(reasoner_path())
+def located(source: str | Path) -> str:
+    """Where transformers finds a model: a folder for a known name or a GGUF file, anything else as it is.
+
+    A GGUF file is `FILE.gguf`, or `FOLDER::FILE.gguf` with a local folder or a hub id; it is dequantised once. Raises
+    MicrogliaError for what was not fetched yet or cannot be read.
+    """
+    source = str(source)
+    if source == REASONER:
+        return str(reasoner_path())
+    if source in KNOWN:
+        return str(fetched(source))
+    folder, separator, file = source.rpartition("::")
+    if not source.lower().endswith(".gguf") or Path(source).is_dir():
+        if separator:
+            raise MicrogliaError(f"{source} names no GGUF file; give FOLDER::FILE.gguf, or the folder alone")
+        return source
+    if separator and not Path(folder).is_dir():
+        return str(dequantised(_from_hub(folder, file), repository=folder))
+    return str(dequantised(Path(folder, file)))
+
+
+def source_of(lm: Any) -> str:
+    """What was given to load this model: `located` backwards; "" for one that was made in memory."""
+    place = getattr(lm.config, "_name_or_path", "") or ""
+    if place == str(reasoner_path()):
+        return REASONER
+    return str(origin(place).get("model", place)) if place else ""
+
+
+def _from_hub(repository: str, file: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repository, file)
+    except Exception as error:  # httpx', the Hub's and the system's own kinds
+        raise MicrogliaError(
+            f"no {file} could be had from {repository!r} ({first_line(error)}); give a local folder or a hub id that "
+            "holds it"
+        ) from error
 
 
 def load_model(
@@ -37,16 +76,16 @@ def load_model(
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A causal LM in evaluation mode and its tokenizer, padding on the left and with a padding token.
 
-    `model` is `reasoner`, a hub id, a local folder or a module in memory. `dtype` None means float32 on a CPU and the
-    stored type elsewhere. `quantize` is int8 or int4: weight-only, by torchao, of the layers' linear weights. Raises
-    MicrogliaError when nothing can be loaded from there.
+    `model` is a known name (`reasoner`, `smollm2`, …), a hub id, a local folder, a GGUF file (see `located`) or a
+    module in memory. `dtype` None means float32 on a CPU and the stored type elsewhere. `quantize` is int8 or int4:
+    weight-only, by torchao, of the layers' linear weights. Raises MicrogliaError when nothing can be loaded from there.
     """
     processes.join()  # each has a device of its own, which `cuda` then means
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if isinstance(model, nn.Module):
         source, lm = getattr(getattr(model, "config", None), "_name_or_path", ""), model
     else:
-        source = str(reasoner_path()) if str(model) == REASONER else str(model)
+        source = located(model)
         lm = _from_pretrained(source, dtype or (torch.float32 if device.type == "cpu" else "auto"), trust_remote_code)
         lm.to(device)
     if quantize is not None:
@@ -63,15 +102,13 @@ def _from_pretrained(source: str, dtype: Any, trust_remote_code: bool) -> Any:
     folder = Path(source)
     if folder.exists() and not (folder / "config.json").is_file():
         raise MicrogliaError(
-            f"{source} holds no config.json; give a folder written by save_pretrained, a hub id or {REASONER!r}"
+            f"{source} holds no config.json; give a folder written by save_pretrained, or say FOLDER::FILE.gguf for a "
+            "GGUF file in it"
         )
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged config.json raises whatever its values come across
-        raise MicrogliaError(
-            f"no model could be found at {source!r} ({first_line(error)}); "
-            f"give a hub id, a local folder or {REASONER!r}"
-        ) from error
+        raise MicrogliaError(f"no model could be found at {source!r} ({first_line(error)}); {PLACES}") from error
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
             f"{source} is an encoder-decoder model ({config.model_type}); microglia prunes decoder-only models"

@@ -48,7 +48,8 @@ AT_ONCE = 32  # prompts per batch
 class MicrogliaPruningSystem:
     """A causal LM and its pruner.
 
-    model: hub id, local folder, module in memory (then pass tokenizer) or `reasoner`, which ships with the package.
+    model: what `load_model` takes: `reasoner`, which ships with the package, another known name, a hub id, a local
+        folder, a GGUF file or a module in memory (then pass tokenizer).
     num_heads: checked against the model; None takes the model's. policy: `agents` (an MLP per site) or `mixture` (masks
         that every prompt mixes, docs/results.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
     signals: what the agents see of a prompt. window, bucket, least_kept, fill: see Pruner and Gate.

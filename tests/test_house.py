@@ -21,6 +21,7 @@ FLOORS = {
     "microglia.store": 1,
     "microglia.processes": 1,
     "microglia.reasoner": 1,
+    "microglia.catalogue": 1,
     "microglia.record": 2,
     "microglia.ledger": 2,
     "microglia.results": 2,

@@ -13,7 +13,7 @@ from microglia.checkpoint.files import CONFIG, checksum
 from microglia.checkpoint.format_1 import upgraded
 from microglia.errors import CheckpointError, ConfigError, check_choice, check_range, first_line
 from microglia.gate import Gate
-from microglia.models import REASONER, reasoner_path
+from microglia.models import source_of
 from microglia.policies import POLICIES, Policy
 from microglia.pruner import Fill, Pruner, check_window
 from microglia.recovery import Recovery
@@ -58,7 +58,7 @@ class SavedSite:
 class MicrogliaConfig:
     """Frozen; saved as JSON beside the weights.
 
-    base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA. policy, policy_options and
+    base_model: what `load_model` takes; base_parameters: its parameters, without LoRA. policy, policy_options and
     signals: what the policy is made from; units, window, temperature, threshold, bucket, least_kept and fill: the rest
     of the pruner (a unit is kept when its logit exceeds the threshold); recovery: its rank, 0 without one. template:
     the prompt with `{question}` that training used; training: dataset, options and results of the training, anything
@@ -113,13 +113,12 @@ class MicrogliaConfig:
     ) -> "MicrogliaConfig":
         """The configuration of a pruner on `model` (with LoRA when peft has wrapped it)."""
         lm, policy, gate = causal_lm(model), pruner.policy, pruner.gate
-        name = base_model or getattr(lm.config, "_name_or_path", "") or ""
         if POLICIES.get(policy.name) is not type(policy):
             raise ConfigError(
                 f"a {type(policy).__name__} cannot be saved; only registered policies can, {', '.join(POLICIES)}"
             )
         return cls(
-            base_model=REASONER if name == str(reasoner_path()) else name,
+            base_model=base_model or source_of(lm),
             model_class=type(lm).__name__,
             sites=saved_sites(lm, pruner.units),
             base_parameters=sum(p.numel() for key, p in lm.named_parameters() if "lora_" not in key),

@@ -17,7 +17,7 @@ SHOWN = "base_model model_class policy policy_options signals window fill lora t
 
 @verb()
 def inspect(
-    what: Annotated[str, typer.Argument(help="A model (hub id, folder, reasoner) or a checkpoint.")] = "reasoner",
+    what: Annotated[str, typer.Argument(help="A model, as --model takes it, or a checkpoint.")] = "reasoner",
     *,
     prompt: Annotated[str | None, "Which heads of a checkpoint this prompt keeps, and why."] = None,
     png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
@@ -111,9 +111,9 @@ def _without_weights(source: str, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from microglia.models import REASONER, reasoner_path
+    from microglia.models import located
 
-    folder = str(reasoner_path()) if source == REASONER else source
+    folder = located(source)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):

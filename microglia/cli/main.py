@@ -17,13 +17,14 @@ from microglia.cli.evaluate import evaluate
 from microglia.cli.export import export
 from microglia.cli.generate import generate
 from microglia.cli.inspection import inspect
+from microglia.cli.models import models
 from microglia.cli.report import report
 from microglia.cli.serve import serve
 from microglia.cli.settings import present_name
 from microglia.cli.train import train
 from microglia.cli.verb import WRONG, tell
 
-VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark, inspect, export, serve, report)
+VERBS = (demo, train, evaluate, calibrate, compare, ablate, generate, benchmark, inspect, models, export, serve, report)
 
 
 class OneSentence(TyperGroup):

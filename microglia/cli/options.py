@@ -65,7 +65,7 @@ class Loading:
 
     panel: ClassVar = "Model"
     model: Annotated[
-        str | None, "Hub id, local folder, or reasoner, which comes with microglia.", "the checkpoint's"
+        str | None, "Hub id, local folder, GGUF file, or a name that `microglia models` lists.", "the checkpoint's"
     ] = None
     device: Annotated[str | None, "Device: cpu, cuda, cuda:1, …", "cuda if there is one"] = None
     dtype: Annotated[

@@ -6,17 +6,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from microglia.catalogue.splits import GPT2, SMOLLM, SPLITS
 from microglia.errors import UnsupportedModelError
 
 NORMAL, CONTROL, USER, UNUSED, BYTE = 1, 3, 4, 5, 6  # llama.cpp's token types
-# How text is split before merging: the regular expressions of tokenizer.json → llama.cpp's name for them.
-_LIKE_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|NUMBERS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-SPLITS = {
-    _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}{1,3}"): "llama-bpe",
-    _LIKE_LLAMA3.replace("NUMBERS", r"\p{N}"): "qwen2",
-}
 # llama.cpp has rules for tokenizers by the name of the model, so a file gets a neutral one, but for the rule it needs.
 NEUTRAL, STRIPPING = "microglia", "phi-3"
 NOT_STRIPPED = {"<unk>", "<s>", "<|endoftext|>"}  # by that rule; behind all other special tokens white space is dropped
@@ -83,9 +76,9 @@ def _kind(rows: dict[str, Any]) -> str | None:
     if rows.get("normalizer") not in (None, {"type": "NFC"}) or last.get("add_prefix_space"):
         return None
     if kinds == ["ByteLevel"] and last.get("use_regex", True):
-        return "gpt-2"
+        return GPT2
     if kinds == ["Digits", "ByteLevel"] and steps[0]["individual_digits"] and last.get("use_regex", True):
-        return "smollm"
+        return SMOLLM
     if kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
         return SPLITS.get(steps[0]["pattern"].get("Regex"))
     return None

@@ -20,7 +20,7 @@ from microglia import processes
 from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
-from microglia.models import is_reasoner
+from microglia.models import REASONER, source_of
 from microglia.passes import batch_of, collate, encode
 from microglia.pruner import Pruner
 from microglia.reading import joined, read
@@ -171,7 +171,7 @@ def with_target(config: TrainingConfig, model: nn.Module, task: Task) -> Trainin
     """The options with the target that they leave open. Raises ConfigError for worked answers where there are none."""
     unlabelled = task.scoring == "text"
     if config.target is None:
-        config = replace(config, target="gold" if is_reasoner(causal_lm(model)) and not unlabelled else "model")
+        config = replace(config, target="gold" if source_of(causal_lm(model)) == REASONER and not unlabelled else "model")
     if unlabelled and config.target != "model":
         raise ConfigError(
             f"target={config.target!r} was given, but {task.name} has no worked answers; use target='model'"
