@@ -171,7 +171,8 @@ def with_target(config: TrainingConfig, model: nn.Module, task: Task) -> Trainin
     """The options with the target that they leave open. Raises ConfigError for worked answers where there are none."""
     unlabelled = task.scoring == "text"
     if config.target is None:
-        config = replace(config, target="gold" if source_of(causal_lm(model)) == REASONER and not unlabelled else "model")
+        worked = source_of(causal_lm(model)) == REASONER and not unlabelled
+        config = replace(config, target="gold" if worked else "model")
     if unlabelled and config.target != "model":
         raise ConfigError(
             f"target={config.target!r} was given, but {task.name} has no worked answers; use target='model'"

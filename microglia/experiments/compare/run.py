@@ -15,7 +15,6 @@ from microglia.experiments.compare.entries import AGENTS, BASELINE, Entry
 from microglia.experiments.compare.summary import DENSE, Run, equal_times
 from microglia.experiments.measure import Measured, Progress, measure
 from microglia.ledger import Ledger
-from microglia.policies import Policy
 from microglia.pruner import Pruner
 
 
