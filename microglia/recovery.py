@@ -110,14 +110,6 @@ class Recovery(nn.Module):
         self._merged[lm] = version, weights
         return weights
 
-    def merge_permanently(self, model: nn.Module) -> None:
-        """Add everything to the model's own weights, for an export: it then reads prompts with them too."""
-        projections, norms = _places(model)
-        for module, weight in zip([*projections, *norms], self._weights(model), strict=True):
-            with torch.no_grad():
-                module.weight.copy_(weight)  # type: ignore[operator]
-        self._merged.pop(causal_lm(model), None)
-
     def fingerprint(self) -> str:
         """The same for recoveries with the same weights, and for no others."""
         digest = hashlib.sha256()

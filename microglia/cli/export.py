@@ -71,7 +71,8 @@ def export(
         with progress("evaluating") as update:
             accuracy = accuracy_kept(setup, chosen, system.pruner, update)
     about = {"base_model": system.source, "template": system.template, "accuracy": accuracy}
-    exported = write(system.model, system.tokenizer, chosen, output_dir, format=format, check=check, details=about)
+    how = {"format": format, "check": check, "details": about, "recovery": system.pruner.recovery}
+    exported = write(system.model, system.tokenizer, chosen, output_dir, **how)
     result = exported.result(chosen, **about)
     return Outcome(result.to_json(), views(result))
 

@@ -24,7 +24,7 @@ def accuracy_kept(
         return setup.answers(pruner, (lambda done, total: progress(name, done, total)) if progress else None)
 
     runs = {"dense": run("dense", None), "adaptive": run("adaptive", pruner)}
-    with frozen(setup.model, plan):
+    with frozen(setup.model, plan, pruner.recovery):
         answered = run("frozen", None)
     answers = tuple(replace(answer, keep_ratio=plan.keep_ratio) for answer in answered.answers)
     runs["frozen"] = replace(answered, answers=answers)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,17 +12,24 @@ from microglia.anatomy import Anatomy, causal_lm
 from microglia.errors import UnsupportedModelError
 from microglia.execution import Compact, Decision
 from microglia.export.plan import KeepPlan
+from microglia.recovery import Recovery
 from microglia.units import find_sites
 
 Written = tuple[float | None, list[str]]  # the largest difference of what was read back, if it was; what is lost
 
 
 @contextmanager
-def frozen(model: nn.Module, plan: KeepPlan) -> Iterator[Any]:
-    """While inside, the model reads and writes with the plan's heads alone. Leaving restores it bit for bit."""
+def frozen(model: nn.Module, plan: KeepPlan, recovery: Recovery | None = None) -> Iterator[Any]:
+    """While inside, the model reads and writes with the plan's heads alone. Leaving restores it bit for bit.
+
+    recovery: then it also reads with what was meant for writing, as a frozen model has one set of weights.
+    """
     lm = causal_lm(model)
     device = next(lm.parameters()).device
-    with Compact().apply(find_sites(lm), Decision([k[None].to(device) for k in plan.keep])):
+    with ExitStack() as stack:
+        if recovery is not None:
+            stack.enter_context(recovery.applied(lm, merged=True))
+        stack.enter_context(Compact().apply(find_sites(lm), Decision([k[None].to(device) for k in plan.keep])))
         yield lm
 
 

@@ -21,6 +21,7 @@ from microglia.export.plan import KeepPlan
 from microglia.export.to_gguf import write_gguf
 from microglia.export.to_hf import write_hf
 from microglia.export.to_onnx import write_onnx
+from microglia.recovery import Recovery
 from microglia.results import ExportResult
 
 WRITERS = {"hf": write_hf, "onnx": write_onnx, "gguf": write_gguf}
@@ -88,13 +89,15 @@ def export(
     format: str = "hf",
     check: bool = True,
     details: Mapping[str, Any] | None = None,
+    recovery: Recovery | None = None,
 ) -> Exported:
     """Write `model` with the heads of `plan` to `folder`; the model itself is not changed.
 
     An export that fails leaves the folder as it was.
 
-    check: read the export back and compare, which for hf needs memory for a second model. details: more for the
-    record (accuracy, base model). Raises UnsupportedModelError, one sentence, for what a format cannot hold.
+    check: read the export back and compare, which for hf needs memory for a second model. details: more for the record
+    (accuracy, base model). recovery: of the pruner, which the written weights then contain. Raises
+    UnsupportedModelError, one sentence, for what a format cannot hold.
     """
     check_format(format)
     folder = Path(folder)
@@ -102,7 +105,7 @@ def export(
     lm = merged(model)
     dense_parameters, dense_bytes = _size(lm)
     with _unfinished(folder) as written:
-        with frozen(lm, plan) as small:
+        with frozen(lm, plan, recovery) as small:
             difference, lost = WRITERS[format](small, tokenizer, written, check=check)
             parameters, size = _size(small)
         exported = Exported(

@@ -91,6 +91,8 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             pruner = replace(pruner, recovery=Recovery.for_model(model, config.recovery))
+    if pruner.recovery is not None:
+        pruner.recovery.requires_grad_(True)
     with alone_in(folder, resume=run.resume):
         _check(pruner, config)
         _remember(folder, pruner, config, run.resume)
@@ -103,6 +105,8 @@ def train(
             _write(folder / HISTORY, history)
         processes.wait()
     pruner.policy.eval()
+    if pruner.recovery is not None:
+        pruner.recovery.requires_grad_(False)
     gate = replace(pruner.gate, temperature=config.temperature[1])  # so that its probabilities are those it learned
     return TrainingResult(replace(pruner, gate=gate), model, history, time.monotonic() - started)
 

@@ -13,6 +13,8 @@ from microglia.checkpoint import Checkpoint
 from microglia.checkpoint.files import AGENTS
 from microglia.errors import CheckpointError, ConfigError
 from microglia.execution import Decision, Masked
+from microglia.export import KeepPlan
+from microglia.export.frozen import frozen
 from microglia.generation import generate
 from microglia.passes import Batch, answer_logits, collate
 from microglia.policies import AgentPolicy
@@ -89,7 +91,7 @@ def test_the_static_baseline_gets_the_same_recovery():
     assert config.recovery == SHORT.recovery
     pruner = new_static_baseline(model)
     result = train_in_memory(model, character_tokenizer(), get_task("prompts"), pruner, config)
-    assert all(float(x.abs().sum()) > 0 for x in result.pruner.recovery.up)
+    assert all(float(x.detach().abs().sum()) > 0 for x in result.pruner.recovery.up)
 
 
 def test_worked_answers_are_asked_for_only_where_there_are_some(tmp_path):
@@ -103,12 +105,23 @@ def test_worked_answers_are_asked_for_only_where_there_are_some(tmp_path):
 # --- recovery at inference ---------------------------------------------------------------------------------------
 
 
+def projections(model):
+    """Every matrix of a layer, by name; GPT-2 calls its own c_… and stores them the other way round."""
+    return [(n, m) for n, m in model.named_modules() if n.endswith("_proj") or ".c_" in n]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("execution", ["masked", "compact"])
 def test_the_prompt_is_read_by_the_untouched_model_and_the_answer_by_the_recovered_one(family, execution):
     """Against the same weights put into a second model by hand."""
     model, other = tiny_model(family), tiny_model(family)
     recovery = moved(Recovery.for_model(model, 3))
-    recovery.merge_permanently(other)
+    for (name, module), low in zip(projections(other), zip(recovery.down, recovery.up, strict=True), strict=True):
+        product = 2 * low[1] @ low[0]
+        module.weight.data += product.T if "c_" in name else product
+    norms = [m for m in other.modules() if type(m).__name__.endswith("Norm")]
+    for norm, more in zip(norms, recovery.norms, strict=True):
+        norm.weight.data += more
     pruner = wild(model, recovery=recovery)
     ids, mask = tiny_prompts(9, 9)
     answer = torch.randint(2, 97, (2, 4), generator=torch.Generator().manual_seed(2))
@@ -119,10 +132,9 @@ def test_the_prompt_is_read_by_the_untouched_model_and_the_answer_by_the_recover
     assert all(a.equal(b) for a, b in zip(trace.keep, plain_trace.keep, strict=True))
     assert recovered[:, 0].equal(plain[:, 0])
     assert (recovered[:, 1:] - plain[:, 1:]).abs().max() > 1e-3
-    with torch.no_grad():
-        first = model(input_ids=ids, attention_mask=mask, use_cache=True)
-        with Masked().apply(find_sites(other), Decision(trace.keep)):
-            truth = other(input_ids=answer, past_key_values=first.past_key_values).logits
+    first = model(input_ids=ids, attention_mask=mask, use_cache=True)
+    with Masked().apply(find_sites(other), Decision(trace.keep)):
+        truth = other(input_ids=answer, past_key_values=first.past_key_values).logits
     torch.testing.assert_close(recovered[:, 1:], truth, atol=2e-4, rtol=0)
 
 
@@ -189,3 +201,23 @@ def test_a_damaged_recovery_is_refused(tmp_path, damage):
     (tmp_path / "microglia_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"does not fit microglia_config.json: .*recovery"):
         Checkpoint.from_pretrained(tmp_path)
+
+
+def test_a_frozen_model_has_the_recovery_in_its_weights():
+    model = tiny_model("llama")
+    recovery = moved(Recovery.for_model(model, 3))
+    plan = KeepPlan("mean", tuple(torch.tensor([1.0, 0] * 4) for _ in range(2)), 1, 0.0, 0.5)
+    ids, _ = tiny_prompts(9)
+    with torch.no_grad():
+        with frozen(model, plan, recovery) as small:
+            written = small(input_ids=ids).logits
+        with recovery.applied(model, merged=False), frozen_by_gates(model, plan):
+            truth = model(input_ids=ids).logits
+        with frozen(model, plan) as small:
+            without = small(input_ids=ids).logits
+    torch.testing.assert_close(written, truth, atol=2e-4, rtol=0)
+    assert (written - without).abs().max() > 1e-2
+
+
+def frozen_by_gates(model, plan):
+    return Masked().apply(find_sites(model), Decision([keep[None] for keep in plan.keep]))
