@@ -159,7 +159,7 @@ def test_the_last_setting_before_the_first_failure_is_chosen() -> None:
     assert [t.threshold for t in promise.tried] == thresholds
     assert setup.runs == 4  # one dense run for all of them, and none after the failure
     assert updates[0] == ("dense", 200, 200)
-    kept = "75.0% of the heads are kept; with 95% confidence that costs at most 3 points"
+    kept = "75.0% of the heads are kept (75.0% per token); with 95% confidence that costs at most 3 points"
     assert promise.sentence.startswith(kept)
     assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= promise.to_json().keys()
 
@@ -376,7 +376,7 @@ def test_the_system_is_calibrated_saved_and_loaded(system, tmp_path) -> None:
 
 
 def test_a_speed_is_reached_by_measuring(system, monkeypatch) -> None:
-    speed = "microglia.experiments.calibrate.typical_speed"
+    speed = "microglia.experiments.calibrate.step_speed"
     monkeypatch.setattr(speed, lambda *_, **__: lambda ratio: 2 - ratio)
     promise = system.calibrate(latency_ratio=1.4, limit=4, max_new_tokens=2)
     assert [t.target for t in promise.tried] == [0.6]
