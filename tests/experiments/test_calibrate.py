@@ -164,7 +164,7 @@ def test_the_last_setting_before_the_first_failure_is_chosen() -> None:
     assert [t.threshold for t in promise.tried] == thresholds
     assert setup.runs == 4  # one dense run for all of them, and none after the failure
     assert updates[0] == ("dense", 200, 200)
-    kept = "75.0% of the heads are kept; with 95% confidence that costs at most 3 points"
+    kept = "75.0% of the heads are kept (75.0% per token); with 95% confidence that costs at most 3 points"
     assert promise.sentence.startswith(kept)
     assert {"keep_ratio", "drop", "drop_bound", "confidence", "prompts"} <= promise.to_json().keys()
 

@@ -87,6 +87,8 @@ def test_every_mask_begins_with_the_prompts_of_a_cluster():
     assert clusters(points[:2], 4).shape == (4, 6)
     policy, given = CodebookPolicy(GEOMETRIES, hidden_dim=8), features()
     policy.fit_statistics(given)
+    every = torch.cat([policy.standardised(i, x) for i, x in enumerate(given)], -1)
+    assert policy.choices(given).equal(torch.cdist(every, clusters(every, 8)).argmin(-1))
     assert policy.choices(given).bincount(minlength=8).min() > 0
     before = policy.router.weight.clone()
     told_apart(policy).fit_statistics(features(seed=9))  # a router that has learned is left alone
