@@ -73,10 +73,10 @@ class Gate:
         least = math.ceil(self.least_kept * scores.shape[-1])
         if not least:
             return scores
-        best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(least).indices, True)
         # The order stays: those that were above 0 go up by one, the forced ones come to lie between.
-        between = (1 + scores / (1 + scores.abs())).clamp(min=1e-6)
-        return torch.where(scores > 0, scores + 1, torch.where(best, between, scores))
+        places = torch.linspace(1, 1 / least, least, dtype=scores.dtype, device=scores.device).expand(len(scores), -1)
+        forced = torch.zeros_like(scores).scatter_(-1, logits.topk(least).indices, places)
+        return torch.where(scores > 0, scores + 1, torch.where(forced > 0, forced, scores))
 
     def every(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) of every site → keep (B, U) of every site.

@@ -117,7 +117,7 @@ def as_format_1(folder, **changes):
     data = save(tensors)
     (folder / AGENTS).write_bytes(data)
     row["sites"] = [{"name": s["name"], "layer": s["layer"], **s["geometry"]} for s in row["sites"]]
-    options, *_ = (row.pop(name) for name in ("policy_options", "units", "used"))
+    options, *_ = (row.pop(name) for name in ("policy_options", "units", "used", "least_kept", "recovery"))
     row |= {"format_version": 1, "hidden_dim": options.get("hidden_dim", 128)}
     row |= {"features": FEATURES[tuple(row.pop("signals"))], "norm": "head", "scope": "answer"}
     row |= {"sha256": {AGENTS: checksum(data)}, **changes}

@@ -1,5 +1,7 @@
 """Keeps are rectangles: never empty, whole buckets, equal groups; gradients pass as if the gates were soft."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from microglia.anatomy import HeadGeometry
 from microglia.errors import ConfigError
 from microglia.gate import Gate, keep_ratio, rows_agree
+from microglia.policies import StaticPolicy
+from microglia.pruner import Pruner
 
 MHA, GQA = HeadGeometry(8, 8, 4), HeadGeometry(12, 3, 4)
 
@@ -161,3 +165,35 @@ def test_rows_agree_when_they_do_on_every_site():
     alike = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     assert rows_agree([alike, alike])
     assert not rows_agree([alike, torch.tensor([[1.0, 0.0], [1.0, 1.0]])])
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5, 1e9])
+@pytest.mark.parametrize("share", [0.25, 0.3, 1.0])
+def test_a_floor_keeps_the_best_of_every_site_and_changes_nothing_above_it(threshold, share):
+    geometry = HeadGeometry(8, 8, 4)
+    logits = 3 * torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    free = Gate(threshold=threshold, bucket=1)(logits, geometry)
+    kept = Gate(threshold=threshold, bucket=1, least_kept=share)(logits, geometry)
+    least = math.ceil(share * 8)
+    for row, before, after in zip(logits, free, kept, strict=True):
+        requested = int((row > threshold).sum())
+        if requested >= least:
+            assert after.equal(before)
+        else:
+            best = row.argsort(descending=True)[:least]
+            assert after.nonzero().flatten().tolist() == sorted(best.tolist())
+
+
+def test_a_budget_counts_the_floor():
+    geometry = HeadGeometry(8, 8, 4)
+    logits = [torch.randn(16, 8, generator=torch.Generator().manual_seed(site)) - 4 * site for site in range(2)]
+    pruner = Pruner(StaticPolicy.all_kept([geometry] * 2), Gate(bucket=1, least_kept=0.5)).with_budget(
+        logits, [geometry] * 2
+    )
+    assert pruner.budget.keep_ratio(1e9) == 0.5
+    chosen = pruner.at(0.75)
+    assert chosen.budget.keep_ratio(chosen.gate.threshold) == pytest.approx(0.75, abs=0.05)
+    keep = chosen.keep(logits, [geometry] * 2)
+    assert min(int(k.sum(-1).min()) for k in keep) >= 4
+    with pytest.raises(ConfigError, match=r"least_kept=1\.5 was given; it must be at most 1"):
+        Gate(least_kept=1.5)
