@@ -144,7 +144,7 @@ def test_dense_is_what_the_harness_says_of_the_model_itself(judged, folder):
 def test_stock_hf_evaluates_an_exported_folder(judged, folder, system, tmp_path):
     pruner = system.pruner.at(0.6)
     logits = read_prompts(system.model, system.tokenizer, [q for q, *_ in ROWS], pruner).logits
-    plan = KeepPlan.of_prompts("task", pruner.with_budget(logits, geometries_of(system.model)).budget, pruner.gate)
+    plan = KeepPlan.of_prompts("task", pruner.with_budget(logits, geometries_of(system.model)))
     exported = export(system.model, system.tokenizer, plan, tmp_path / "exported")
     result = judged("hf", f"pretrained={exported.folder},trust_remote_code=True,dtype=float32", "choose", "say")
     prompts = [f"Question: {q}\nAnswer:" for q, *_ in ROWS]

@@ -95,15 +95,13 @@ def keep_plan(system: Any, kind: str, questions: list[str], ratio: float | None,
         system.set_keep_ratio(ratio, questions if kind == "task" else None)
     pruner = system.pruner
     if kind == "mean":
-        return KeepPlan.of_prompts(kind, pruner.budget, pruner.gate)
+        return KeepPlan.of_prompts(kind, pruner)
     if kind == "codebook":
-        return KeepPlan.of_mask(pruner.policy, mask, pruner.budget, pruner.gate)
+        return KeepPlan.of_mask(pruner, mask)
     prompts = [render_prompt(system.tokenizer, question, system.template) for question in questions]
     logits = read_prompts(system.model, system.tokenizer, prompts, pruner).logits
-    budget = pruner.with_budget(logits, [site.geometry for site in find_sites(system.model)]).budget
-    return (
-        KeepPlan.of_prompt(budget, pruner.gate) if kind == "prompt" else KeepPlan.of_prompts(kind, budget, pruner.gate)
-    )
+    pruner = pruner.with_budget(logits, [site.geometry for site in find_sites(system.model)])
+    return KeepPlan.of_prompt(pruner) if kind == "prompt" else KeepPlan.of_prompts(kind, pruner)
 
 
 def views(result: Any) -> list[Any]:

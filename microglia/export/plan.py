@@ -8,8 +8,8 @@ from torch import Tensor
 
 from microglia.errors import ConfigError
 from microglia.gate import Gate, keep_ratio
-from microglia.policies import CodebookPolicy, Policy
-from microglia.pruner import Budget
+from microglia.policies import CodebookPolicy
+from microglia.pruner import Budget, Pruner
 
 PLANS = ("mean", "task", "prompt", "codebook")
 
@@ -31,11 +31,12 @@ class KeepPlan:
     adaptive_keep_ratio: float
 
     @classmethod
-    def of_prompts(cls, kind: str, budget: Budget | None, gate: Gate) -> "KeepPlan":
+    def of_prompts(cls, kind: str, pruner: Pruner) -> "KeepPlan":
         """The heads with the best mean logits, as many as the prompts keep on average when each decides for itself.
 
-        budget: the logits of N prompts. Raises ConfigError without any prompt.
+        The prompts are those of the pruner's budget. Raises ConfigError without any.
         """
+        budget, gate = pruner.budget, pruner.gate
         if budget is None or not budget.prompts:
             raise ConfigError(
                 f"the plan {kind!r} needs prompts, but there are none to decide on; train first, or freeze a task's "
@@ -47,16 +48,19 @@ class KeepPlan:
         return cls(kind, _keep(mean, frozen_gate), budget.prompts, frozen_gate.threshold, adaptive)
 
     @classmethod
-    def of_prompt(cls, budget: Budget, gate: Gate) -> "KeepPlan":
-        """Exactly what `gate` decides for one prompt, whose logits are the budget's."""
+    def of_prompt(cls, pruner: Pruner) -> "KeepPlan":
+        """Exactly what the pruner decides for one prompt, that of its budget."""
+        budget, gate = pruner.budget, pruner.gate
+        assert budget is not None
         return cls("prompt", _keep(budget, gate), 1, gate.threshold, budget.keep_ratio(gate.threshold))
 
     @classmethod
-    def of_mask(cls, policy: Policy, mask: int | None, budget: Budget | None, gate: Gate) -> "KeepPlan":
-        """One mask of a codebook: what `gate` decides for every prompt that the router gives it.
+    def of_mask(cls, pruner: Pruner, mask: int | None) -> "KeepPlan":
+        """One mask of a codebook: what the pruner decides for every prompt that the router gives it.
 
-        budget: the logits of the checkpoint's calibration prompts. Raises ConfigError for another policy or mask.
+        Raises ConfigError for another policy or mask, or without a budget.
         """
+        policy, budget, gate = pruner.policy, pruner.budget, pruner.gate
         if not isinstance(policy, CodebookPolicy):
             raise ConfigError(
                 f"the plan 'codebook' takes one mask of a codebook, but this policy is {policy.name!r}; train with "

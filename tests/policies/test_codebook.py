@@ -1,5 +1,7 @@
 """A codebook: one hard choice per prompt, which all sites follow, in every execution, on disk and in an export."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -139,7 +141,7 @@ def test_plan_k_is_what_the_prompts_of_mask_k_get():
     pruner = pruner.with_budget(read.logits, geometries_of(model)).at(0.6)
     chosen = pruner.policy.choices(read.features)
     for mask in range(3):
-        plan = KeepPlan.of_mask(pruner.policy, mask, pruner.budget, pruner.gate)
+        plan = KeepPlan.of_mask(pruner, mask)
         routed = [PROMPTS[i] for i in (chosen == mask).nonzero().flatten().tolist()]
         assert (plan.prompts, plan.kind) == (len(routed), "codebook")
         adaptive = generate(model, tokenizer, routed, pruner, **LENGTH)
@@ -147,8 +149,8 @@ def test_plan_k_is_what_the_prompts_of_mask_k_get():
         frozen = Pruner(StaticPolicy([2 * k - 1 for k in plan.keep]), Gate(bucket=1))
         assert generate(model, tokenizer, routed, frozen, **LENGTH).tokens.equal(adaptive.tokens)
     with pytest.raises(ConfigError, match=r"mask=3 was given; this codebook has the masks 0 to 2, give one"):
-        KeepPlan.of_mask(pruner.policy, 3, pruner.budget, pruner.gate)
+        KeepPlan.of_mask(pruner, 3)
     with pytest.raises(ConfigError, match=r"one mask of a codebook, but this policy is 'static'"):
-        KeepPlan.of_mask(frozen.policy, 0, pruner.budget, pruner.gate)
+        KeepPlan.of_mask(frozen, 0)
     with pytest.raises(ConfigError, match=r"needs the calibration prompts of training, but there are none"):
-        KeepPlan.of_mask(pruner.policy, 0, None, pruner.gate)
+        KeepPlan.of_mask(replace(pruner, budget=None), 0)
