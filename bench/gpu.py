@@ -482,8 +482,9 @@ def entropy_difference(device: torch.device) -> float:
 def training(run: Run, shape: str, lm: Any) -> None:
     """One training step: agents in float32 on a frozen model, gradient checkpointing, 8 × 512 tokens."""
     # Imported here: training needs more packages than decoding, and a machine may lack them.
+    from microglia.gate import keep_ratio
     from microglia.passes import Batch, answer_logits
-    from microglia.training.loss import gate_entropy, mean_keep, task_loss
+    from microglia.training.loss import answer_losses, gate_entropy
 
     rows, length = (2, 24) if run.options.tiny else (8, 512)
     key = {"shape": shape, "layers": len(find_sites(lm)), "batch": rows, "tokens": length}
@@ -501,7 +502,9 @@ def training(run: Run, shape: str, lm: Any) -> None:
         with ExitStack() as whole:
             logits, trace = answer_logits(lm, batch, pruner, whole=whole)
             loss = (
-                task_loss(logits, batch.labels) + 0.1 * mean_keep(trace.keep) + 0.01 * gate_entropy(trace.logits, 1.0)
+                answer_losses(logits, batch.labels).mean()
+                + 0.1 * keep_ratio(trace.keep).mean()
+                + 0.01 * gate_entropy(trace.logits, 1.0)
             )
             loss.backward()
         optimizer.step()

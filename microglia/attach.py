@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from microglia.anatomy import causal_lm, never_reread, swap
-from microglia.errors import MicrogliaError
+from microglia.errors import ConfigError, MicrogliaError
 from microglia.execution import Decision, Execution, execution_for
 from microglia.gate import keep_ratio
 from microglia.lease import attached_alone
@@ -29,6 +29,7 @@ class Trace:
     """What was measured in the last prompt and what was decided: features (B, F), logits and keep (B, U), per site.
 
     signals: of every site what its features are made of, by name, (B, U).
+    fill: of every site what its pruned units leave behind, None where that is nothing.
     prompts: how many were read so far, a batch counting as one. gaps: passes that did not begin where the one before
     had ended, as no answer to one prompt has them.
     """
@@ -37,6 +38,7 @@ class Trace:
     signals: list[dict[str, Tensor]] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     keep: list[Tensor] = field(default_factory=list)
+    fill: list[Tensor | None] | None = None
     prompts: int = 0
     gaps: int = 0
 
@@ -74,6 +76,11 @@ def pruning_itself(
     """As `attached`, for who has the model to themselves."""
     session = _Session(lm, pruner, execution, tokens)
     execution.check_sites(session.sites)
+    if pruner.recovery is not None and not execution.recovers:
+        raise ConfigError(
+            f"execution={execution.name!r} writes with the model's own weights, but this pruner brings a recovery; use "
+            "execution='compact'"
+        )
     with ExitStack() as stack:
         stack.callback(session.end_prompt)
         for module in lm.modules():
@@ -213,8 +220,11 @@ class _Session:
         self._check_measured(values, cache)
         self._decide(values)
         means = values.values.get("mean_output")
-        fill = None if means is None else [means.get(site.index) for site in self.sites]
-        self.pruned.enter_context(self.execution.apply(self.sites, Decision(self.trace.keep, fill), cache))
+        self.trace.fill = None if means is None else [means.get(site.index) for site in self.sites]
+        if self.pruner.recovery is not None and self.execution.prunes:
+            self.pruned.enter_context(self.pruner.recovery.applied(self.lm, merged=self.execution.saves))
+        decision = Decision(self.trace.keep, self.trace.fill)
+        self.pruned.enter_context(self.execution.apply(self.sites, decision, cache))
         self.prompt_cache = None if cache is None else _PromptCache(cache)
         self.watched = []
         if self.execution.calls_layers and self.execution.prunes:

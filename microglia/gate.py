@@ -1,5 +1,6 @@
 """Logits become keep: temperature, soft or hard, buckets, and never an empty site."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -24,6 +25,7 @@ class Gate:
     temperature: of the sigmoid, `keep = sigmoid(logits / temperature)`; hard decisions do not depend on it.
     threshold: a unit is requested when its logit exceeds it. 0 is keep > 0.5; a Budget moves it.
     bucket: counts per site are rounded up to multiples of it; None means the geometry's own, an eighth of the heads.
+    least_kept: share of every site's units that is kept in any case, the best ones; at least one unit always is.
     noise: scale of logistic noise on the logits while training.
     rows: which rows of a larger batch of `rows.stop` these are. Noise is then drawn for all of it, so that a row's
         noise does not depend on how many processes share the batch.
@@ -33,6 +35,7 @@ class Gate:
     temperature: float = 0.5
     threshold: float = 0.0
     bucket: int | None = None
+    least_kept: float = 0.0
     noise: float = 0.0
     rows: range | None = None
 
@@ -43,6 +46,7 @@ class Gate:
             raise ConfigError(f"temperature={self.temperature} was given; it must be above 0")
         if self.bucket is not None:
             check_range("bucket", self.bucket, 1, MOST_UNITS)
+        check_range("least_kept", self.least_kept, 0, 1)
 
     @property
     def trains(self) -> bool:
@@ -58,11 +62,21 @@ class Gate:
         soft = torch.sigmoid((logits - self.threshold) / self.temperature)
         if self.mode == "soft":
             return soft
-        hard = geometry.rectangle(logits - self.threshold, self.bucket).to(logits.dtype)
+        hard = geometry.rectangle(self._requested(logits), self.bucket).to(logits.dtype)
         if self.mode == "hard":
             return hard
-        keep: Tensor = _StraightThrough.apply(soft, hard)
-        return keep
+        return straight_through(soft, hard)
+
+    def _requested(self, logits: Tensor) -> Tensor:
+        """Logits (B, U) less the threshold, above 0 for the units that are asked for, the least of them included."""
+        scores = logits - self.threshold
+        least = math.ceil(self.least_kept * scores.shape[-1])
+        if not least:
+            return scores
+        best = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(least).indices, True)
+        # The order stays: those that were above 0 go up by one, the forced ones come to lie between.
+        between = (1 + scores / (1 + scores.abs())).clamp(min=1e-6)
+        return torch.where(scores > 0, scores + 1, torch.where(best, between, scores))
 
     def every(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) of every site → keep (B, U) of every site.
@@ -83,6 +97,12 @@ class Gate:
                 f"bucket={self.bucket} was given, but a site has {fewest} units, all of which would always be kept; "
                 "give less"
             )
+
+
+def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
+    """Exactly `hard`, with the gradient of `soft` (Bengio et al. 2013)."""
+    value: Tensor = _StraightThrough.apply(soft, hard)
+    return value
 
 
 class _StraightThrough(torch.autograd.Function):

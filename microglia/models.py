@@ -21,6 +21,11 @@ def reasoner_path() -> Path:
     return Path(str(resources.files("microglia.reasoner") / "model"))
 
 
+def is_reasoner(lm: nn.Module) -> bool:
+    """Whether a model was loaded from the embedded reasoner's folder."""
+    return str(getattr(getattr(lm, "config", None), "_name_or_path", "")) == str(reasoner_path())
+
+
 def load_model(
     model: str | Path | nn.Module = REASONER,
     *,

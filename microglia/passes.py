@@ -4,6 +4,7 @@ Training, scoring and criteria share them: examples become batches with prompts 
 right, never mixed; the prompt fills a cache, and the answer continues it.
 """
 
+import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from microglia.anatomy import headless
 from microglia.attach import Trace, attached
-from microglia.errors import DataError
+from microglia.errors import ConfigError, DataError
 from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
-from microglia.tasks.prompts import answer_end, continuation_ids, example_prompt, generated_answer_prefix, prompt_ids
+from microglia.tasks.prompts import example_prompt, prompt_ids, worked_answers
 from microglia.units import find_sites
 
 if TYPE_CHECKING:
@@ -44,6 +46,12 @@ class Batch:
         """(B, P + N - 1), true at what the model reads: the last token of an answer predicts nothing."""
         return torch.cat([self.prompt_mask, self.answer_mask[:, :-1]], 1)
 
+    def rows(self, rows: Tensor) -> "Batch":
+        """The batch of these rows, no wider than their longest answer."""
+        width = int(self.answer_mask[rows].sum(1).max())
+        answer, mask = self.answer[rows, :width], self.answer_mask[rows, :width]
+        return Batch(self.prompt[rows], self.prompt_mask[rows], answer, mask)
+
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str, max_length: int | None
@@ -51,10 +59,9 @@ def encode(
     """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
     from datasets import Dataset  # here, since importing it takes seconds
 
-    prefix, end = generated_answer_prefix(tokenizer), answer_end(tokenizer)
     rows: dict[str, list[Any]] = {
         "prompt": prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples]),
-        "answer": [[*continuation_ids(tokenizer, prefix + e.answer), end] for e in examples],
+        "answer": worked_answers(tokenizer, examples),
     }
     rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
     for example, length in zip(examples, rows["length"], strict=True):
@@ -120,6 +127,27 @@ def write_answer(lm: nn.Module, batch: Batch, first: Any) -> Tensor:
     return torch.cat([first.logits, output.logits], 1)
 
 
+def rows_of(cache: Any, rows: Tensor) -> Any:
+    """A copy of a prompt's cache with these of its rows, in this order; what continues it leaves the cache alone."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    part.batch_select_indices(rows)
+    return part
+
+
+def answer_states(lm: nn.Module, batch: Batch, cache: Any) -> Tensor:
+    """Final states (B, N - 1, hidden) that predict all of an answer but its first token; `cache` is used up."""
+    with headless(lm) as states:
+        lm(
+            input_ids=batch.answer[:, :-1],
+            attention_mask=batch.fed_mask,
+            position_ids=positions(batch.fed_mask)[:, batch.prompt.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return states[-1]
+
+
 def answer_logits(
     lm: nn.Module,
     batch: Batch,
@@ -141,6 +169,8 @@ def answer_logits(
         with attached(lm, pruner, "dense") as trace, torch.no_grad():
             read_prompt(lm, batch.prompt, batch.prompt_mask, use_cache=False)
         where = torch.cat([torch.zeros_like(batch.prompt_mask), batch.answer_mask[:, :-1]], 1).bool()
+        if pruner.recovery is not None:
+            raise ConfigError("a recovery is trained without gradient checkpointing; change one of them")
         whole.enter_context(Masked(where).apply(find_sites(lm, pruner.units), Decision(trace.keep)))
         return _one_pass(lm, batch), trace
     model_trains = any(p.requires_grad for p in lm.parameters())

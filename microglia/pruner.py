@@ -11,6 +11,7 @@ from torch import Tensor
 from microglia.errors import ConfigError, check_choice, check_range
 from microglia.gate import Gate, keep_ratio
 from microglia.policies import Policy
+from microglia.recovery import Recovery
 from microglia.signals import SIGNALS, MeanOutput, Signal
 from microglia.units import UNITS, Geometry
 
@@ -23,12 +24,15 @@ class Budget:
     """From a keep ratio to a threshold: a policy's logits on calibration prompts.
 
     logits: (N, U) per site for N prompts that should be like those to come and unlike those that trained the policy.
-    bucket: of the gate, None for the geometries' own.
+    bucket, least_kept: of the gate. weights: (N,), what each prompt counts for, the tokens of its answer, since time is
+    spent per token; None where all count alike.
     """
 
     logits: Sequence[Tensor]
     geometries: Sequence[Geometry]
     bucket: int | None = None
+    weights: Tensor | None = None
+    least_kept: float = 0.0
 
     @property
     def prompts(self) -> int:
@@ -36,7 +40,7 @@ class Budget:
         return len(self.logits[0]) if len(self.logits) else 0
 
     def threshold(self, target: float) -> float:
-        """The threshold at which the mean keep ratio over the prompts comes closest to `target` from above.
+        """The threshold at which the keep ratio over the prompts comes closest to `target` from above.
 
         One threshold for all prompts and sites: prompts still differ. Raises ConfigError for a target outside (0, 1].
         """
@@ -62,10 +66,12 @@ class Budget:
         return (low + float(below.max())) / 2 if len(below) else low - 1
 
     def keep_ratio(self, threshold: float) -> float:
-        """The mean share of units that the prompts keep at a threshold."""
+        """The share of units that the prompts keep at a threshold, a mean over them by their weights."""
         # In the logits' own precision, as the gate will: in a finer one the last unit could fall on the other side.
-        gate = Gate(threshold=threshold, bucket=self.bucket)
-        return float(keep_ratio(gate.every(self.logits, self.geometries)).mean())
+        gate = Gate(threshold=threshold, bucket=self.bucket, least_kept=self.least_kept)
+        kept = keep_ratio(gate.every(self.logits, self.geometries)).double()
+        weights = torch.ones_like(kept) if self.weights is None else self.weights.to(kept)
+        return float(kept @ weights / weights.sum())
 
     @cached_property
     def _values(self) -> Tensor:
@@ -84,7 +90,8 @@ class Pruner:
 
     window: entropy over the last so many prompt tokens, None for all. fill: what a pruned head leaves behind, `zero` or
     `mean` (its mean output over this prompt). units: the kinds that are decided about, see `microglia.units`.
-    budget: what turns a keep ratio into a threshold, see `at`; it counts in the gate's bucket.
+    budget: what turns a keep ratio into a threshold, see `at`; it counts as the gate does. recovery: what else changes
+    in the model while it writes with the kept units.
     """
 
     policy: Policy
@@ -93,12 +100,15 @@ class Pruner:
     fill: Fill = "zero"
     units: tuple[str, ...] = ("head",)
     budget: Budget | None = None
+    recovery: Recovery | None = None
 
     def __post_init__(self) -> None:
         check_choice("fill", self.fill, get_args(Fill))
         check_window(self.window)
-        if self.budget is not None and self.budget.bucket != self.gate.bucket:  # of a gate that was replaced
-            object.__setattr__(self, "budget", replace(self.budget, bucket=self.gate.bucket))
+        bucket, least = self.gate.bucket, self.gate.least_kept
+        if self.budget is not None and (self.budget.bucket, self.budget.least_kept) != (bucket, least):
+            # Of a gate that was replaced.
+            object.__setattr__(self, "budget", replace(self.budget, bucket=bucket, least_kept=least))
         for unit in self.units:
             _ = UNITS[unit]
         for name in self.policy.signals:
@@ -132,15 +142,18 @@ class Pruner:
         """This pruner with another threshold."""
         return replace(self, gate=replace(self.gate, threshold=threshold))
 
-    def with_budget(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> "Pruner":
-        """This pruner with calibration logits (N, U) per site; the gate's bucket counts in them too."""
-        return replace(self, budget=Budget(logits, geometries, self.gate.bucket))
+    def with_budget(
+        self, logits: Sequence[Tensor], geometries: Sequence[Geometry], weights: Tensor | None = None
+    ) -> "Pruner":
+        """This pruner with calibration logits (N, U) per site, and weights (N,) of the prompts as in Budget."""
+        return replace(self, budget=Budget(logits, geometries, self.gate.bucket, weights, self.gate.least_kept))
 
     def keep(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) per site → keep (B, U) per site."""
         return self.gate.every(logits, geometries)
 
     def fingerprint(self) -> str:
-        """Equal for pruners that decide alike, and for no others."""
+        """Equal for pruners that decide and write alike, and for no others."""
         gate = {name: value for name, value in asdict(self.gate).items() if name != "rows"}
-        return f"{self.policy.fingerprint()} {gate} {self.window} {self.fill} {self.units}"
+        recovery = f" {self.recovery.fingerprint()}" if self.recovery is not None else ""
+        return f"{self.policy.fingerprint()} {gate} {self.window} {self.fill} {self.units}{recovery}"

@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from microglia import processes
 from microglia.anatomy import Anatomy, causal_lm, input_device
 from microglia.checkpoint import Checkpoint, check_writable
+from microglia.criteria import Calibration
+from microglia.criteria.start import start_from
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for, kind_of
@@ -29,13 +31,16 @@ from microglia.policies import new_agents
 from microglia.pruner import Fill, Pruner
 from microglia.reading import read_prompts
 from microglia.results import EvaluationResult, JudgementResult, Promise
-from microglia.tasks import Task, get_task
-from microglia.tasks.prompts import example_prompt, render_prompt
+from microglia.tasks import Example, Task, get_task
+from microglia.tasks.prompts import render_prompt
 from microglia.tasks.used import question_keys
 from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
-from microglia.training.loop import examples_of
+from microglia.training.asking import with_self_prompts
+from microglia.training.continuations import continued, weights_checksum
+from microglia.training.loop import examples_of, with_target
 from microglia.units import find_sites
 
+START_PROMPTS = 64  # that a criterion sees whose ranks the policy starts from
 CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits, from which a keep ratio becomes a threshold
 AT_ONCE = 32  # prompts per batch
 
@@ -46,7 +51,7 @@ class MicrogliaPruningSystem:
     model: hub id, local folder, module in memory (then pass tokenizer) or `reasoner`, which ships with the package.
     num_heads: checked against the model; None takes the model's. policy: `agents` (an MLP per site) or `mixture` (masks
         that every prompt mixes, docs/results.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
-    signals: what the agents see of a prompt. window, bucket, fill: see Pruner and Gate.
+    signals: what the agents see of a prompt. window, bucket, least_kept, fill: see Pruner and Gate.
     seed: of the agents' first weights. dtype: None is float32 on a CPU and the stored type elsewhere.
     quantize: int8 or int4, weight-only, by torchao.
     """
@@ -61,6 +66,7 @@ class MicrogliaPruningSystem:
         signals: Sequence[str] = ("norm", "entropy"),
         window: int | None = 64,
         bucket: int | None = None,
+        least_kept: float = 0.0,
         fill: Fill = "zero",
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -71,7 +77,7 @@ class MicrogliaPruningSystem:
         self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, **loading)
         self.source = None if isinstance(model, nn.Module) else str(model)
         Anatomy(self.model).check_head_count(num_heads)
-        gate = Gate(bucket=bucket)
+        gate = Gate(bucket=bucket, least_kept=least_kept)
         geometries = [site.geometry for site in find_sites(self.model)]
         gate.check_bucket(geometries)
         with torch.random.fork_rng(devices=[]):
@@ -104,8 +110,15 @@ class MicrogliaPruningSystem:
         task = get_task(dataset_name)
         given = {"epochs": num_epochs, "alpha": alpha_schedule and tuple(alpha_schedule)}
         config = _training_config({**options, **{name: value for name, value in given.items() if value is not None}})
+        config = with_target(config, self.model, task)
         if output_dir is not None:
             check_writable(output_dir)
+        if config.self_prompts:
+            data_dir = with_self_prompts(self.model, self.tokenizer, task, config, data_dir, quiet=quiet)
+        if config.start is not None:
+            few = task.load("train", limit=START_PROMPTS, seed=config.seed, data_dir=data_dir)
+            place = (self.model, self.tokenizer, task, few, self.pruner.window, self.pruner.gate.bucket)
+            start_from(config.start, self.pruner.policy, Calibration(*place, self.pruner.fill, seed=config.seed))
         with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as folder:
             run = RunFolder(folder, resume, quiet, on_log)
             result = train(self.model, self.tokenizer, task, self.pruner, config, run, data_dir=data_dir)
@@ -114,8 +127,7 @@ class MicrogliaPruningSystem:
         held_out = task.load("validation", limit=CALIBRATION_PROMPTS, seed=config.seed, data_dir=data_dir)
         known = [*(example for part in examples_of(task, config, data_dir) for example in part), *held_out]
         self._used |= question_keys(example.question for example in known)
-        prompts = [example_prompt(self.tokenizer, example, task.template) for example in held_out]
-        self.pruner = self._calibrated(result.pruner.with_threshold(0.0), prompts)
+        self.pruner = self._calibrated(task, held_out, result.pruner.with_threshold(0.0), config)
         last = {name: value for row in result.history for name, value in row.items() if isinstance(value, int | float)}
         self.training = {"dataset": task.name, "seconds": result.seconds, "last": last, "config": asdict(config)}
         if output_dir is not None and processes.is_first():
@@ -207,7 +219,8 @@ class MicrogliaPruningSystem:
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
-        pruner, kept = self.pruner.at(keep_ratio), Ledger(ledger, {"base_model": self.source}) if ledger else None
+        pruner = self.pruner.at(keep_ratio)
+        kept = Ledger(ledger, {"weights": weights_checksum(self.model)}) if ledger else None
         judged = judge(setup, pruner, scoring, dense=dense, ledger=kept, progress=progress)
         if "pruned" in judged.runs:
             self._keep_ratios = [answer.keep_ratio for answer in judged.runs["pruned"].answers]
@@ -216,11 +229,14 @@ class MicrogliaPruningSystem:
     def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
         """From now on so many heads are kept on average; prompts still differ. Returns the threshold.
 
-        prompts: questions to calibrate on; without them the held-out ones of the training are used, whose logits the
-        checkpoint holds. None as ratio goes back to the trained decision.
+        prompts: questions to calibrate on, all of which count alike; without them the held-out ones of the training are
+        used, whose logits the checkpoint holds, weighted by the tokens of their answers. None as ratio goes back to the
+        trained decision.
         """
         if prompts is not None:
-            self.pruner = self._calibrated(self.pruner, self._rendered(list(prompts)))
+            geometries = [site.geometry for site in find_sites(self.model, self.pruner.units)]
+            read = read_prompts(self.model, self.tokenizer, self._rendered(list(prompts)), self.pruner)
+            self.pruner = self.pruner.with_budget(read.logits, geometries)
             self._used |= question_keys(prompts)
         self.pruner = self.pruner.with_threshold(0.0) if ratio is None else self.pruner.at(ratio)
         self.promise = {}  # was for another threshold
@@ -310,6 +326,16 @@ class MicrogliaPruningSystem:
         how = self._execution(execution)
         return Setup(self.model, self.tokenizer, task, examples, how, batch_size, longest)
 
+    def _calibrated(self, task: Task, examples: Sequence[Example], pruner: Pruner, config: TrainingConfig) -> Pruner:
+        """The pruner with a budget from these examples, weighted by the tokens of the answers that were trained on."""
+        setup = Setup(self.model, self.tokenizer, task, examples)
+        if config.target != "model":
+            return setup.calibrated(pruner)
+        written = continued(causal_lm(self.model), self.tokenizer, task, examples, config)
+        weights = torch.tensor([len(answer) for answer in written["answer"]]).float()
+        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
+        return pruner.with_budget(setup.logits(pruner), geometries, weights)
+
     def _execution(self, execution: str | Execution) -> Execution:
         """One of each kind for the present model: what it captured serves all later requests."""
         if isinstance(execution, Execution):
@@ -324,11 +350,6 @@ class MicrogliaPruningSystem:
         if empty := [index for index, prompt in enumerate(prompts) if not prompt.strip()]:
             raise DataError(f"prompt {empty[0]} of {len(prompts)} is empty; give every prompt some text")
         return list(prompts) if raw else [render_prompt(self.tokenizer, prompt, self.template) for prompt in prompts]
-
-    def _calibrated(self, pruner: Pruner, prompts: Sequence[str]) -> Pruner:
-        """The pruner with a budget from complete prompts."""
-        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(read_prompts(self.model, self.tokenizer, prompts, pruner).logits, geometries)
 
 
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:

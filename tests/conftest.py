@@ -12,6 +12,14 @@ settings.register_profile("search", derandomize=False, print_blob=True, deadline
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """What is kept for later runs goes where nobody else's is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICROGLIA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 def pytest_collection_modifyitems(items):
     """Files with slow tests begin, so that no process is left alone with a long one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}

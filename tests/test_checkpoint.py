@@ -47,7 +47,8 @@ def answers(model, saved):
 
 def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
     parts = {"gate": Gate(threshold=0.25, temperature=0.7, bucket=2), "window": 5, "fill": "mean"}
-    budget = Budget([torch.randn(5, 8), torch.randn(5, 8)], geometries_of(model), bucket=2)
+    weights = torch.tensor([1.0, 2.0, 30.0, 4.0, 5.0])
+    budget = Budget([torch.randn(5, 8), torch.randn(5, 8)], geometries_of(model), bucket=2, weights=weights)
     described = {"template": "Q: {question}", "training": {"dataset": "arithmetic"}}
     saved = checkpoint_for(model, budget=budget, **described, **parts)
     loaded = Checkpoint.from_pretrained(saved.save_pretrained(tmp_path))
@@ -57,6 +58,8 @@ def test_saved_and_loaded_decides_and_answers_the_same(model, tmp_path):
     assert same_state(loaded.pruner.policy, saved.pruner.policy)
     assert all(torch.equal(a, b) for a, b in zip(loaded.pruner.budget.logits, budget.logits, strict=True))
     assert (loaded.pruner.budget.geometries, loaded.pruner.budget.bucket) == (budget.geometries, 2)
+    assert loaded.pruner.budget.weights.equal(weights)
+    assert loaded.pruner.budget.threshold(0.6) == budget.threshold(0.6)
     assert loaded.pruner.fingerprint() == saved.pruner.fingerprint()
     before, after = answers(model, saved), answers(model, loaded)
     assert 0 < sum(float(k.mean()) for k in before.keep) < len(before.keep)

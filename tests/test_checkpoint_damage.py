@@ -64,7 +64,9 @@ def with_nan(tensors):
 
 def calibrated(**tensors):
     """A damage: calibration tensors of site 0 and 1."""
-    return lambda f: swap_agents(f, lambda t: t.update({f"calibration.{name[-1]}": x for name, x in tensors.items()}))
+    return lambda f: swap_agents(
+        f, lambda t: t.update({f"calibration.{name.removeprefix('of_')}": x for name, x in tensors.items()})
+    )
 
 
 def replaced_by(make):
@@ -160,6 +162,15 @@ DAMAGES = {
     "calibration NaN": (
         calibrated(of_0=torch.full((2, 8), torch.nan), of_1=torch.ones(2, 8)),
         r"calibration\.0 holds NaN",
+    ),
+    "calibration weights short": (
+        calibrated(of_0=torch.ones(2, 8), of_1=torch.ones(2, 8), of_weights=torch.ones(3)),
+        r"calibration\.weights has shape \(3,\), not \(2,\)",
+    ),
+    "calibration weights alone": (calibrated(of_weights=torch.ones(3)), r"calibration\.0 is missing"),
+    "calibration weights zero": (
+        calibrated(of_0=torch.ones(2, 8), of_1=torch.ones(2, 8), of_weights=torch.zeros(2)),
+        r"calibration\.weights holds numbers that are not above 0",
     ),
     "whole numbers": (
         lambda f: swap_agents(f, lambda t: t.update({"statistics.0.std": torch.ones(16, dtype=torch.int32)})),

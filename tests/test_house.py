@@ -32,6 +32,7 @@ FLOORS = {
     "microglia.settings": 5,
     "microglia.gate": 5,
     "microglia.policies": 6,
+    "microglia.recovery": 6,
     "microglia.pruner": 7,
     "microglia.execution": 8,
     "microglia.lease": 8,

@@ -49,6 +49,21 @@ def test_a_threshold_is_found_once_and_looked_up_from_then_on(monkeypatch):
     assert first._known_thresholds.cache_info().maxsize == THRESHOLDS  # clients may ask for any number of them
 
 
+def test_prompts_count_in_a_budget_by_their_weights():
+    """Σ nᵢ·keepᵢ / Σ nᵢ: the keep ratio is that of a budget in which a prompt stands as often as it counts."""
+    generator = torch.Generator().manual_seed(1)
+    logits = [torch.randn(6, g.heads, generator=generator) for g in (MHA, GQA)]
+    weights = torch.tensor([1, 1, 9, 2, 1, 30])
+    repeated = Budget([x.repeat_interleave(weights, 0) for x in logits], [MHA, GQA], 1)
+    weighted, alike = (Budget(logits, [MHA, GQA], 1, w) for w in (weights, None))
+    for target in (0.3, 0.6, 0.9):
+        threshold = repeated.threshold(target)
+        assert weighted.threshold(target) == threshold
+        assert weighted.keep_ratio(threshold) == pytest.approx(repeated.keep_ratio(threshold))
+    assert weighted.keep_ratio(threshold) != pytest.approx(alike.keep_ratio(threshold))
+    assert Budget(logits, [MHA, GQA], 1, torch.full((6,), 7)).threshold(0.5) == alike.threshold(0.5)
+
+
 @pytest.mark.parametrize("target", [0, -0.1, 1.01])
 def test_impossible_targets_are_refused(target):
     with pytest.raises(ConfigError, match=f"keep_ratio={target} was given; it must be above 0 and at most 1"):

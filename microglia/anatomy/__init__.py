@@ -4,6 +4,7 @@ from microglia.anatomy.anatomy import Anatomy, Layer, causal_lm, context_length,
 from microglia.anatomy.attention import View, replaced_attention, stock_attention, with_attention
 from microglia.anatomy.families import FAMILIES, Family
 from microglia.anatomy.geometry import HeadGeometry, RowShape
+from microglia.anatomy.head import headless, logits_of
 from microglia.anatomy.layouts import Fused, FusedEqual, Mlp, Separate
 from microglia.anatomy.rereading import never_reread, rope_types
 from microglia.anatomy.swap import swap
@@ -22,7 +23,9 @@ __all__ = [
     "View",
     "causal_lm",
     "context_length",
+    "headless",
     "input_device",
+    "logits_of",
     "never_reread",
     "replaced_attention",
     "rope_types",

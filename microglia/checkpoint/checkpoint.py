@@ -21,8 +21,11 @@ from microglia.checkpoint.format_1 import renamed
 from microglia.errors import CheckpointError, ConfigError, first_line
 from microglia.policies import Policy
 from microglia.pruner import Pruner
+from microglia.recovery import Recovery
 
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
+RECOVERY = "recovery."  # likewise
+WEIGHTS = "calibration.weights"  # of its prompts, where they do not all count alike
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Checkpoint:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
         calibration = enumerate(budget.logits if budget else ())
         tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in calibration}
+        if self.pruner.recovery is not None:
+            state = self.pruner.recovery.state_dict()
+            tensors |= {f"{RECOVERY}{name}": x.detach().cpu().contiguous() for name, x in state.items()}
+        if budget is not None and budget.weights is not None:
+            tensors[WEIGHTS] = budget.weights.detach().float().cpu().contiguous()
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise CheckpointError(
                 f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
@@ -76,10 +84,10 @@ class Checkpoint:
         if not path.is_dir():
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
-        policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
-        pruner = config.pruner(policy)
+        policy, recovery, calibration = _parts(config, contents.pop(AGENTS), str(path / AGENTS))
+        pruner, weights = config.pruner(policy, recovery), calibration.pop(WEIGHTS, None)
         if calibration:
-            pruner = pruner.with_budget(calibration, config.geometries)
+            pruner = pruner.with_budget(list(calibration.values()), config.geometries, weights)
         return cls(pruner, config, contents or None)
 
     def calibrated(self, pruner: Pruner, promise: Mapping[str, Any]) -> "Checkpoint":
@@ -104,6 +112,12 @@ class Checkpoint:
                 )
             model = _with_adapter(model, self.adapter)
         self.pruner.policy.to(input_device(model)).eval()
+        if self.pruner.recovery is not None:
+            if not self.pruner.recovery.fits(model):
+                raise CheckpointError(
+                    "the recovery of this checkpoint was made for layers of other sizes; load the model it was made on"
+                )
+            self.pruner.recovery.to(input_device(model))
         return model
 
     def push_to_hub(
@@ -144,14 +158,15 @@ def _read(folder: Path) -> tuple[MicrogliaConfig, dict[str, bytes]]:
                 raise  # else another checkpoint has come in between: read that
 
 
-def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, list[Tensor]]:
-    """Policy and calibration logits from the bytes of a safetensors file."""
+def _parts(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, Recovery | None, dict[str, Tensor]]:
+    """Policy, recovery and calibration from the bytes of a safetensors file: logits by site, perhaps weights."""
     try:
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
     names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
-    calibration = {name: tensors.pop(name) for name in names if name in tensors}
+    calibration = {name: tensors.pop(name) for name in (*names, WEIGHTS) if name in tensors}
+    recovery = _recovery({name: tensors.pop(name) for name in [*tensors] if name.startswith(RECOVERY)}, config, where)
     try:
         with torch.device("meta"):  # what a configuration asks for may be larger than any memory
             wanted = {name: tuple(x.shape) for name, x in config.new_policy().state_dict().items()}
@@ -161,11 +176,24 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
         tensors = renamed(tensors, config.policy)
     prompts = max((len(x) for x in calibration.values() if x.dim()), default=0) or 1
     logits = {name: (prompts, g.count) for name, g in zip(names, config.geometries, strict=True) if calibration}
-    if problems := _problems(tensors | calibration, wanted | logits):
+    weights = {WEIGHTS: (prompts,)} if WEIGHTS in calibration else {}
+    problems = _problems(tensors | calibration, wanted | logits | weights)
+    if not problems and weights and not bool((calibration[WEIGHTS] > 0).all()):
+        problems = [f"{WEIGHTS} holds numbers that are not above 0"]
+    if problems:
         raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
     policy = config.new_policy()
     policy.load_state_dict(tensors)
-    return policy.eval(), [x.float() for x in calibration.values()]
+    return policy.eval(), recovery, {name: x.float() for name, x in calibration.items()}
+
+
+def _recovery(tensors: Mapping[str, Tensor], config: MicrogliaConfig, where: str) -> Recovery | None:
+    if not config.recovery and not tensors:
+        return None
+    try:
+        return Recovery.from_tensors({name.removeprefix(RECOVERY): x for name, x in tensors.items()}, config.recovery)
+    except ConfigError as error:
+        raise CheckpointError(f"{where} does not fit {CONFIG}: {error}") from error
 
 
 def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -11,11 +11,12 @@ from torch import nn
 from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
 from microglia.checkpoint.format_1 import upgraded
-from microglia.errors import CheckpointError, ConfigError, check_choice, first_line
+from microglia.errors import CheckpointError, ConfigError, check_choice, check_range, first_line
 from microglia.gate import Gate
 from microglia.models import REASONER, reasoner_path
 from microglia.policies import POLICIES, Policy
 from microglia.pruner import Fill, Pruner, check_window
+from microglia.recovery import Recovery
 from microglia.signals import check_signals
 from microglia.tasks.prompts import check_template
 from microglia.units import MOST_UNITS, UNITS, Geometry, find_sites
@@ -58,11 +59,12 @@ class MicrogliaConfig:
     """Frozen; saved as JSON beside the weights.
 
     base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA. policy, policy_options and
-    signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
-    pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that training
-    used; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
-    measured for this threshold, empty when nothing is promised; used: keys of the questions that trained the policy or
-    set its thresholds, by `tasks.used`, none in checkpoints of before; lora: an adapter belongs to it.
+    signals: what the policy is made from; units, window, temperature, threshold, bucket, least_kept and fill: the rest
+    of the pruner (a unit is kept when its logit exceeds the threshold); recovery: its rank, 0 without one. template:
+    the prompt with `{question}` that training used; training: dataset, options and results of the training, anything
+    that JSON holds; promise: what `calibrate` measured for this threshold, empty when nothing is promised; used: keys
+    of the questions that trained the policy or set its thresholds, by `tasks.used`, none in checkpoints of before;
+    lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -77,7 +79,9 @@ class MicrogliaConfig:
     temperature: float = 0.5
     threshold: float = 0.0
     bucket: int | None = None
+    least_kept: float = 0.0
     fill: str = "zero"
+    recovery: int = 0
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
@@ -93,6 +97,7 @@ class MicrogliaConfig:
         # Each of them checks itself.
         _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
         _ = self.geometries, self.gate
+        check_range("recovery", self.recovery, 0, MOST_UNITS)
 
     @classmethod
     def describing(
@@ -126,6 +131,8 @@ class MicrogliaConfig:
             temperature=gate.temperature,
             threshold=gate.threshold,
             bucket=gate.bucket,
+            least_kept=gate.least_kept,
+            recovery=pruner.recovery.rank if pruner.recovery is not None else 0,
             fill=pruner.fill,
             template=template,
             training=dict(training or {}),
@@ -141,7 +148,7 @@ class MicrogliaConfig:
     @property
     def gate(self) -> Gate:
         """The hard gate of inference."""
-        return Gate(temperature=self.temperature, threshold=self.threshold, bucket=self.bucket)
+        return Gate("hard", self.temperature, self.threshold, self.bucket, self.least_kept)
 
     def new_policy(self) -> Policy:
         """An untrained policy of this kind and these sizes. Raises ConfigError for options that it does not know.
@@ -155,9 +162,9 @@ class MicrogliaConfig:
                 f"policy_options={self.policy_options} make no policy {self.policy!r} ({first_line(error)})"
             ) from error
 
-    def pruner(self, policy: Policy) -> Pruner:
+    def pruner(self, policy: Policy, recovery: Recovery | None = None) -> Pruner:
         """The pruner that this describes, with its policy. Raises ConfigError for parts that cannot be."""
-        return Pruner(policy, self.gate, self.window, self.fill, self.units)  # type: ignore[arg-type]
+        return Pruner(policy, self.gate, self.window, self.fill, self.units, recovery=recovery)  # type: ignore[arg-type]
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
@@ -206,7 +213,11 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(cls, {"used": "", **(upgraded(row, where) if version == 1 else row)}, where)
+        values = _typed(
+            cls,
+            {"used": "", "least_kept": 0.0, "recovery": 0, **(upgraded(row, where) if version == 1 else row)},
+            where,
+        )
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
             lists = {name: tuple(values[name]) for name in ("signals", "units")}

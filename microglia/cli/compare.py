@@ -65,7 +65,7 @@ def compare(
         like=comparison.like,
         training=system.training,
     )
-    at = choose(comparison, replace(comparison.like, policy=agents[0]), ratios, at_keep_ratio)
+    at = choose(comparison, replace(comparison.like, policy=agents[0].policy), ratios, at_keep_ratio)
     where, settings = examples.settings()
     like = comparison.like
     settings |= {"execution": generation.execution, "max_new_tokens": generation.max_new_tokens}
@@ -85,7 +85,7 @@ def compare(
 
 
 def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
-    """The system of the first checkpoint, and the agents of all of them."""
+    """The system of the first checkpoint, and the pruners of all of them."""
     from microglia.checkpoint import Checkpoint
 
     names = o.names(folders or ())
@@ -97,9 +97,9 @@ def load(folders: o.Many, loading: o.Loading) -> tuple[Any, list[Any]]:
             raise ConfigError(f"{name} holds a static mask; give agents, and it as --policies static_baseline={name}")
         if checkpoint.config.lora and len(names) > 1:
             raise ConfigError(f"{name} brings a LoRA adapter, so it is another model; compare it in a run of its own")
-    device = next(system.model.parameters()).device
-    others = [checkpoint.pruner.policy.to(device).eval() for checkpoint in checkpoints[1:]]
-    return system, [system.pruner.policy, *others]
+    for checkpoint in checkpoints[1:]:
+        checkpoint.load_onto(system.model)
+    return system, [system.pruner, *(checkpoint.pruner for checkpoint in checkpoints[1:])]
 
 
 def fresh(folders: o.Many, loading: o.Loading, output_dir: Path | None) -> tuple[Any, list[Any]]:
@@ -130,7 +130,7 @@ def pairs(
                 update("steps", row["step"], most)
 
             made.append(saved_pair(held_out, RECIPE, seed, place, base_model=source, data_dir=data_dir, on_log=on_log))
-    return [pair.agents.policy for pair in made], [pair.static_baseline.policy for pair in made]
+    return [pair.agents for pair in made], [pair.static_baseline for pair in made]
 
 
 def prepared(

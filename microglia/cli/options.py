@@ -106,7 +106,9 @@ class TaskOptions:
 
     panel: ClassVar = "Task"
     dataset: Annotated[str, f"Task: {', '.join(TASKS)} (your own file)."] = "arithmetic"
-    data_dir: Annotated[Path | None, "Folder with its files, or a file.", "the hub"] = None
+    data_dir: Annotated[
+        Path | None, "Folder with its files, or a file; of prompts several sources, by commas.", "the hub"
+    ] = None
     shots: Annotated[int, typer.Option(min=0, help="Solved examples at the start of every prompt.")] = 0
     question_field: Annotated[str | None, "Field of a jsonl file with the question.", "question"] = None
     answer_field: Annotated[str | None, "Field of a jsonl file with the answer.", "answer"] = None
@@ -174,6 +176,9 @@ class PrunerOptions:
         int, typer.Option(min=0, help="Last prompt tokens over which the entropy is taken; 0 takes all.")
     ] = 64
     bucket: Annotated[int | None, "Counts of kept heads are rounded up to multiples of it.", "heads / 8"] = None
+    least_kept: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of every layer's units that is kept in any case.")
+    ] = 0.0
     fill: Annotated[
         Literal["zero", "mean"], "What stands for the output of a pruned head: zero, or its mean over the prompt."
     ] = "zero"

@@ -17,7 +17,19 @@ from microglia.training.config import TrainingConfig
 
 SETTINGS = "train.yaml"
 SHOWN = (
-    *("model", "dataset", "data_dir", "output_dir", "policy", "lora", "keep_ratio", "num_epochs", "max_steps", "limit"),
+    *(
+        "model",
+        "dataset",
+        "data_dir",
+        "output_dir",
+        "policy",
+        "target",
+        "recovery",
+        "keep_ratio",
+        "num_epochs",
+        "max_steps",
+        "limit",
+    ),
     *("batch_size", "learning_rate", "seed", "resume"),
 )
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
@@ -46,6 +58,8 @@ def train(
     microglia train --output-dir checkpoints
 
     microglia train --model Qwen/Qwen2.5-3B-Instruct --dataset gsm8k --num-epochs 1 --keep-ratio 0.75
+
+    microglia train --model Qwen/Qwen2.5-0.5B-Instruct --dataset prompts --data-dir mine.txt,shipped --recovery 16
     """
     from microglia import processes
     from microglia.results import TrainingRun

@@ -32,7 +32,7 @@ class Agents(Criterion):
 
     def adaptive(self, calibration: Calibration) -> Policy:
         agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
-        return train_on(calibration, agents, self.config)
+        return train_on(calibration, agents, self.config).policy
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.mean(0) for x in calibration.logits(self.adaptive(calibration))]

@@ -10,7 +10,7 @@ from torch import Tensor
 from microglia.criteria.calibration import Calibration, untouched
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.policies import Policy, StaticPolicy
-from microglia.pruner import Fill
+from microglia.pruner import Fill, Pruner
 from microglia.registry import Registry
 
 
@@ -47,6 +47,10 @@ class Criterion(ABC):
         with untouched(calibration):
             policy = self.adaptive(calibration) if per_input else self.static(calibration)
         return policy.to(calibration.device).requires_grad_(False).eval()
+
+    def pruner(self, calibration: Calibration, *, per_input: bool = False) -> Pruner:
+        """The policy as a pruner, with the recovery that was trained along where one was."""
+        return calibration.pruner(self.policy(calibration, per_input=per_input))
 
     def static(self, calibration: Calibration) -> Policy:
         """The policy that is the same for every prompt."""

@@ -19,8 +19,11 @@ from microglia.passes import Batch, batch_of, encode, read_prompt, write_answer
 from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.reading import Reading, joined, read
+from microglia.recovery import Recovery
 from microglia.tasks.base import Example, Task
-from microglia.training.loss import task_loss
+from microglia.training.config import TrainingConfig
+from microglia.training.continuations import continued
+from microglia.training.loss import answer_losses
 from microglia.units import HeadSite, find_sites
 
 
@@ -28,8 +31,8 @@ from microglia.units import HeadSite, find_sites
 class Calibration:
     """Examples on a model, and the passes over them that criteria share.
 
-    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket, fill: of
-    the pruners that come of it.
+    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket, fill,
+    least_kept: of the pruners that come of it.
     Raises DataError when there is no example, ConfigError for a batch size below 1.
     """
 
@@ -42,6 +45,7 @@ class Calibration:
     fill: Fill = "zero"
     batch_size: int = 16
     seed: int = 0
+    least_kept: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -69,7 +73,10 @@ class Calibration:
     @cached_property
     def batches(self) -> list[Batch]:
         """The examples in order, `batch_size` at a time, on the model's device."""
-        rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
+        if not any(example.answer for example in self.examples):  # prompts alone: the dense model writes the answers
+            rows = list(continued(self.lm, self.tokenizer, self.task, self.examples, TrainingConfig()))
+        else:
+            rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
@@ -88,9 +95,7 @@ class Calibration:
         first = self.read(batch) if prompt is None else copy.deepcopy(prompt)
         with Masked().apply(self.sites, Decision(self.keeps() if keep is None else keep)):
             logits = write_answer(self.lm, batch, first)
-        return torch.stack(
-            [task_loss(row[None], labels[None]) for row, labels in zip(logits, batch.labels, strict=True)]
-        )
+        return answer_losses(logits, batch.labels)
 
     @torch.no_grad()
     def read(self, batch: Batch) -> Any:
@@ -126,9 +131,11 @@ class Calibration:
         """What `policy` says of each of N prompts: logits (N, H) per site, on the CPU."""
         return self.readings(policy).logits
 
-    def pruner(self, policy: Policy) -> Pruner:
-        """A policy with the calibration's window, bucket and fill."""
-        return Pruner(policy, Gate(bucket=self.bucket), self.window, self.fill)
+    def pruner(self, policy: Policy, recovery: Recovery | None = None) -> Pruner:
+        """A policy with the calibration's window, bucket, fill and least kept."""
+        return Pruner(
+            policy, Gate(bucket=self.bucket, least_kept=self.least_kept), self.window, self.fill, recovery=recovery
+        )
 
     def readings(self, policy: Policy) -> Reading:
         """What reading the N prompts gives with a policy, on the CPU."""

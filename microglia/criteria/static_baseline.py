@@ -6,9 +6,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from microglia.criteria.base import CRITERIA, Criterion
-from microglia.criteria.calibration import Calibration
+from microglia.criteria.calibration import Calibration, untouched
+from microglia.criteria.start import start_from
 from microglia.criteria.trained import RECIPE, train_on
 from microglia.policies import Policy, StaticPolicy
+from microglia.pruner import Pruner
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import baseline_config
 
@@ -30,7 +32,21 @@ class StaticBaseline(Criterion):
     )
 
     def static(self, calibration: Calibration) -> Policy:
-        return train_on(calibration, StaticPolicy.all_kept(calibration.geometries), self.config)
+        return self._trained(calibration).policy
+
+    def pruner(self, calibration: Calibration, *, per_input: bool = False) -> Pruner:
+        if per_input:
+            return super().pruner(calibration, per_input=True)  # which says that there is no such thing
+        with untouched(calibration):
+            trained = self._trained(calibration)
+        trained.policy.to(calibration.device).requires_grad_(False).eval()
+        return calibration.pruner(trained.policy, trained.recovery)
+
+    def _trained(self, calibration: Calibration) -> Pruner:
+        policy = StaticPolicy.all_kept(calibration.geometries)
+        if self.config.start is not None:
+            start_from(self.config.start, policy, calibration)
+        return train_on(calibration, policy, self.config)
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         return [x.detach() for x in self.static(calibration).logits]  # type: ignore[union-attr]

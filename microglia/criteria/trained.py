@@ -7,6 +7,7 @@ from typing import ClassVar
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
 from microglia.policies import Policy
+from microglia.pruner import Pruner
 from microglia.tasks.base import Example, Task
 from microglia.training import TrainingConfig
 from microglia.training.static_baseline import train_in_memory
@@ -23,6 +24,7 @@ class CalibrationTask(Task):
     def __init__(self, calibration: Calibration) -> None:
         super().__init__()
         self.template = calibration.task.template  # type: ignore[misc]
+        self.scoring = calibration.task.scoring  # type: ignore[misc]
         self.examples = calibration.examples
 
     def read(self, split: str, data_dir: Path | str | None) -> list[Example]:
@@ -34,13 +36,16 @@ class CalibrationTask(Task):
         return list(self.examples)[:limit]
 
 
-def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -> Policy:
-    """Train a policy in place on the calibration's examples, with its seed; it comes back on the CPU.
+def train_on(calibration: Calibration, policy: Policy, config: TrainingConfig) -> Pruner:
+    """Train a policy in place on the calibration's examples, with its seed; it comes back on the CPU, perhaps with a
+    recovery.
 
     Raises ConfigError for LoRA.
     """
     if config.lora != "none":
         raise ConfigError(f"lora={config.lora!r} was given, but a criterion leaves the model as it is; use lora='none'")
     task, config = CalibrationTask(calibration), replace(config, seed=calibration.seed)
-    train_in_memory(calibration.model, calibration.tokenizer, task, calibration.pruner(policy), config)
-    return policy.cpu()
+    pruner = calibration.pruner(policy)
+    result = train_in_memory(calibration.model, calibration.tokenizer, task, pruner, config)
+    policy.cpu()
+    return result.pruner

@@ -17,9 +17,9 @@ from microglia.passes import answer_logits, batch_of, encode
 from microglia.pruner import Pruner
 from microglia.reading import read_prompts
 from microglia.tasks.base import Example, Task
-from microglia.tasks.prompts import example_prompt
+from microglia.tasks.prompts import example_prompt, worked_answers
 from microglia.tasks.used import fingerprint
-from microglia.training.loss import task_loss
+from microglia.training.loss import answer_losses
 from microglia.units import find_sites
 
 
@@ -68,10 +68,15 @@ class Setup:
         """What the policy says of each of the N prompts, nothing generated: (N, U) per site, on the CPU."""
         return read_prompts(self.model, self.tokenizer, self.prompts, pruner, batch_size=self.batch_size).logits
 
+    @property
+    def answer_tokens(self) -> list[int]:
+        """How many tokens each example's worked answer has, which is what its prompt counts for where time counts."""
+        return [len(ids) for ids in worked_answers(self.tokenizer, self.examples)]
+
     def calibrated(self, pruner: Pruner) -> Pruner:
-        """The pruner with a budget from these prompts."""
+        """The pruner with a budget from these prompts, weighted by the tokens of their worked answers."""
         geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(self.logits(pruner), geometries)
+        return pruner.with_budget(self.logits(pruner), geometries, torch.tensor(self.answer_tokens).float())
 
     @torch.no_grad()
     def losses(self, pruner: Pruner | None) -> list[float]:
@@ -85,5 +90,5 @@ class Setup:
         for start in range(0, len(rows), self.batch_size):
             batch = batch_of(rows[start : start + self.batch_size], input_device(lm))
             logits, _ = answer_logits(lm, batch, pruner)
-            losses += [float(task_loss(x[None], y[None])) for x, y in zip(logits, batch.labels, strict=True)]
+            losses += answer_losses(logits, batch.labels).tolist()
         return losses

@@ -63,6 +63,7 @@ class Execution(ABC):
     name: in the registry. prunes: False for the one that leaves the model dense. scores: whether several given tokens
     can continue a prompt in one pass. saves: False where pruned units are still computed. shares: whether threads can
     write dense answers with it at once. calls_layers: whether passes that continue a prompt call the model's layers.
+    recovers: whether they are made with the weights that the layers' modules hold then, those of a recovery too.
     """
 
     name: ClassVar[str]
@@ -71,6 +72,7 @@ class Execution(ABC):
     saves: ClassVar[bool] = True
     shares: ClassVar[bool] = True
     calls_layers: ClassVar[bool] = True
+    recovers: ClassVar[bool] = True
 
     @classmethod
     def for_model(cls, model: nn.Module) -> "Execution":

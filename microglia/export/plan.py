@@ -40,7 +40,7 @@ class KeepPlan:
                 "prompts (--plan task) or one prompt (--plan prompt)"
             )
         adaptive = budget.keep_ratio(gate.threshold)
-        mean = replace(budget, logits=[x.float().mean(0, keepdim=True) for x in budget.logits])
+        mean = replace(budget, logits=[x.float().mean(0, keepdim=True) for x in budget.logits], weights=None)
         frozen_gate = replace(gate, threshold=mean.threshold(adaptive))
         return cls(kind, _keep(mean, frozen_gate), budget.prompts, frozen_gate.threshold, adaptive)
 

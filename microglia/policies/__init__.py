@@ -6,6 +6,7 @@ from typing import Any
 from microglia.errors import ConfigError
 from microglia.policies.agents import AgentPolicy, LearnedPolicy, MaskMixture, MicrogliaAgent, MixturePolicy
 from microglia.policies.base import POLICIES, Policy, SitewisePolicy
+from microglia.policies.codebook import CodebookPolicy
 from microglia.policies.fixed import SignalPolicy, StaticPolicy
 from microglia.policies.predictor import PredictorPolicy
 from microglia.registry import listed
@@ -15,6 +16,7 @@ from microglia.units import Geometry
 __all__ = [
     "POLICIES",
     "AgentPolicy",
+    "CodebookPolicy",
     "LearnedPolicy",
     "MaskMixture",
     "MicrogliaAgent",
@@ -37,7 +39,8 @@ def agent_kinds() -> list[str]:
 def new_agents(
     name: str, geometries: Sequence[Geometry], *, signals: str | Sequence[str] = ("norm", "entropy"), **options: Any
 ) -> LearnedPolicy:
-    """Untrained agents: `agents` (MLPs of hidden_dim 128) or `mixture` (hidden_dim: 16 masks), or a kind of your own.
+    """Untrained agents: `agents` (MLPs of hidden_dim 128) `mixture` (hidden_dim: 16 masks), `codebook`
+    (hidden_dim: 8 masks), or a kind of your own.
 
     Raises ConfigError for an unknown kind.
     """

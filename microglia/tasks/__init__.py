@@ -12,6 +12,7 @@ from microglia.tasks.hendrycks_math import Math500Task, MathTask
 from microglia.tasks.jsonl import JsonlTask
 from microglia.tasks.svamp import SvampTask
 from microglia.tasks.text import TextTask
+from microglia.tasks.unlabelled import PromptsTask
 
 TASKS: dict[str, type[Task]] = {
     "arithmetic": ArithmeticTask,
@@ -25,6 +26,7 @@ TASKS: dict[str, type[Task]] = {
     "arc-challenge": ArcChallengeTask,
     "jsonl": JsonlTask,
     "text": TextTask,
+    "prompts": PromptsTask,
 }
 
 __all__ = ["TASKS", "Choices", "Example", "Task", "get_task"]

@@ -147,6 +147,12 @@ def answer_end(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def worked_answers(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
+    """The tokens of the examples' worked answers as a model writes them, each with the one that ends it."""
+    prefix, end = generated_answer_prefix(tokenizer), answer_end(tokenizer)
+    return [[*continuation_ids(tokenizer, prefix + example.answer), end] for example in examples]
+
+
 def _is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     added = tokenizer.added_tokens_decoder.get(token)
     return added is not None and bool(added.special)

@@ -12,7 +12,12 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("epochs batch_size learning_rate", lambda x: 0 < x < math.inf, "it must be above 0"),
     ("eval_steps eval_limit save_steps", lambda x: 0 < x < math.inf, "it must be above 0"),
     ("lora_rank lora_steps lora_learning_rate", lambda x: 0 < x < math.inf, "it must be above 0"),
-    ("beta distill patience warmup_steps", lambda x: 0 <= x < math.inf, "it must not be negative"),
+    ("recovery_learning_rate continuation_tokens", lambda x: 0 < x < math.inf, "it must be above 0"),
+    (
+        "beta patience warmup_steps continuation_temperature self_prompts recovery",
+        lambda x: 0 <= x < math.inf,
+        "it must not be negative",
+    ),
     (
         "alpha noise temperature",
         lambda ends: len(ends) == 2 and all(0 <= end < math.inf for end in ends),
@@ -20,7 +25,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("temperature", lambda ends: min(ends) > 0, "both ends must be above 0"),
     ("keep_ratio", lambda x: x is None or 0 < x <= 1, "it must be above 0 and at most 1"),
-    ("ramp", lambda x: 0 <= x <= 1, "it must be between 0 and 1"),
+    ("ramp recovery_start", lambda x: 0 <= x <= 1, "it must be between 0 and 1"),
     ("seed", lambda x: 0 <= x < 2**32, "it must be at least 0 and below 2**32"),
 )
 
@@ -59,7 +64,28 @@ class TrainingConfig:
     ramp: Annotated[
         float, "Share of the steps over which the target keep ratio falls from 1; 0 applies it from the first step."
     ] = 0.5
-    distill: Annotated[float, "Weight of the KL divergence from the dense model's distribution on answer tokens."] = 0.0
+    loss_per: Annotated[
+        Literal["token", "example"],
+        "Average loss and price over the tokens of all answers, as time is spent, or over examples, short or long.",
+    ] = "token"
+    target: Annotated[
+        str | None,
+        "What answers shall be: model (what the dense model says, over continuations that it writes: prompts are "
+        "enough), gold (worked answers), or over worked answers a mixture: the weight of what the dense model says, "
+        "0.5 say.",
+        "gold on the reasoner, else model",
+    ] = None
+    continuation_tokens: Annotated[int, "Longest continuation that the dense model writes."] = 128
+    continuation_temperature: Annotated[float, "Temperature at which it writes; 0 is greedy."] = 0.0
+    self_prompts: Annotated[int, "Prompts that a chat model asks itself, beside those of --dataset prompts."] = 0
+    start: Annotated[str | None, "Criterion by whose ranks the policy starts, norm say.", "every unit kept alike"] = (
+        None
+    )
+    recovery: Annotated[
+        int, "Rank of what changes in the model's layers while it writes pruned answers; 0 changes nothing."
+    ] = 0
+    recovery_start: Annotated[float, "Share of the steps after which the recovery trains as well."] = 0.0
+    recovery_learning_rate: Annotated[float, "Learning rate of the recovery."] = 1e-3
     lora: Annotated[
         Literal["none", "first", "joint"],
         "none, first (before the agents), joint.",
@@ -86,5 +112,21 @@ class TrainingConfig:
             for name in names.split():
                 if not allowed(value := getattr(self, name)):
                     raise ConfigError(f"{name}={value} was given; {requirement}")
+        _ = self.kl_weight
+        if self.recovery and (self.gradient_checkpointing or self.lora == "joint"):
+            other = "gradient_checkpointing" if self.gradient_checkpointing else "lora='joint'"
+            raise ConfigError(f"recovery={self.recovery} was given with {other}; leave one of them out")
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of KL(dense ‖ pruned) in the loss, of which cross entropy is the rest. Raises ConfigError."""
+        named = {None: 1.0, "model": 1.0, "gold": 0.0}
+        try:
+            weight = named[self.target] if self.target in named else float(str(self.target))
+        except ValueError:
+            weight = math.nan
+        if not 0 <= weight <= 1:
+            raise ConfigError(f"target={self.target!r} was given; choose model, gold or a weight between 0 and 1")
+        return weight

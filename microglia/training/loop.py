@@ -20,11 +20,14 @@ from microglia import processes
 from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
+from microglia.models import is_reasoner
 from microglia.passes import batch_of, collate, encode
 from microglia.pruner import Pruner
 from microglia.reading import joined, read
+from microglia.recovery import Recovery
 from microglia.tasks.base import Example, Task
 from microglia.training.config import TrainingConfig
+from microglia.training.continuations import continued
 from microglia.training.lora import set_trainable, with_lora
 from microglia.training.progress import Report
 from microglia.training.saved import STAGE, alone_in, last_whole, load_trained
@@ -72,7 +75,8 @@ def train(
     *,
     data_dir: Path | str | None = None,
 ) -> TrainingResult:
-    """Train the pruner's policy (in place) on `task`; the base model stays frozen; with LoRA its adapters train too.
+    """Train the pruner's policy (in place) on `task`; the base model stays frozen. With LoRA its adapters train too;
+    with `config.recovery` the pruner that comes back has a recovery that was trained along.
 
     Checkpoints go to the run's folder; a run that is resumed goes on from the last one and ends with the same weights
     as an uninterrupted run. In several processes (torchrun) every batch is divided among them, and the run is the one
@@ -82,11 +86,16 @@ def train(
     processes.join()
     started = time.monotonic()
     folder = processes.agreed(lambda: Path(run.path))
+    config = with_target(config, model, task)
+    if config.recovery and pruner.recovery is None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            pruner = replace(pruner, recovery=Recovery.for_model(model, config.recovery))
     with alone_in(folder, resume=run.resume):
         _check(pruner, config)
         _remember(folder, pruner, config, run.resume)
         set_seed(config.seed)
-        data = _Data.load(model, tokenizer, task, config, data_dir)
+        data = _Data.load(model, tokenizer, task, config, data_dir, run)
         model = _prepared(model, config)
         pruner.policy.to(input_device(model))
         history = _run_stages(_Stages(model, config, folder, run, data), pruner)
@@ -158,6 +167,18 @@ def examples_of(task: Task, config: TrainingConfig, data_dir: Path | str | None)
     return [task.load(split, limit=n, seed=config.seed, data_dir=data_dir) for split, n in limits.items()]
 
 
+def with_target(config: TrainingConfig, model: nn.Module, task: Task) -> TrainingConfig:
+    """The options with the target that they leave open. Raises ConfigError for worked answers where there are none."""
+    unlabelled = task.scoring == "text"
+    if config.target is None:
+        config = replace(config, target="gold" if is_reasoner(causal_lm(model)) and not unlabelled else "model")
+    if unlabelled and config.target != "model":
+        raise ConfigError(
+            f"target={config.target!r} was given, but {task.name} has no worked answers; use target='model'"
+        )
+    return config
+
+
 @dataclass(frozen=True)
 class _Data:
     """Encoded examples to train and to evaluate on."""
@@ -173,6 +194,7 @@ class _Data:
         task: Task,
         config: TrainingConfig,
         data_dir: Path | str | None,
+        run: RunFolder,
     ) -> "_Data":
         lm = causal_lm(model)
         if any(p.is_meta for p in lm.parameters()):
@@ -181,7 +203,12 @@ class _Data:
                 "divide it among several processes with shard=True"
             )
         examples = examples_of(task, config, data_dir)
-        train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
+        if config.target == "model":
+            every = [example for part in examples for example in part]
+            rows = continued(lm, tokenizer, task, every, config, quiet=run.quiet)
+            train, evaluation = rows.select(range(len(examples[0]))), rows.select(range(len(examples[0]), len(every)))
+        else:
+            train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
         return cls(train, evaluation)
 
     def sample_features(self, lm: nn.Module, pruner: Pruner) -> list[Tensor]:

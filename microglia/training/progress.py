@@ -1,12 +1,30 @@
 """A progress bar on stderr that shows what matters: task loss, keep ratio, and what steers it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-SHOWN = {"task": "task", "keep_ratio": "keep", "alpha": "α", "multiplier": "λ", "eval_loss": "validation"}
+from microglia import processes
+
+SHOWN = {"task": "task", "kl": "KL", "keep_ratio": "keep", "alpha": "α", "multiplier": "λ", "eval_loss": "validation"}
+
+
+@contextmanager
+def bar(description: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with an estimate on stderr; yields `update(done, total)`. It appears with the first update."""
+    with ExitStack() as stack:
+        shown: list[Any] = []
+
+        def update(done: int, total: int) -> None:
+            if not shown and not quiet and processes.is_first():
+                shown.append(stack.enter_context(tqdm(total=total, desc=description, leave=False)))
+            for one in shown:
+                one.update(done - one.n)
+
+        yield update
 
 
 class Report(TrainerCallback):

@@ -21,7 +21,7 @@ LEARNING_RATE = 0.1  # of a free logit per unit; that of an MLP would leave it w
 
 
 def baseline_config(config: TrainingConfig, **changes: Any) -> TrainingConfig:
-    """The agents' own training, for free logits. `changes` are made last."""
+    """The agents' own training, for free logits, with a recovery where they have one. `changes` are made last."""
     return replace(
         config,
         **{

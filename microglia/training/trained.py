@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from microglia import processes
-from microglia.gate import Gate
+from microglia.attach import Trace
+from microglia.gate import Gate, keep_ratio
 from microglia.passes import Batch, answer_logits
 from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
-from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.training.loss import answer_losses, answer_tokens, divergences, gate_entropy
+from microglia.training.written import written
 
 MULTIPLIER_RATE = 0.1  # of the target mode, the same for agents and their static baseline, whatever their own rates
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
@@ -20,12 +22,15 @@ DAMPING = 10.0  # of the squared distance to the target; the multiplier alone wo
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """Where the schedules stand: α, the gates' temperature and noise, and the target when there is one."""
+    """Where the schedules stand: α, the gates' temperature and noise, the target of the keep ratio when there is one,
+    and whether the recovery trains yet.
+    """
 
     alpha: float
     temperature: float
     noise: float
     target: float | None
+    recovers: bool = True
 
 
 class Trained(nn.Module):
@@ -41,6 +46,7 @@ class Trained(nn.Module):
         super().__init__()
         self.lm, self.pruner = lm, pruner
         self.policy = None if pruner is None else pruner.policy  # registered, so that its parameters train
+        self.recovery = None if pruner is None else pruner.recovery
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
 
@@ -71,32 +77,44 @@ class Trained(nn.Module):
         """The pruner with the gate of this moment: with noise and gradients in training, hard in evaluation."""
         if self.pruner is None:
             return None
-        bucket = self.pruner.gate.bucket
+        if not now.recovers and self.training:
+            return replace(self._gated(now, rows), recovery=None)
+        return self._gated(now, rows)
+
+    def _gated(self, now: ScheduleState, rows: range) -> Pruner:
+        assert self.pruner is not None
+        gate = Gate("hard", now.temperature, bucket=self.pruner.gate.bucket, least_kept=self.pruner.gate.least_kept)
         if self.training:
-            gate = Gate(self.recipe.estimator, temperature=now.temperature, bucket=bucket, noise=now.noise, rows=rows)
-        else:
-            gate = Gate("hard", temperature=now.temperature, bucket=bucket)
+            gate = replace(gate, mode=self.recipe.estimator, noise=now.noise, rows=rows)
         return replace(self.pruner, gate=gate)
 
     def _loss(
         self, batch: Batch, rows: range, prompts: int, now: ScheduleState, gates: ExitStack
     ) -> tuple[Tensor, dict[str, Any]]:
         c, pruner = self.recipe, self._pruner(now, rows)
-        dense = None
-        if c.distill:
-            with torch.no_grad():
-                dense, _ = answer_logits(self.lm, batch, None)
-        logits, trace = answer_logits(self.lm, batch, pruner, whole=gates if c.gradient_checkpointing else None)
-        tokens = int((batch.labels != -100).sum()) if prompts else 0
-        task = processes.pooled(task_loss(logits, batch.labels), tokens)
+        tokens = answer_tokens(batch.labels).float()
+        weights = tokens if c.loss_per == "token" else torch.ones_like(tokens)
+        items = int(weights.sum()) if prompts else 0
+
+        def mean(of_answers: Tensor) -> Tensor:
+            """Over the answers of all processes, by their weights: task, divergence and price alike."""
+            return processes.pooled(of_answers @ weights / weights.sum(), items)
+
+        if pruner is None or self._whole_model_trains():
+            loss, task, kl, trace = self._unsplit(batch, pruner, gates)
+            loss, task, kl = mean(loss), mean(task), mean(kl)
+        else:
+            answers = written(self.lm, batch, pruner, weights / weights.sum(), c.kl_weight)
+            trace, task, kl = answers.trace, mean(answers.task), mean(answers.kl)
+            loss = processes.pooled(answers.loss, items)
         if pruner is None:
-            return task, {"task": task}
+            return loss, {"task": task}
         gate = pruner.gate
-        keep = processes.pooled(mean_keep(trace.keep), prompts)
+        keep = mean(keep_ratio(trace.keep))
         entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
-        loss = task + c.beta * entropy
-        if dense is not None:
-            loss = loss + c.distill * processes.pooled(distillation_loss(logits, dense, batch.labels), tokens)
+        loss = loss + c.beta * entropy
+        if self.recovery is not None and pruner.recovery is None:  # not yet; a gradient of nothing, for DDP counts them
+            loss = loss + 0 * sum(p.sum() for p in self.recovery.parameters())
         if not self.training:  # evaluations are compared with each other: the weights of the end, not of now
             loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
         elif now.target is None:
@@ -108,10 +126,29 @@ class Trained(nn.Module):
             self.multiplier.add_(MULTIPLIER_RATE * distance.detach()).clamp_(min=0)
         parts = {
             "task": task,
+            **({"kl": kl} if c.kl_weight else {}),
             "keep_ratio": keep,
             "gate_entropy": entropy,
             "temperature": gate.temperature,
             "noise": gate.noise,
+            "tokens": tokens.sum() * processes.count(),
         }
         weight = {"alpha": now.alpha} if now.target is None else {"target": now.target, "multiplier": self.multiplier}
         return loss, parts | weight
+
+    def _whole_model_trains(self) -> bool:
+        """Whether gradients must reach the prompt's pass, or layers are computed again in the backward pass."""
+        return self.recipe.gradient_checkpointing or any(p.requires_grad for p in self.lm.parameters())
+
+    def _unsplit(self, batch: Batch, pruner: Pruner | None, gates: ExitStack) -> tuple[Tensor, Tensor, Tensor, Trace]:
+        """Loss, cross entropy and KL per token of each answer (B,), all answers at once, and the decisions."""
+        weight = self.recipe.kl_weight if pruner is not None else 0.0
+        dense = None
+        if weight:
+            with torch.no_grad():
+                dense, _ = answer_logits(self.lm, batch, None)
+        whole = gates if self.recipe.gradient_checkpointing else None
+        logits, trace = answer_logits(self.lm, batch, pruner, whole=whole)
+        task = answer_losses(logits, batch.labels)
+        kl = torch.zeros_like(task) if dense is None else divergences(logits, dense, batch.labels)
+        return (1 - weight) * task + weight * kl, task, kl, trace

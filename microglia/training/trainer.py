@@ -42,6 +42,7 @@ class Curriculum(TrainerCallback):
             temperature=scheduled("linear", c.temperature, progress),
             noise=scheduled("linear", c.noise, progress),
             target=None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp),
+            recovers=progress >= c.recovery_start,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -84,17 +85,19 @@ class PruningTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with a learning rate of their own for LoRA's parameters."""
+        """The Trainer's optimizer, with learning rates of their own for LoRA's parameters and the recovery's."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(*model)  # which transformers gives from 5.3 or so
         if fresh:
             trained: Any = self.model
-            adapters = {id(p) for name, p in trained.named_parameters() if "lora_" in name}
-            for group in list(optimizer.param_groups):
-                lora = [p for p in group["params"] if id(p) in adapters]
-                if lora:
-                    group["params"] = [p for p in group["params"] if id(p) not in adapters]
-                    optimizer.add_param_group({**group, "params": lora, "lr": self.config.lora_learning_rate})
+            rates = {"lora_": self.config.lora_learning_rate, "recovery.": self.config.recovery_learning_rate}
+            for part, rate in rates.items():
+                theirs = {id(p) for name, p in trained.named_parameters() if part in name}
+                for group in list(optimizer.param_groups):
+                    own = [p for p in group["params"] if id(p) in theirs]
+                    if own:
+                        group["params"] = [p for p in group["params"] if id(p) not in theirs]
+                        optimizer.add_param_group({**group, "params": own, "lr": rate})
         return optimizer
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -78,12 +78,12 @@ def test_a_criterion(monkeypatch):
     monkeypatch.setitem(CRITERIA, "alternating", Alternating)
     setup = setup_of(tiny_model("llama", **CHANGES))
     like = uneven(setup.model)
-    trained = {name: [like.policy] for name in ("agents", "static_baseline")}
+    trained = {name: [like] for name in ("agents", "static_baseline")}
 
     def entry(name):
         return make_entries([name], setup, lambda limit, seed: setup.examples, trained, like=like)[-1]
 
-    pruner = Pruner(entry("alternating").make(0), Gate(bucket=1))
+    pruner = replace(entry("alternating").make(0), gate=Gate(bucket=1))
     result = setup.answers(pruner)
     assert [answer.keep_ratio for answer in result.answers] == [0.5] * 3
     assert result.summary().heads["kept"] == [[1.0, 0.0] * 4] * 2

@@ -18,7 +18,7 @@ from microglia.training.loop import SETTINGS
 
 TRIALS = int(os.environ.get("MICROGLIA_KILLS", "2"))
 # Four epochs of two steps: a run is resumed at every place of an epoch.
-CONFIG = TrainingConfig(max_steps=8, batch_size=4, limit=8, eval_limit=4, save_steps=1, warmup_steps=0)
+CONFIG = TrainingConfig(max_steps=8, batch_size=4, limit=8, eval_limit=4, save_steps=1, warmup_steps=0, target="gold")
 RESULT = "result.safetensors"
 PATIENCE = 600  # seconds; a slow machine is no failure
 

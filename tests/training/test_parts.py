@@ -9,7 +9,7 @@ from microglia.errors import ConfigError, DataError
 from microglia.passes import Batch, collate, encode
 from microglia.tasks.base import Example
 from microglia.training import TrainingConfig
-from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.training.loss import answer_losses, answer_tokens, divergences, gate_entropy
 from microglia.training.schedule import scheduled
 from tests.tiny_folder import character_tokenizer
 
@@ -31,16 +31,12 @@ def test_cosine_is_slow_at_both_ends():
     assert scheduled("cosine", (0.0, 1.0), 0.25) == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
 
 
-def test_task_loss_counts_answer_tokens_only():
-    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]]])
-    labels = torch.tensor([[0, 1, -100]])
-    expected = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2
-    assert task_loss(logits, labels).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_mean_keep_weighs_heads_not_sites():
-    keep = [torch.tensor([[1.0, 1.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.0]])]
-    assert mean_keep(keep).item() == pytest.approx(4 / 6)
+def test_the_loss_of_an_answer_is_a_mean_over_its_own_tokens():
+    logits = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [5.0, 5.0]], [[0.0, 3.0], [9.0, 0.0], [9.0, 0.0]]])
+    labels = torch.tensor([[0, 1, -100], [0, -100, -100]])
+    expected = [(math.log(1 + math.exp(-2)) + math.log(1 + math.exp(-1))) / 2, math.log(1 + math.exp(3))]
+    assert answer_losses(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert answer_tokens(labels).tolist() == [2, 1]
 
 
 def test_gate_entropy_is_the_binary_entropy_and_falls_when_gates_decide():
@@ -54,12 +50,16 @@ def test_gate_entropy_is_the_binary_entropy_and_falls_when_gates_decide():
 
 
 def test_distillation_is_zero_for_equal_logits_and_the_kl_otherwise():
-    dense = torch.tensor([[[1.0, 0.0], [9.0, 9.0]]])
-    labels = torch.tensor([[1, -100]])
-    assert distillation_loss(dense.clone(), dense, labels).item() == pytest.approx(0, abs=1e-7)
-    p = torch.softmax(dense[0, 0].double(), -1)
-    expected = float((p * (p.log() - math.log(0.5))).sum())
-    assert distillation_loss(torch.zeros_like(dense), dense, labels).item() == pytest.approx(expected, rel=1e-4)
+    dense = torch.tensor([[[1.0, 0.0], [9.0, 9.0]], [[0.0, 2.0], [1.0, 0.0]]])
+    labels = torch.tensor([[1, -100], [0, 1]])
+    assert divergences(dense.clone(), dense, labels).tolist() == pytest.approx([0, 0], abs=1e-7)
+
+    def kl_to_even(row, place):
+        p = torch.softmax(dense[row, place].double(), -1)
+        return float((p * (p.log() - math.log(0.5))).sum())
+
+    expected = [kl_to_even(0, 0), (kl_to_even(1, 0) + kl_to_even(1, 1)) / 2]
+    assert divergences(torch.zeros_like(dense), dense, labels).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_prompts_are_padded_left_and_answers_right():
@@ -91,6 +91,7 @@ def test_an_example_that_does_not_fit_is_named():
     ("options", "sentence"),
     [
         ({"schedule": "zigzag"}, "choose one of linear, cosine, exponential"),
+        ({"loss_per": "prompt"}, "choose token or example"),
         ({"estimator": "hard"}, "choose straight-through or soft"),
         ({"lora": "always"}, "choose one of none, first, joint"),
         ({"keep_ratio": 1.2}, "above 0 and at most 1"),
@@ -100,7 +101,10 @@ def test_an_example_that_does_not_fit_is_named():
         ({"learning_rate": float("nan")}, "learning_rate=nan was given; it must be above 0"),
         ({"epochs": float("inf")}, "epochs=inf was given; it must be above 0"),
         ({"lora_steps": 0}, "lora_steps=0 was given; it must be above 0"),
-        ({"distill": -1.0}, r"distill=-1\.0 was given; it must not be negative"),
+        ({"target": "silver"}, r"target='silver' was given; choose model, gold or a weight between 0 and 1"),
+        ({"target": "1.5"}, r"target='1\.5' was given; choose model, gold or a weight"),
+        ({"recovery": 4, "lora": "joint"}, "recovery=4 was given with lora='joint'; leave one of them out"),
+        ({"continuation_tokens": 0}, "continuation_tokens=0 was given; it must be above 0"),
         ({"beta": float("nan")}, "beta=nan was given; it must not be negative"),
         ({"patience": -1}, "patience=-1 was given; it must not be negative"),
         ({"warmup_steps": -1}, "warmup_steps=-1 was given; it must not be negative"),

@@ -1,19 +1,20 @@
 """Training sees what inference sees: identities of the passes, and gradients that come from the task."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import torch
 
 from microglia.execution import Decision, Masked
-from microglia.gate import Gate
+from microglia.gate import Gate, keep_ratio
 from microglia.passes import Batch, answer_logits, collate
 from microglia.policies import AgentPolicy, StaticPolicy
 from microglia.pruner import Pruner
 from microglia.reading import read
 from microglia.training import loop
 from microglia.training.config import TrainingConfig
-from microglia.training.loss import gate_entropy, mean_keep, task_loss
+from microglia.training.loss import answer_losses, divergences, gate_entropy
 from microglia.training.trained import ScheduleState, Trained
 from microglia.units import find_sites
 from tests.tiny import geometries_of, tiny_model, wild, wild_policy
@@ -71,7 +72,11 @@ def test_every_parameter_of_the_agents_gets_a_gradient(family, mode):
     policy = AgentPolicy(geometries_of(model), hidden_dim=16)
     gate = Gate(mode, temperature=1.0, bucket=1, noise=0.5)
     logits, trace = answer_logits(model, BATCH, Pruner(policy, gate))
-    loss = task_loss(logits, BATCH.labels) + 0.1 * mean_keep(trace.keep) + 0.01 * gate_entropy(trace.logits, 1.0)
+    loss = (
+        answer_losses(logits, BATCH.labels).mean()
+        + 0.1 * keep_ratio(trace.keep).mean()
+        + 0.01 * gate_entropy(trace.logits, 1.0)
+    )
     loss.backward()
     for name, parameter in policy.named_parameters():
         assert parameter.grad is not None, name
@@ -85,7 +90,7 @@ def test_the_gates_gradient_is_the_tasks_alone_without_alpha_and_beta(family):
     model.requires_grad_(False)
     sites = find_sites(model)
     policy = StaticPolicy([torch.full((s.geometry.heads,), 0.3) for s in sites])
-    trained = Trained(model, Pruner(policy), TrainingConfig(estimator="soft", beta=0.0)).train()
+    trained = Trained(model, Pruner(policy), TrainingConfig(estimator="soft", beta=0.0, target="gold")).train()
     with ExitStack() as gates:
         loss, _ = trained(ScheduleState(alpha=0.0, temperature=1.0, noise=0.0, target=None), gates, **vars(BATCH))
         loss.backward()
@@ -127,10 +132,37 @@ def test_agents_stay_in_float32_on_a_model_in_half_precision(checkpointing):
         whole = stack if checkpointing else None
         gate = Gate("straight-through", temperature=1.0)
         logits, trace = answer_logits(model, BATCH, Pruner(policy, gate), whole=whole)
-        (task_loss(logits, BATCH.labels) + 0.1 * mean_keep(trace.keep)).backward()
+        (answer_losses(logits, BATCH.labels) + 0.1 * keep_ratio(trace.keep)).mean().backward()
     optimizer.step()
     assert logits.dtype == torch.bfloat16
     for parameter, old in zip(policy.parameters(), before, strict=True):
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert parameter.isfinite().all()
         assert not parameter.equal(old)
+
+
+@pytest.mark.parametrize("loss_per", ["token", "example"])
+def test_loss_and_price_are_weighed_by_the_same_tokens_or_by_none(loss_per):
+    """A short and a long answer, against sums by hand: Σ nᵢ·xᵢ / Σ nᵢ, or the plain mean."""
+    model = tiny_model("llama")
+    pruner = wild(model, gate=Gate(bucket=1))
+    rows = [ROWS[0], {"prompt": ROWS[1]["prompt"], "answer": ROWS[1]["answer"] * 3}]
+    batch = Batch(**collate(rows))
+    tokens = torch.tensor([float(len(row["answer"])) for row in rows])
+    assert tokens[0] != tokens[1]
+    config = TrainingConfig(estimator="soft", beta=0.0, target="0.25", loss_per=loss_per)
+    with ExitStack() as gates, torch.no_grad():
+        now = ScheduleState(alpha=2.0, temperature=1.0, noise=0.0, target=None)
+        loss, parts = Trained(model, pruner, config).train()(now, gates, **vars(batch))
+    soft = replace(pruner, gate=Gate("soft", temperature=1.0, bucket=1))
+    with torch.no_grad():
+        logits, trace = answer_logits(model, batch, soft)
+        dense, _ = answer_logits(model, batch, None)
+        kept = keep_ratio(trace.keep)
+        assert (kept[0] - kept[1]).abs() > 1e-3
+        each = [answer_losses(logits, batch.labels), kept, divergences(logits, dense, batch.labels)]
+        weights = tokens if loss_per == "token" else torch.ones(2)
+        task, price, divergence = (float((x * weights).sum() / weights.sum()) for x in each)
+    assert float(parts["task"]) == pytest.approx(task, rel=1e-5)
+    assert float(parts["keep_ratio"]) == pytest.approx(price, rel=1e-5)
+    assert float(loss) == pytest.approx(0.75 * task + 2 * price + 0.25 * divergence, rel=1e-5)

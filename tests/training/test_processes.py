@@ -14,12 +14,16 @@ from tests.pair import start_pair
 from tests.training.test_training import tiny_run
 
 # 13 examples in batches of 4: the last batch of an epoch has one row, and one of the processes none.
-BASE = TrainingConfig(max_steps=5, batch_size=4, limit=13, eval_limit=5, save_steps=3, warmup_steps=0, noise=(1.0, 1.0))
+BASE = TrainingConfig(
+    max_steps=5, batch_size=4, limit=13, eval_limit=5, save_steps=3, warmup_steps=0, noise=(1.0, 1.0), target="gold"
+)
 RUNS = {
     "agents": BASE,
+    "per example": replace(BASE, keep_ratio=0.5, ramp=0.0, target="0.5", loss_per="example"),
     "steered": replace(BASE, keep_ratio=0.5, ramp=0.0, beta=0.1),
-    "lora": replace(BASE, lora="joint", lora_rank=2, distill=1.0),
+    "lora": replace(BASE, lora="joint", lora_rank=2, target="0.5"),
     "stopped early": replace(BASE, max_steps=40, eval_steps=2, patience=1, learning_rate=1e-9),
+    "recovery": replace(BASE, target="model", continuation_tokens=6, recovery=2, recovery_start=0.4),
     "checkpointed": replace(BASE, gradient_checkpointing=True, max_steps=2),
     "bf16": replace(BASE, bf16=True, max_steps=2),
     "sharded": replace(BASE, shard=True),
@@ -29,7 +33,8 @@ RUNS = {
 
 def weights(result):
     adapters = {name: p for name, p in result.model.named_parameters() if "lora_" in name}
-    return {name: x.detach().clone() for name, x in (result.pruner.policy.state_dict() | adapters).items()}
+    recovery = result.pruner.recovery.state_dict() if result.pruner.recovery is not None else {}
+    return {name: x.detach().clone() for name, x in (result.pruner.policy.state_dict() | adapters | recovery).items()}
 
 
 def run_all(folder):

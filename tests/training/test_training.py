@@ -16,7 +16,7 @@ from microglia.training import RunFolder, TrainingConfig, train
 from tests.tiny import geometries_of, tiny_model
 from tests.tiny_folder import character_tokenizer, save_tiny_model
 
-SHORT = TrainingConfig(max_steps=6, batch_size=4, limit=24, eval_limit=8, save_steps=3, warmup_steps=0)
+SHORT = TrainingConfig(max_steps=6, batch_size=4, limit=24, eval_limit=8, save_steps=3, warmup_steps=0, target="gold")
 
 
 def tiny_run(folder, config, *, policy=None, model=None, fill="zero", resume=False, on_log=None):
@@ -154,7 +154,7 @@ def test_joint_adapters_and_agents_learn_at_their_own_rates(tmp_path):
 
 
 def test_gradient_checkpointing_changes_the_memory_and_not_the_weights(tmp_path):
-    config = {**vars(SHORT), "max_steps": 3, "distill": 1.0}
+    config = {**vars(SHORT), "max_steps": 3, "target": "0.5"}
     plain = trained_policy(tmp_path / "plain", TrainingConfig(**config))
     again = trained_policy(tmp_path / "checkpointed", TrainingConfig(**{**config, "gradient_checkpointing": True}))
     for a, b in zip(plain.state_dict().values(), again.state_dict().values(), strict=True):

@@ -57,6 +57,7 @@ class Captured(Execution):
     scores: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     calls_layers: ClassVar[bool] = False
+    recovers: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -5,12 +5,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from microglia.anatomy import input_device
 from microglia.checkpoint import Checkpoint
 from microglia.criteria import Calibration, get_criterion
 from microglia.errors import ConfigError
 from microglia.evaluation.setup import Setup
-from microglia.policies import Policy
 from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Example
 from microglia.tasks.used import fingerprint
@@ -25,16 +23,16 @@ Examples = Callable[[int | None, int], Sequence[Example]]  # of a number and a s
 
 @dataclass(frozen=True)
 class Entry:
-    """A name in tables, and the policy that a seed makes.
+    """A name in tables, and the pruner that a seed makes, of which policy and recovery count.
 
-    identity: what tells the policy that a seed makes from others of that name, for a ledger.
-    count: how many policies there are, of which both then give the first, second, …; None when any seed makes one.
+    identity: what tells the pruner that a seed makes from others of that name, for a ledger.
+    count: how many there are, of which both then give the first, second, …; None when any seed makes one.
     fill: what its pruned heads leave behind, None for what the agents' leave.
     """
 
     name: str
     identity: Callable[[int], Any]
-    make: Callable[[int], Policy]
+    make: Callable[[int], Pruner]
     count: int | None = None
     fill: Fill | None = None
 
@@ -53,12 +51,12 @@ def make_entries(
     words: Sequence[str],
     setup: Setup,
     examples: Examples,
-    policies: Mapping[str, Sequence[Policy]],
+    pruners: Mapping[str, Sequence[Pruner]],
     *,
     like: Pruner,
     training: Mapping[str, Any] | None = None,
 ) -> list[Entry]:
-    """An entry for each of `parsed` names: the policies that are there, or those of its folders, or its criterion.
+    """An entry for each of `parsed` names: the pruners that are there, or those of its folders, or its criterion.
 
     examples: what criteria are calibrated on. like: the agents' pruner, whose window and bucket all share, and its fill
     but for criteria whose paper has the mean. training: the agents' training as a checkpoint holds it, by which the
@@ -67,25 +65,31 @@ def make_entries(
     options = {BASELINE: {"config": baseline_of(training)}} if training and training.get("config") else {}
     entries = []
     for name, folders in parsed(words).items():
-        if ready := policies.get(name) or [policy_in(folder, name, setup.model) for folder in folders]:
-            prints = [policy.fingerprint() for policy in ready]
+        if ready := pruners.get(name) or [pruner_in(folder, name, setup.model) for folder in folders]:
+            prints = [_fingerprint(pruner) for pruner in ready]
             entries.append(Entry(name, prints.__getitem__, ready.__getitem__, len(ready)))
         else:
             entries.append(criterion(name, setup, examples, like=like, **options.get(name, {})))
     return entries
 
 
-def policy_in(folder: str, name: str, model: Any) -> Policy:
-    """The policy of a checkpoint. Raises CheckpointError for another model's."""
+def _fingerprint(pruner: Pruner) -> str:
+    """Of the two parts that an entry has of its own."""
+    recovery = [] if pruner.recovery is None else [pruner.recovery.fingerprint()]
+    return " ".join([pruner.policy.fingerprint(), *recovery])
+
+
+def pruner_in(folder: str, name: str, model: Any) -> Pruner:
+    """The pruner of a checkpoint. Raises CheckpointError for another model's, ConfigError for one with LoRA."""
     if not Path(folder).is_dir():
         raise ConfigError(
             f"{name}={folder} was given; give name=FOLDER with a checkpoint folder, or a criterion's name"
         )
     checkpoint = Checkpoint.from_pretrained(folder)
-    checkpoint.check(model)
     if checkpoint.config.lora:
         raise ConfigError(f"{folder} brings a LoRA adapter, so it is another model; compare it in a run of its own")
-    return checkpoint.pruner.policy.to(input_device(model)).eval()
+    checkpoint.load_onto(model)
+    return checkpoint.pruner
 
 
 def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **options: Any) -> Entry:
@@ -101,7 +105,7 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
     def identity(seed: int) -> Any:
         return {**described, "prompts": fingerprint(examples(limit, seed))}
 
-    def make(seed: int) -> Policy:
+    def make(seed: int) -> Pruner:
         calibration = Calibration(
             setup.model,
             setup.tokenizer,
@@ -109,11 +113,12 @@ def criterion(word: str, setup: Setup, examples: Examples, *, like: Pruner, **op
             examples(limit, seed),
             window=like.window,
             bucket=like.gate.bucket,
+            least_kept=like.gate.least_kept,
             fill=fill,
             batch_size=16,
             seed=seed,
         )
-        return chosen.policy(calibration, per_input=word.endswith(PER_INPUT))
+        return chosen.pruner(calibration, per_input=word.endswith(PER_INPUT))
 
     return Entry(word, identity, make, fill=fill)
 
@@ -132,6 +137,7 @@ def baseline_of(training: Mapping[str, Any]) -> TrainingConfig:
 def config_of(training: Mapping[str, Any]) -> TrainingConfig:
     """The options of a training as a checkpoint holds them."""
     known = {f.name for f in fields(TrainingConfig)}
-    options: dict[str, Any] = {name: x for name, x in training.items() if name in known}
+    options: dict[str, Any] = {"target": "gold"}  # of before there was another
+    options |= {name: x for name, x in training.items() if name in known}
     options |= {name: tuple(x) for name, x in options.items() if isinstance(x, list)}  # JSON has no tuples
     return TrainingConfig(**options)

@@ -36,9 +36,11 @@ class Comparison:
         """The pruner of a seed, or of a place where they are counted, with its budget."""
         report = self.progress or (lambda name, done, total: None)
         report(f"making {entry.name}", 0, 1)
-        policy = entry.make(seed).to(input_device(self.setup.model)).eval()
+        made, device = entry.make(seed), input_device(self.setup.model)
+        recovery = made.recovery if made.recovery is None else made.recovery.to(device)
         report(f"making {entry.name}", 1, 1)
-        return self.held_out.calibrated(replace(self.like, policy=policy, fill=entry.fill or self.like.fill))
+        policy, fill = made.policy.to(device).eval(), entry.fill or self.like.fill
+        return self.held_out.calibrated(replace(self.like, policy=policy, recovery=recovery, fill=fill))
 
     def trained_keep_ratio(self, pruner: Pruner) -> float:
         """What a pruner keeps at the decision that it was trained to."""

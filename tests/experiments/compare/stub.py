@@ -19,6 +19,9 @@ class Stub:
     config: Any = None
     fill: str = "zero"
 
+    def pruner(self, calibration: Calibration, *, per_input: bool = False):
+        return calibration.pruner(self.policy(calibration, per_input=per_input))
+
     def policy(self, calibration: Calibration, *, per_input: bool = False):
         examples = len(calibration.examples)
         self.made.append((self.kind, calibration.seed, examples, per_input, self.config))

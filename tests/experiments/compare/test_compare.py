@@ -207,7 +207,7 @@ def test_a_criterion_is_judged_with_the_fill_of_its_paper(folder) -> None:
     system = MicrogliaPruningSystem.from_pretrained(folder)
     task = get_task("arithmetic")
     setup = Setup(system.model, system.tokenizer, task, task.load("test", limit=3), batch_size=3)
-    like, trained = system.pruner, {name: [system.pruner.policy] for name in ("agents", "static_baseline")}
+    like, trained = system.pruner, {name: [system.pruner] for name in ("agents", "static_baseline")}
 
     def fills(like):
         entries = make_entries(["fluctuation,random"], setup, lambda limit, seed: setup.examples, trained, like=like)
