@@ -36,7 +36,7 @@ from microglia.tasks.prompts import render_prompt
 from microglia.tasks.used import question_keys
 from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
 from microglia.training.asking import with_self_prompts
-from microglia.training.continuations import continued
+from microglia.training.continuations import continued, weights_checksum
 from microglia.training.loop import examples_of, with_target
 from microglia.units import find_sites
 
@@ -220,7 +220,8 @@ class MicrogliaPruningSystem:
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
-        pruner, kept = self.pruner.at(keep_ratio), Ledger(ledger, {"base_model": self.source}) if ledger else None
+        pruner = self.pruner.at(keep_ratio)
+        kept = Ledger(ledger, {"weights": weights_checksum(self.model)}) if ledger else None
         judged = judge(setup, pruner, scoring, dense=dense, ledger=kept, progress=progress)
         if "pruned" in judged.runs:
             self._keep_ratios = [answer.keep_ratio for answer in judged.runs["pruned"].answers]

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -20,6 +21,7 @@ from microglia.cli.settings import Config
 from microglia.errors import ConfigError, MicrogliaError
 
 WRONG, INTERRUPTED = 2, 130  # exit codes; 2 is also what typer uses for wrong options
+BETWEEN_LINES = 60  # seconds between two lines of progress in a log
 GO_ON = "go on with the same command"  # the end of sentences about interruptions
 SHARED = {"train", "evaluate"}  # the verbs that several processes do together
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -108,20 +110,26 @@ def tell(sentence: str) -> None:
 
 @contextmanager
 def progress(description: str, interrupted: str | None = None) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar per name on stderr, where that is a terminal; yields `update(name, done, total)`.
+    """A progress bar per name on stderr, or a line a minute where that is no terminal; yields `update(name, done, all)`
 
     interrupted: what Ctrl-C inside says was kept, and how to go on.
     """
     from rich.progress import Progress
 
+    said = time.monotonic()
     silent = os.environ.get("RANK", "0") != "0"
     with Progress(console=Console(file=sys.stderr), transient=True, disable=silent) as bars:
         tasks: dict[str, Any] = {}
 
         def update(name: str, done: int, total: int) -> None:
+            nonlocal said
             if name not in tasks:
                 tasks[name] = bars.add_task(f"{description}: {name}", total=total)
             bars.update(tasks[name], completed=done)
+            if not (silent or bars.console.is_terminal) and time.monotonic() - said >= BETWEEN_LINES:
+                left, said = bars.tasks[tasks[name]].time_remaining, time.monotonic()
+                estimate = "" if left is None else f", about {max(1, round(left / 60))} min left"
+                tell(f"{description}: {name}, {done} of {total}{estimate}")
 
         try:
             yield update

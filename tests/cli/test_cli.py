@@ -139,6 +139,15 @@ def test_evaluate_puts_several_data_sets_in_one_table_and_goes_on(trained, tmp_p
     assert (out / "evaluation-ledger.jsonl").read_text() == before
 
 
+def test_a_run_in_the_background_says_in_its_log_how_far_it_is(trained, monkeypatch):
+    flags = ["--model-path", trained[0], "--limit", 4, "--batch-size", 2, "--max-new-tokens", 2, "--no-dense"]
+    assert "evaluating" not in run("evaluate", *flags).stderr  # of short runs it says nothing
+    monkeypatch.setattr("microglia.cli.verb.BETWEEN_LINES", 0)
+    lines = run("evaluate", *flags).stderr.splitlines()
+    assert lines[0].startswith("evaluating: arithmetic, pruned, 2 of 4")
+    assert lines[1].startswith("evaluating: arithmetic, pruned, 4 of 4")
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
