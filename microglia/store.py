@@ -75,10 +75,3 @@ def _last_byte(file: Any) -> bytes:
     file.seek(-1, os.SEEK_END)
     last: bytes = file.read(1)
     return last
-
-
-def cache_folder(name: str) -> Path:
-    """Where finished work of one kind is kept for later runs: below $MICROGLIA_CACHE, or the user's cache folder."""
-    chosen = os.environ.get("MICROGLIA_CACHE")
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(chosen) if chosen else home / "microglia") / name

@@ -17,6 +17,7 @@ PACKAGE = ROOT / "microglia"
 # Prefix of a module's name → floor; the longest prefix wins. Imports point to lower floors or stay inside one prefix.
 FLOORS = {
     "microglia.errors": 0,
+    "microglia.cache": 0,
     "microglia.registry": 1,
     "microglia.store": 1,
     "microglia.processes": 1,

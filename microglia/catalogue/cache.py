@@ -16,17 +16,11 @@ from typing import Any
 
 from huggingface_hub.utils import WeakFileLock
 
+from microglia.cache import cache_folder
 from microglia.errors import MicrogliaError
 
 SOURCE = "source.json"
 DIGITS = 12  # of a checksum in the name of a folder; source.json has all of them
-
-
-def cache_folder() -> Path:
-    """`MICROGLIA_CACHE`, else `microglia` in the user's cache folder."""
-    if given := os.environ.get("MICROGLIA_CACHE"):
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "microglia"
 
 
 def checksum(file: Path) -> str:
@@ -46,13 +40,13 @@ def origin(folder: Path | str) -> dict[str, Any]:
 
 def kept(sha256: str) -> Path | None:
     """The model that was made from the file with this checksum."""
-    candidates = (cache_folder() / "models").glob(f"*-{sha256[:DIGITS]}")
+    candidates = (cache_folder("models")).glob(f"*-{sha256[:DIGITS]}")
     return next((folder for folder in sorted(candidates) if origin(folder).get("sha256") == sha256), None)
 
 
 def final(stem: str, sha256: str) -> Path:
     """Where the model made from the file with this checksum belongs."""
-    return cache_folder() / "models" / f"{stem}-{sha256[:DIGITS]}"
+    return cache_folder("models") / f"{stem}-{sha256[:DIGITS]}"
 
 
 @contextmanager
@@ -86,7 +80,7 @@ def made(stem: str, sha256: str, about: Mapping[str, Any]) -> Iterator[Path]:
 @contextmanager
 def alone(name: str) -> Iterator[None]:
     """One process at a time does what is called `name`; the others wait and then find it done."""
-    folder = cache_folder() / "locks"
+    folder = cache_folder("locks")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = folder / f"{name}.lock"

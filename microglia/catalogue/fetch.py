@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from microglia.catalogue.cache import alone, cache_folder, checksum, kept
+from microglia.cache import cache_folder
+from microglia.catalogue.cache import alone, checksum, kept
 from microglia.catalogue.known import KNOWN, KnownModel
 from microglia.errors import MicrogliaError, check_choice, first_line
 
@@ -61,7 +62,7 @@ def fetched(name: str) -> Path:
 
 def _file(name: str, known: KnownModel, update: Progress) -> Path:
     """The GGUF file of a known model, with the checksum that it must have."""
-    place = cache_folder() / "downloads" / name
+    place = cache_folder("downloads", name)
     file = place / known.file
     if file.is_file() and checksum(file) == known.sha256:
         return file

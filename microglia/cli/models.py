@@ -33,7 +33,8 @@ def models(
 
 def listed() -> Outcome:
     """Every known model, where it comes from, under which licence, and its folder where it was fetched."""
-    from microglia.catalogue.cache import cache_folder, kept
+    from microglia.cache import cache_folder
+    from microglia.catalogue.cache import kept
     from microglia.catalogue.known import KNOWN
 
     rows: list[dict[str, Any]] = []

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from microglia import processes, store
 from microglia.anatomy import causal_lm
+from microglia.cache import cache_folder
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError
 from microglia.generation import generate
@@ -34,19 +35,18 @@ def ask_itself(
     count: int,
     *,
     seed: int = 0,
-    cache_dir: Path | str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """A JSON-lines file with `count` prompts, all different, for the task `prompts`.
 
-    Turns are sampled from the dense model and kept in cache_dir (None: microglia's cache) by its weights and the seed,
+    Turns are sampled from the dense model and kept in microglia's cache by its weights and the seed,
     so that whoever was interrupted, or wants more, goes on; turns that do not end are left out. Raises ConfigError for
     a tokenizer without a chat template, or when three of four turns end nowhere or repeat each other.
     """
     lm, opening = causal_lm(model), _opening(tokenizer)
     ends = set(end_tokens(lm, tokenizer))
     name = digest({"weights": weights_checksum(lm), "opening": opening, "seed": seed, "longest": LONGEST})
-    folder = Path(cache_dir or store.cache_folder("self-prompts"))
+    folder = cache_folder("self-prompts")
     turns = folder / f"{name}-turns.jsonl"
     known = processes.agreed(lambda: [row["prompt"] for _, row in store.read(turns)] if turns.exists() else [])
     while len(asked := _different(known)) < count:

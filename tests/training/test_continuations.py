@@ -18,7 +18,9 @@ PROMPTS = ["abc", "a", "hello!", "xy", "what?is?this?"]
 
 
 def written(model, folder, prompts=PROMPTS, **options):
-    return continuations(model, tiny_tokenizer(), prompts, cache_dir=folder, **{"max_new_tokens": 12, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICROGLIA_CACHE", str(folder))
+        return continuations(model, tiny_tokenizer(), prompts, **{"max_new_tokens": 12, **options})
 
 
 def test_greedy_ones_are_those_of_generate(family, tmp_path):
@@ -51,7 +53,7 @@ def test_nothing_is_taken_from_other_circumstances(tmp_path, change):
     else:
         options = {"max_new_tokens": 9} if change == "length" else {"temperature": 3.0}
     again = written(model, tmp_path, **options)
-    assert len([*tmp_path.glob("*.jsonl")]) == 2
+    assert len([*tmp_path.glob("continuations/*.jsonl")]) == 2
     assert (change == "weights") or again != first
 
 
@@ -67,7 +69,7 @@ def test_an_interrupted_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         written(model, tmp_path, batch_size=2)
-    (path,) = tmp_path.glob("*.jsonl")
+    (path,) = tmp_path.glob("continuations/*.jsonl")
     path.write_bytes(path.read_bytes() + b'{"prompt": "cut sho')
     made.clear()
     done = []
@@ -135,12 +137,13 @@ def chat():
     return tokenizer
 
 
-def asked(model, count, folder):
-    lines = ask_itself(model, chat(), count, cache_dir=folder).read_text().splitlines()
+def asked(model, count):
+    lines = ask_itself(model, chat(), count).read_text().splitlines()
     return [json.loads(line)["prompt"] for line in lines]
 
 
 def test_a_model_asks_itself_and_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("MICROGLIA_CACHE", str(tmp_path))
     model = tiny_model("llama", vocab_size=len(character_tokenizer()))
     opened = []
 
@@ -149,19 +152,19 @@ def test_a_model_asks_itself_and_goes_on(tmp_path, monkeypatch):
         return generate(lm, tokenizer, prompts, **{**options, "max_new_tokens": 24})
 
     monkeypatch.setattr("microglia.training.asking.generate", watched)
-    few = asked(model, 5, tmp_path)
+    few = asked(model, 5)
     assert len(set(few)) == 5
     assert set(opened) == {"@"}
     assert render_prompt(chat(), "x", "").startswith("@x")
     before = len(opened)
-    more = asked(model, 6, tmp_path)
+    more = asked(model, 6)
     assert more[:5] == few
     assert len(opened) - before <= 64  # what was kept is not asked again
 
 
-def test_a_model_without_turns_cannot_ask_itself(tmp_path):
+def test_a_model_without_turns_cannot_ask_itself():
     model = tiny_model("llama", vocab_size=len(character_tokenizer()))
     with pytest.raises(
         ConfigError, match="self_prompts was given, but the tokenizer has no chat template; give prompts"
     ):
-        ask_itself(model, character_tokenizer(), 5, cache_dir=tmp_path)
+        ask_itself(model, character_tokenizer(), 5)
