@@ -21,7 +21,7 @@ from microglia.lease import attached_alone
 from microglia.pruner import Pruner
 from microglia.settings import check_prunable
 from microglia.signals import Measured, Prompt, measured
-from microglia.units import Site, find_sites
+from microglia.units import Site, gone
 
 
 @dataclass
@@ -143,7 +143,7 @@ class _Session:
     """The two states of an attached model: reading a prompt (measured), continuing it (pruned)."""
 
     def __init__(self, lm: nn.Module, pruner: Pruner, execution: Execution, tokens: Tensor | None) -> None:
-        self.lm, self.sites = lm, find_sites(lm, pruner.units)
+        self.lm, self.sites = lm, pruner.sites(lm)
         self.geometries = [site.geometry for site in self.sites]
         self.pruner, self.execution, self.tokens = pruner, execution, tokens
         self.trace = Trace()
@@ -212,14 +212,13 @@ class _Session:
             return  # the pass failed; its own error is on the way
         self._check_measured(values, cache)
         self._decide(values)
-        means = values.values.get("mean_output")
-        fill = None if means is None else [means.get(site.index) for site in self.sites]
-        self.pruned.enter_context(self.execution.apply(self.sites, Decision(self.trace.keep, fill), cache))
+        decision = Decision(self.trace.keep, values.means(self.sites))
+        self.pruned.enter_context(self.execution.apply(self.sites, decision, cache))
         self.prompt_cache = None if cache is None else _PromptCache(cache)
         self.watched = []
         if self.execution.calls_layers and self.execution.prunes:
             pairs = zip(self.sites, self.trace.keep, strict=True)
-            self.watched = [site for site, k in pairs if not bool((k > 0).all())]
+            self.watched = [site for site, k in pairs if not bool((k > 0).all()) and not gone(site, k)]
         for site in self.watched:
             note = functools.partial(self._note_call, site.index)
             self.pruned.callback(site.output.register_forward_pre_hook(note).remove)

@@ -11,7 +11,6 @@ from microglia.anatomy import causal_lm
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read
 from microglia.signals import signals_at, split_features
-from microglia.units import find_sites
 
 # (requested, kept) → what became of the unit. Counts are rounded up to regular shapes, and the best units fill them.
 OUTCOMES = {
@@ -79,7 +78,7 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
     batch = encode_prompts(lm, tokenizer, [prompt], 0)
     reading = read(lm, batch["input_ids"], batch["attention_mask"], pruner)
     sites = []
-    per_site = zip(find_sites(lm, pruner.units), reading.features, reading.logits, reading.keep, strict=True)
+    per_site = zip(pruner.sites(lm), reading.features, reading.logits, reading.keep, strict=True)
     for site, features, logits, keep in per_site:
         signals = signals_at(site.unit, policy.signals)
         requested = (logits[0] > gate.threshold).tolist()

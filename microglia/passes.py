@@ -19,7 +19,6 @@ from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
 from microglia.tasks.prompts import answer_end, continuation_ids, example_prompt, generated_answer_prefix, prompt_ids
-from microglia.units import find_sites
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,7 +140,7 @@ def answer_logits(
         with attached(lm, pruner, "dense") as trace, torch.no_grad():
             read_prompt(lm, batch.prompt, batch.prompt_mask, use_cache=False)
         where = torch.cat([torch.zeros_like(batch.prompt_mask), batch.answer_mask[:, :-1]], 1).bool()
-        whole.enter_context(Masked(where).apply(find_sites(lm, pruner.units), Decision(trace.keep)))
+        whole.enter_context(Masked(where).apply(pruner.sites(lm), Decision(trace.keep)))
         return _one_pass(lm, batch), trace
     model_trains = any(p.requires_grad for p in lm.parameters())
     with attached(lm, pruner, execution) as trace:

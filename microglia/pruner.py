@@ -6,13 +6,13 @@ from functools import cached_property, lru_cache
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from microglia.errors import ConfigError, check_choice, check_range
 from microglia.gate import Gate, keep_ratio
 from microglia.policies import Policy
-from microglia.signals import SIGNALS, MeanOutput, Signal
-from microglia.units import UNITS, Geometry
+from microglia.signals import MEANS, SIGNALS, Signal
+from microglia.units import UNITS, Arrangement, Geometry, Site, StepCosts, find_sites
 
 Fill = Literal["zero", "mean"]
 THRESHOLDS = 1024  # that a budget remembers; each takes forty passes over its logits to find
@@ -20,15 +20,16 @@ THRESHOLDS = 1024  # that a budget remembers; each takes forty passes over its l
 
 @dataclass(frozen=True, eq=False)
 class Budget:
-    """From a keep ratio to a threshold: a policy's logits on calibration prompts.
+    """From a keep ratio, or a share of a step's bytes, to a threshold: a policy's logits on calibration prompts.
 
     logits: (N, U) per site for N prompts that should be like those to come and unlike those that trained the policy.
-    bucket: of the gate, None for the geometries' own.
+    bucket: of the gate, None for the geometries' own. costs: what the units of the model cost; see `units.step_costs`.
     """
 
     logits: Sequence[Tensor]
     geometries: Sequence[Geometry]
     bucket: int | None = None
+    costs: StepCosts | None = None
 
     @property
     def prompts(self) -> int:
@@ -42,18 +43,36 @@ class Budget:
         """
         if not 0 < target <= 1:
             raise ConfigError(f"keep_ratio={target} was given; it must be above 0 and at most 1")
-        return self._known_thresholds(target)
+        return self._known_thresholds(target, False)
+
+    def threshold_for_bytes(self, target: float) -> float:
+        """The threshold at which the prompts read the share `target` of a dense step's bytes, or a little more, on average.
+
+        Raises ConfigError without costs, and for a target outside of what can be reached.
+        """
+        if self.costs is None:
+            raise ConfigError(
+                f"bytes={target} was given, but what the model's units cost is not known here; give the budget costs, "
+                "units.step_costs(model, sites)"
+            )
+        least = self.byte_share(float("inf"))
+        if not least - 1e-6 <= target <= 1:
+            raise ConfigError(
+                f"bytes={target} was given; a step reads at most 1 and at least {least:.3f} of the dense one's bytes "
+                "when only what cannot go is kept"
+            )
+        return self._known_thresholds(target, True)
 
     @cached_property
-    def _known_thresholds(self) -> Callable[[float], float]:
+    def _known_thresholds(self) -> Callable[[float, bool], float]:
         return lru_cache(THRESHOLDS)(self._find_threshold)
 
-    def _find_threshold(self, target: float) -> float:
-        values = self._values
+    def _find_threshold(self, target: float, in_bytes: bool) -> float:
+        values, share = self._values, self.byte_share if in_bytes else self.keep_ratio
         low, high = float(values.min()) - 1, float(values.max()) + 1
         for _ in range(40):
             middle = (low + high) / 2
-            if self.keep_ratio(middle) >= target - 1e-6:  # a mean in float32 of exactly 0.9 is a little less
+            if share(middle) >= target - 1e-6:  # a mean in float32 of exactly 0.9 is a little less
                 low = middle
             else:
                 high = middle
@@ -63,9 +82,16 @@ class Budget:
 
     def keep_ratio(self, threshold: float) -> float:
         """The mean share of units that the prompts keep at a threshold."""
+        return float(keep_ratio(self._keep(threshold)).mean())
+
+    def byte_share(self, threshold: float) -> float:
+        """The mean share of a dense step's bytes that the prompts read at a threshold."""
+        assert self.costs is not None
+        return float(self.costs.share(self._keep(threshold)).mean())
+
+    def _keep(self, threshold: float) -> list[Tensor]:
         # In the logits' own precision, as the gate will: in a finer one the last unit could fall on the other side.
-        gate = Gate(threshold=threshold, bucket=self.bucket)
-        return float(keep_ratio(gate.every(self.logits, self.geometries)).mean())
+        return Gate(threshold=threshold, bucket=self.bucket).every(self.logits, self.geometries)
 
     @cached_property
     def _values(self) -> Tensor:
@@ -84,7 +110,8 @@ class Pruner:
 
     window: entropy over the last so many prompt tokens, None for all. fill: what a pruned head leaves behind, `zero` or
     `mean` (its mean output over this prompt). units: the kinds that are decided about, see `microglia.units`.
-    budget: what turns a keep ratio into a threshold, see `at`; it counts in the gate's bucket.
+    budget: what turns a keep ratio into a threshold, see `at`; it counts in the gate's bucket. arrangement: the blocks
+    that channels go in, and which units always stay.
     """
 
     policy: Policy
@@ -93,6 +120,7 @@ class Pruner:
     fill: Fill = "zero"
     units: tuple[str, ...] = ("head",)
     budget: Budget | None = None
+    arrangement: Arrangement = Arrangement()
 
     def __post_init__(self) -> None:
         check_choice("fill", self.fill, get_args(Fill))
@@ -111,30 +139,47 @@ class Pruner:
     @property
     def signals(self) -> list[Signal]:
         """What is measured while a prompt is read."""
-        means: list[Signal] = [MeanOutput()] if self.fill == "mean" else []
-        return [SIGNALS[name] for name in self.policy.signals] + means
+        means = [mean for mean in MEANS if self.fill == "mean" and mean.unit in self.units]
+        return [*(SIGNALS[name] for name in self.policy.signals), *means]
 
-    def at(self, keep_ratio: float | None) -> "Pruner":
-        """This pruner at another budget: so many units are kept on average, prompts still differ. None: unchanged.
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """The sites of a model that this pruner decides about."""
+        return find_sites(model, self.units, self.arrangement)
 
-        Raises ConfigError where there are no prompts to calibrate a keep ratio on.
+    def at(self, keep_ratio: float | None = None, *, byte_share: float | None = None) -> "Pruner":
+        """This pruner at another budget; prompts still differ. Without any: unchanged.
+
+        keep_ratio: so many units are kept on average. byte_share: so much of the bytes of a dense step is read.
+        Raises ConfigError for both at once, and where there are no prompts to calibrate them on.
         """
-        if keep_ratio is None:
+        if keep_ratio is None and byte_share is None:
             return self
+        given = f"keep_ratio={keep_ratio}" if byte_share is None else f"bytes={byte_share}"
+        if keep_ratio is not None and byte_share is not None:
+            raise ConfigError(f"{given} was given beside keep_ratio={keep_ratio}; a budget is one of them")
         if self.budget is None or not self.budget.prompts:
             raise ConfigError(
-                f"keep_ratio={keep_ratio} was given, but there are no prompts to calibrate it on; train first or give "
+                f"{given} was given, but there are no prompts to calibrate it on; train first or give "
                 "set_keep_ratio some"
             )
+        if byte_share is not None:
+            return self.with_threshold(self.budget.threshold_for_bytes(byte_share))
+        assert keep_ratio is not None
         return self.with_threshold(self.budget.threshold(keep_ratio))
 
     def with_threshold(self, threshold: float) -> "Pruner":
         """This pruner with another threshold."""
         return replace(self, gate=replace(self.gate, threshold=threshold))
 
-    def with_budget(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> "Pruner":
+    def with_budget(
+        self, logits: Sequence[Tensor], geometries: Sequence[Geometry], costs: StepCosts | None = None
+    ) -> "Pruner":
         """This pruner with calibration logits (N, U) per site; the gate's bucket counts in them too."""
-        return replace(self, budget=Budget(logits, geometries, self.gate.bucket))
+        return replace(self, budget=Budget(logits, geometries, self.gate.bucket, costs))
+
+    def with_costs(self, costs: StepCosts) -> "Pruner":
+        """This pruner with a budget, if it has one, that is counted in these bytes."""
+        return self if self.budget is None else replace(self, budget=replace(self.budget, costs=costs))
 
     def keep(self, logits: Sequence[Tensor], geometries: Sequence[Geometry]) -> list[Tensor]:
         """Logits (B, U) per site → keep (B, U) per site."""
@@ -143,4 +188,6 @@ class Pruner:
     def fingerprint(self) -> str:
         """Equal for pruners that decide alike, and for no others."""
         gate = {name: value for name, value in asdict(self.gate).items() if name != "rows"}
-        return f"{self.policy.fingerprint()} {gate} {self.window} {self.fill} {self.units}"
+        return f"{self.policy.fingerprint()} {gate} {self.window} {self.fill} {self.units}" + (
+            "" if self.units == ("head",) else f" {self.arrangement.fingerprint()}"
+        )

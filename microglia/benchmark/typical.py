@@ -15,7 +15,6 @@ from microglia.gate import keep_ratio
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read_prompts
 from microglia.results import BenchmarkRow
-from microglia.units import find_sites
 
 SAMPLE = 64  # prompts among which the typical one is found
 
@@ -23,7 +22,7 @@ SAMPLE = 64  # prompts among which the typical one is found
 def typical_subject(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], pruner: Pruner) -> Subject:
     """The typical prompt at each keep ratio, whole unless it is longer than the context, the same in every row."""
     lm, prompts = causal_lm(model), prompts[:SAMPLE]
-    geometries = [site.geometry for site in find_sites(lm, pruner.units)]
+    geometries = [site.geometry for site in pruner.sites(lm)]
     logits = read_prompts(lm, tokenizer, prompts, pruner).logits
 
     def subject(batch: int, context: int, ratio: float | None) -> Prompted:

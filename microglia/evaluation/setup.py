@@ -18,7 +18,7 @@ from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt
 from microglia.tasks.used import fingerprint
 from microglia.training.loss import task_loss
-from microglia.units import find_sites
+from microglia.units import step_costs
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Setup:
 
     def calibrated(self, pruner: Pruner) -> Pruner:
         """The pruner with a budget from these prompts."""
-        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(self.logits(pruner), geometries)
+        sites = pruner.sites(self.model)
+        return pruner.with_budget(self.logits(pruner), [site.geometry for site in sites], step_costs(self.model, sites))
 
     @torch.no_grad()
     def losses(self, pruner: Pruner | None) -> list[float]:
