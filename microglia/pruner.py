@@ -46,7 +46,7 @@ class Budget:
         return self._known_thresholds(target, False)
 
     def threshold_for_bytes(self, target: float) -> float:
-        """The threshold at which the prompts read the share `target` of a dense step's bytes, or a little more, on average.
+        """The threshold at which the prompts read the share `target` of a dense step's bytes, on average.
 
         Raises ConfigError without costs, and for a target outside of what can be reached.
         """

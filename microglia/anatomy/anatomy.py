@@ -84,7 +84,7 @@ class Layer:
 
     @property
     def contributions(self) -> tuple[nn.Module, nn.Module]:
-        """The modules whose outputs attention and MLP add to the residual stream: themselves, or the norms after them."""
+        """The modules whose outputs go to the residual stream: attention and MLP, or the norms after them."""
         if self.family.after is None:
             return self.halves
         first, second = (self.module.get_submodule(name) for name in self.family.after)

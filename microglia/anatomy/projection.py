@@ -157,8 +157,8 @@ def _take_quantised(weight: Any, dim: int, index: Tensor, block: int, name: str)
     whole = per_scale[dim] >= data.shape[dim]
     if not whole and block % per_scale[dim]:
         raise MicrogliaError(
-            f"{name} is quantised with one scale for every {per_scale[dim]} inputs, which runs of {block} that go or stay "
-            f"together would cut through; quantise with a group size that divides {block}, or use execution='masked'"
+            f"{name} is quantised with one scale for every {per_scale[dim]} inputs, which runs of {block} that stay or "
+            f"go would cut through; quantise with a group size that divides {block}, or use execution='masked'"
         )
 
     def scales(x: Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""How much the channels of an MLP take part in a prompt: their activations, alone and as the column of down writes them."""
+"""How much the channels of an MLP take part in a prompt: their activations, alone and as down writes them."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ class Activation(ChannelSignal):
 
 
 class Contribution(ChannelSignal):
-    """Activation × norm of the channel's column of down: how much of it reaches the residual stream; root mean square."""
+    """Activation × norm of the channel's column of down, what reaches the residual stream; root mean square."""
 
     name: ClassVar[str] = "contribution"
     usual: ClassVar[bool] = True

@@ -8,6 +8,8 @@ from microglia.units.site import MOST_UNITS, UNITS, Geometry, ProjectedSite, Sit
 from microglia.units.step import dense_weight_bytes, step_costs
 from microglia.units.sublayer import SublayerGeometry, SublayerSite, gone, nested
 
+UNITS.update(head=HeadSite, channel=ChannelSite, sublayer=SublayerSite)
+
 __all__ = [
     "BLOCK",
     "MOST_UNITS",

@@ -21,7 +21,7 @@ from microglia.anatomy.projection import features, sliced
 from microglia.errors import ConfigError, UnsupportedModelError
 from microglia.units.arrangement import BLOCK, Arrangement
 from microglia.units.costs import UnitCosts
-from microglia.units.site import UNITS, ProjectedSite, check_rows
+from microglia.units.site import ProjectedSite, check_rows
 
 FEWEST = 8  # blocks that a layer has at least, where its channels can be divided so
 
@@ -69,7 +69,6 @@ class ChannelGeometry:
 
 
 @dataclass(frozen=True, eq=False)
-@UNITS.register("channel")
 class ChannelSite(ProjectedSite):
     """The channels of one MLP. order: a permutation (I,) of them from which the blocks are cut, None as they stand."""
 

@@ -19,10 +19,9 @@ from microglia.anatomy.projection import sliced
 from microglia.errors import MicrogliaError
 from microglia.units.costs import UnitCosts
 from microglia.units.kv import keep_kv_heads, take_rows
-from microglia.units.site import UNITS, ProjectedSite, check_rows
+from microglia.units.site import ProjectedSite, check_rows
 
 
-@UNITS.register("head")
 @dataclass(frozen=True, eq=False)
 class HeadSite(ProjectedSite):
     """The query heads of one attention layer."""

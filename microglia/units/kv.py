@@ -49,9 +49,10 @@ def keep_kv_heads(stack: ExitStack, kv: Cache, layer: int, index: Tensor) -> Non
 
 def drop_kv(stack: ExitStack, kv: Cache, layer: int) -> None:
     """Drop every key and value of one layer of a prompt's cache, which goes on counting tokens; see `keep_kv_heads`."""
-    keys = kv.layers[layer].keys
+    entry: Any = kv.layers[layer]
+    keys = entry.keys
     keep_kv_heads(stack, kv, layer, torch.zeros(0, dtype=torch.long, device=None if keys is None else keys.device))
-    kv.layers[layer] = _as(NoHeads, kv.layers[layer])
+    kv.layers[layer] = _as(NoHeads, entry)
 
 
 def _given_back(kv: Cache, layer: int, entry: Any) -> None:
@@ -94,14 +95,14 @@ class NoHeads:
     def get_seq_length(self) -> int:
         """A dynamic layer takes tensors without elements for none; others count by themselves."""
         layer: Any = self
-        if isinstance(layer, DynamicLayer) and not isinstance(layer, DynamicSlidingWindowLayer):
+        if isinstance(self, DynamicLayer) and not isinstance(self, DynamicSlidingWindowLayer):
             return int(layer.keys.shape[-2])
         return int(super().get_seq_length())  # type: ignore[misc]
 
 
 def _as(mixin: type, entry: Any, **attributes: Any) -> Any:
     """A cache layer's tensors and numbers in a layer with a mixin."""
-    kind = _mixed(mixin, type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+    kind: Any = _mixed(mixin, type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
     view: Any = kind.__new__(kind)
     view.__dict__.update(entry.__dict__, **attributes)
     return view

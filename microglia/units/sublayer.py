@@ -20,7 +20,7 @@ from microglia.anatomy.projection import linear_flops, tensor_bytes
 from microglia.errors import ConfigError
 from microglia.units.arrangement import Arrangement
 from microglia.units.kv import drop_kv
-from microglia.units.site import UNITS, Geometry, Site, check_rows
+from microglia.units.site import Geometry, Site, check_rows
 
 HALVES = ("head", "channel")  # the kinds of units that live in a layer's attention, unit 0, and in its MLP, unit 1
 
@@ -45,7 +45,6 @@ class SublayerGeometry:
 
 
 @dataclass(frozen=True, eq=False)
-@UNITS.register("sublayer")
 class SublayerSite(Site):
     """The two sublayers of one layer."""
 
@@ -135,7 +134,7 @@ def _nothing(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
 
 def _no_attention(layer: Layer, hidden_states: Tensor, *_: Any, **options: Any) -> tuple[Tensor, None]:
     """No attention, whose cache counts the tokens all the same: some masks are made by this layer's length."""
-    cache, (batch, length, _) = options.get("past_key_values"), hidden_states.shape
+    cache, batch, length = options.get("past_key_values"), *hidden_states.shape[:2]
     if cache is not None:
         none = hidden_states.new_empty(batch, 0, length, layer.heads.head_dim)
         cache.update(none, none, layer.index)
