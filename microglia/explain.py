@@ -23,13 +23,14 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class SiteExplanation:
-    """One site; every list has a number per unit. logit: above `threshold` the unit is requested.
+    """One site of units of one kind; every list has a number per unit. logit: above `threshold` the unit is requested.
 
     signals: by name, as measured. deviations: by name, in standard deviations from the prompts of the training; empty
     for policies that keep no statistics. probability: sigmoid of the distance to the threshold over the temperature.
     """
 
     name: str
+    unit: str
     signals: dict[str, list[float]]
     deviations: dict[str, list[float]]
     logit: list[float]
@@ -86,6 +87,7 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
         sites.append(
             SiteExplanation(
                 name=site.name,
+                unit=site.unit,
                 signals=_by_signal(features, signals),
                 deviations={} if deviations is None else _by_signal(deviations, signals),
                 logit=_rounded(logits[0]),

@@ -172,10 +172,10 @@ class Pruner:
         return replace(self, gate=replace(self.gate, threshold=threshold))
 
     def with_budget(
-        self, logits: Sequence[Tensor], geometries: Sequence[Geometry], costs: StepCosts | None = None
+        self, logits: Sequence[Tensor], geometries: Sequence[Geometry], *, costs: StepCosts | None = None
     ) -> "Pruner":
         """This pruner with calibration logits (N, U) per site; the gate's bucket counts in them too."""
-        return replace(self, budget=Budget(logits, geometries, self.gate.bucket, costs))
+        return replace(self, budget=Budget(logits, geometries, self.gate.bucket, costs=costs))
 
     def with_costs(self, costs: StepCosts) -> "Pruner":
         """This pruner with a budget, if it has one, that is counted in these bytes."""

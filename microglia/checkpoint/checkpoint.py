@@ -23,6 +23,7 @@ from microglia.policies import Policy
 from microglia.pruner import Pruner
 
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
+ORDER = "order."  # before the layer's
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Checkpoint:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()}
         calibration = enumerate(budget.logits if budget else ())
         tensors |= {f"{CALIBRATION}{i}": x.detach().float().cpu().contiguous() for i, x in calibration}
+        orders = enumerate(self.pruner.arrangement.orders or ())
+        tensors |= {f"{ORDER}{i}": x.int().cpu().contiguous() for i, x in orders}
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise CheckpointError(
                 f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
@@ -76,8 +79,9 @@ class Checkpoint:
         if not path.is_dir():
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
-        policy, calibration = _policy(config, contents.pop(AGENTS), str(path / AGENTS))
-        pruner = config.pruner(policy)
+        data, where = contents.pop(AGENTS), str(path / AGENTS)
+        policy, calibration = _policy(config, data, where)
+        pruner = config.pruner(policy, _orders(config, data, where))
         if calibration:
             pruner = pruner.with_budget(calibration, config.geometries)
         return cls(pruner, config, contents or None)
@@ -150,6 +154,7 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(ORDER)}
     names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
     calibration = {name: tensors.pop(name) for name in names if name in tensors}
     try:
@@ -166,6 +171,26 @@ def _policy(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, l
     policy = config.new_policy()
     policy.load_state_dict(tensors)
     return policy.eval(), [x.float() for x in calibration.values()]
+
+
+def _orders(config: MicrogliaConfig, data: bytes, where: str) -> list[Tensor] | None:
+    """The order of every layer's channels from the bytes of a safetensors file; None where they stand as they are."""
+    found = {name: x for name, x in parse_safetensors(data).items() if name.startswith(ORDER)}
+    channels = [site.geometry["channels"] for site in config.sites if site.unit == "channel"]
+    wanted = {f"{ORDER}{i}": count for i, count in enumerate(channels)} if found else {}
+    problems = [
+        *(f"{name} is unknown" for name in found if name not in wanted),
+        *(f"{name} is no order of {n} channels" for name, n in wanted.items() if not _is_order(found, name, n)),
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
+    return [found[name].long() for name in wanted] or None
+
+
+def _is_order(tensors: Mapping[str, Tensor], name: str, count: int) -> bool:
+    order = tensors.get(name, torch.zeros(0))
+    whole = order.dtype == torch.int32 and order.shape == (count,)
+    return whole and bool(order.sort().values.equal(torch.arange(count, dtype=torch.int32)))
 
 
 def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

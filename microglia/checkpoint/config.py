@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
@@ -18,7 +18,7 @@ from microglia.policies import POLICIES, Policy
 from microglia.pruner import Fill, Pruner, check_window
 from microglia.signals import check_signals
 from microglia.tasks.prompts import check_template
-from microglia.units import MOST_UNITS, UNITS, Geometry, find_sites
+from microglia.units import MOST_UNITS, UNITS, Arrangement, Geometry, Site, find_sites
 
 FORMAT_VERSION = 2  # raised when an older microglia could not read what a newer one writes
 MOST_SITES = 4096
@@ -59,8 +59,10 @@ class MicrogliaConfig:
 
     base_model: hub id, folder or `reasoner`; base_parameters: its parameters, without LoRA. policy, policy_options and
     signals: what the policy is made from; units, window, temperature, threshold, bucket and fill: the rest of the
-    pruner (a unit is kept when its logit exceeds the threshold). template: the prompt with `{question}` that training
-    used; training: dataset, options and results of the training, anything that JSON holds; promise: what `calibrate`
+    pruner (a unit is kept when its logit exceeds the threshold); arrangement: what of the units' arrangement differs
+    from the usual one, but for the order of channels, which lies beside the weights. template: the prompt with
+    `{question}` that training used; training: dataset, options and results of the training, anything that JSON holds;
+    promise: what `calibrate`
     measured for this threshold, empty when nothing is promised; used: keys of the questions that trained the policy or
     set its thresholds, by `tasks.used`, none in checkpoints of before; lora: an adapter belongs to it.
     """
@@ -78,6 +80,7 @@ class MicrogliaConfig:
     threshold: float = 0.0
     bucket: int | None = None
     fill: str = "zero"
+    arrangement: dict = field(default_factory=dict)
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
@@ -92,7 +95,7 @@ class MicrogliaConfig:
         check_template(self.template)
         # Each of them checks itself.
         _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
-        _ = self.geometries, self.gate
+        _ = self.geometries, self.gate, Arrangement.of_settings(self.arrangement)
 
     @classmethod
     def describing(
@@ -116,7 +119,7 @@ class MicrogliaConfig:
         return cls(
             base_model=REASONER if name == str(reasoner_path()) else name,
             model_class=type(lm).__name__,
-            sites=saved_sites(lm, pruner.units),
+            sites=saved_sites(pruner.sites(lm)),
             base_parameters=sum(p.numel() for key, p in lm.named_parameters() if "lora_" not in key),
             policy=policy.name,
             policy_options=policy.options(),
@@ -127,6 +130,7 @@ class MicrogliaConfig:
             threshold=gate.threshold,
             bucket=gate.bucket,
             fill=pruner.fill,
+            arrangement=pruner.arrangement.settings(),
             template=template,
             training=dict(training or {}),
             promise=dict(promise or {}),
@@ -155,9 +159,13 @@ class MicrogliaConfig:
                 f"policy_options={self.policy_options} make no policy {self.policy!r} ({first_line(error)})"
             ) from error
 
-    def pruner(self, policy: Policy) -> Pruner:
-        """The pruner that this describes, with its policy. Raises ConfigError for parts that cannot be."""
-        return Pruner(policy, self.gate, self.window, self.fill, self.units)  # type: ignore[arg-type]
+    def pruner(self, policy: Policy, orders: Sequence[Tensor] | None = None) -> Pruner:
+        """The pruner that this describes, with its policy and the order of every layer's channels, if it has one.
+
+        Raises ConfigError for parts that cannot be.
+        """
+        arrangement = Arrangement.of_settings(self.arrangement, orders)
+        return Pruner(policy, self.gate, self.window, self.fill, self.units, arrangement=arrangement)  # type: ignore[arg-type]
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
@@ -165,7 +173,7 @@ class MicrogliaConfig:
         differences = []
         if type(lm).__name__ != self.model_class:
             differences.append(f"its class is {type(lm).__name__}, not {self.model_class}")
-        here = saved_sites(lm, self.units)
+        here = saved_sites(find_sites(lm, self.units, Arrangement.of_settings(self.arrangement)))
         if len(here) != len(self.sites):
             differences.append(f"it has {len(here)} sites, not {len(self.sites)}")
         grouped: dict[tuple[str, Any, Any], list[int]] = {}
@@ -184,6 +192,8 @@ class MicrogliaConfig:
         Raises CheckpointError for what JSON cannot hold.
         """
         row = {"format_version": FORMAT_VERSION, **asdict(self), "sha256": dict(checksums)}
+        if not self.arrangement:  # as checkpoints of before
+            del row["arrangement"]
         try:
             row["sha256"] = {**checksums, CONFIG: _digest(json.loads(json.dumps(row)))}  # as it will be read
             return json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -206,7 +216,7 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(cls, {"used": "", **(upgraded(row, where) if version == 1 else row)}, where)
+        values = _typed(cls, {"used": "", "arrangement": {}, **(upgraded(row, where) if version == 1 else row)}, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
             lists = {name: tuple(values[name]) for name in ("signals", "units")}
@@ -215,9 +225,8 @@ class MicrogliaConfig:
             raise CheckpointError(f"{where}: {error}") from error
 
 
-def saved_sites(model: nn.Module, units: Sequence[str]) -> tuple[SavedSite, ...]:
-    """The sites of a model as they are saved."""
-    sites = find_sites(model, units)
+def saved_sites(sites: Sequence[Site]) -> tuple[SavedSite, ...]:
+    """Sites as they are saved."""
     return tuple(SavedSite(s.unit, s.name, s.layer.index, asdict(s.geometry)) for s in sites)  # type: ignore[call-overload]
 
 

@@ -16,6 +16,7 @@ def evaluate(
     model_path: o.CheckpointPath = None,
     output_dir: Annotated[Path | None, "Folder for records and answers.", "none"] = None,
     keep_ratio: o.KeepRatio = None,
+    bytes: o.Bytes = None,
     scoring: Annotated[
         Literal["generation", "likelihood", "likelihood-per-character"],
         "Judge generated answers, or the likelihood of each choice.",
@@ -40,6 +41,7 @@ def evaluate(
             **examples.which(),
             **vars(generation),
             keep_ratio=keep_ratio,
+            byte_share=bytes,
             dense=dense,
             scoring=scoring,
             progress=update,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class HeadMeans:
-    """Means over the prompts added so far, per site and head."""
+    """Means over the prompts added so far, per site and unit."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[Tensor]] = {}
@@ -16,7 +16,8 @@ class HeadMeans:
         """Keep (B, H) and signals (B, H) of every site, for B more prompts; nothing when the model stayed dense."""
         if not keep:
             return
-        per_site = {"kept": list(keep)} | {name: [site[name] for site in signals] for name in (signals or [{}])[0]}
+        names = dict.fromkeys(name for site in signals for name in site)  # sites of each kind have signals of their own
+        per_site = {"kept": list(keep)} | {name: [site[name] for site in signals if name in site] for name in names}
         self._add({name: [x.double().sum(0).cpu() for x in values] for name, values in per_site.items()}, len(keep[0]))
 
     def add_all(self, other: "HeadMeans") -> None:

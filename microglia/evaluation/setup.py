@@ -67,7 +67,9 @@ class Setup:
     def calibrated(self, pruner: Pruner) -> Pruner:
         """The pruner with a budget from these prompts."""
         sites = pruner.sites(self.model)
-        return pruner.with_budget(self.logits(pruner), [site.geometry for site in sites], step_costs(self.model, sites))
+        return pruner.with_budget(
+            self.logits(pruner), [site.geometry for site in sites], costs=step_costs(self.model, sites)
+        )
 
     @torch.no_grad()
     def losses(self, pruner: Pruner | None) -> list[float]:

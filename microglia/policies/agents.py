@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from microglia.errors import ConfigError
 from microglia.policies.base import POLICIES, Policy, Standardiser
 from microglia.signals import feature_size
 from microglia.units import Geometry
@@ -135,6 +136,11 @@ class AgentPolicy(LearnedPolicy):
     default_hidden_dim: ClassVar[int] = 128
 
     def _agent(self, units: int, site_features: int, all_features: int) -> Agent:
+        if site_features == 0:
+            raise ConfigError(
+                f"signals={','.join(self.signals)!r} are not measured at every kind of unit that is decided about, so "
+                "some agents would see nothing; add a signal of those units or choose policy='mixture'"
+            )
         return MicrogliaAgent(units=units, features=site_features, hidden_dim=self.hidden_dim)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:

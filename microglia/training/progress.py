@@ -6,7 +6,14 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-SHOWN = {"task": "task", "keep_ratio": "keep", "alpha": "α", "multiplier": "λ", "eval_loss": "validation"}
+SHOWN = {
+    "task": "task",
+    "keep_ratio": "keep",
+    "byte_share": "bytes",
+    "alpha": "α",
+    "multiplier": "λ",
+    "eval_loss": "validation",
+}
 
 
 class Report(TrainerCallback):

@@ -13,6 +13,7 @@ from microglia.passes import Batch, answer_logits
 from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
 from microglia.training.loss import distillation_loss, gate_entropy, mean_keep, task_loss
+from microglia.units import StepCosts, step_costs
 
 MULTIPLIER_RATE = 0.1  # of the target mode, the same for agents and their static baseline, whatever their own rates
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
@@ -43,6 +44,9 @@ class Trained(nn.Module):
         self.policy = None if pruner is None else pruner.policy  # registered, so that its parameters train
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
+        self.costs: StepCosts | None = None
+        if pruner is not None and config.byte_share is not None:
+            self.costs = step_costs(lm, pruner.sites(lm))
 
     def train(self, mode: bool = True) -> "Trained":
         super().train(mode)
@@ -93,22 +97,26 @@ class Trained(nn.Module):
             return task, {"task": task}
         gate = pruner.gate
         keep = processes.pooled(mean_keep(trace.keep), prompts)
+        spent = keep  # of the budget: in units, or in bytes
+        if self.costs is not None:
+            spent = processes.pooled(self.costs.share(trace.keep).mean().to(keep), prompts)
         entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
         loss = task + c.beta * entropy
         if dense is not None:
             loss = loss + c.distill * processes.pooled(distillation_loss(logits, dense, batch.labels), tokens)
         if not self.training:  # evaluations are compared with each other: the weights of the end, not of now
-            loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
+            loss = loss + (c.alpha[1] * keep if c.target is None else DAMPING * (spent - c.target).clamp(min=0))
         elif now.target is None:
             loss = loss + now.alpha * keep
         else:
-            distance = keep - now.target
+            distance = spent - now.target
             loss = loss + float(self.multiplier) * distance + DAMPING / 2 * distance**2
             # Dual ascent: the longer too many heads are kept, the more each one costs.
             self.multiplier.add_(MULTIPLIER_RATE * distance.detach()).clamp_(min=0)
         parts = {
             "task": task,
             "keep_ratio": keep,
+            **({} if self.costs is None else {"byte_share": spent}),
             "gate_entropy": entropy,
             "temperature": gate.temperature,
             "noise": gate.noise,

@@ -41,7 +41,7 @@ class Curriculum(TrainerCallback):
             alpha=scheduled(c.schedule, c.alpha, progress),
             temperature=scheduled("linear", c.temperature, progress),
             noise=scheduled("linear", c.noise, progress),
-            target=None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp),
+            target=None if c.target is None else _approached(c.target, progress, c.ramp),
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

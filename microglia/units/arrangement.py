@@ -1,7 +1,7 @@
 """What a pruner knows of units beside their kinds: the order and blocks of channels, and which units always stay."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,22 @@ class Arrangement:
         check_range("block", self.block, 1, 2**16)
         check_range("shared", self.shared, 0, 1)
         for layer, order in enumerate(self.orders or ()):
-            if not order.sort().values.equal(torch.arange(len(order))):
+            if order.dim() != 1 or not order.sort().values.equal(torch.arange(len(order))):
                 raise ConfigError(f"the order of layer {layer} is no permutation of its channels; name each one once")
+
+    @classmethod
+    def of_settings(cls, row: Mapping[str, Any], orders: Sequence[Tensor] | None = None) -> "Arrangement":
+        """What `settings` gave, from JSON. Raises ConfigError for what it would not give."""
+        kinds: dict[str, Any] = {"block": int, "shared": (int, float), "protected": list}
+        wrong = [f"{name}={x!r}" for name, x in row.items() if not isinstance(x, kinds.get(name, ()))]
+        layers = row.get("protected", [])
+        if wrong or not (isinstance(layers, list) and all(type(layer) is int for layer in layers)):
+            raise ConfigError(
+                f"arrangement={dict(row)} was given; it has a block of channels, the share of shared blocks and a list "
+                "of protected layers"
+            )
+        values = {**row, "protected": tuple(layers)} if "protected" in row else dict(row)
+        return cls(orders, **values)
 
     def order(self, layer: int, channels: int) -> Tensor | None:
         """The permutation of a layer. Raises ConfigError where there is none for it, or of another length."""
