@@ -165,7 +165,10 @@ class PrunerOptions:
     """What decides about which units, by which signals, and how they are pruned."""
 
     panel: ClassVar = "Pruner"
-    policy: Annotated[str, "agents (an MLP per layer), mixture (of learned masks), or one of your own."] = "agents"
+    policy: Annotated[
+        str,
+        "agents (an MLP per site), layers (one per layer for all its units), mixture (of learned masks), or your own.",
+    ] = "agents"
     hidden_dim: Annotated[
         int | None,
         typer.Option(

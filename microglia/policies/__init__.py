@@ -7,6 +7,7 @@ from microglia.errors import ConfigError
 from microglia.policies.agents import AgentPolicy, LearnedPolicy, MaskMixture, MicrogliaAgent, MixturePolicy
 from microglia.policies.base import POLICIES, Policy, SitewisePolicy
 from microglia.policies.fixed import SignalPolicy, StaticPolicy
+from microglia.policies.layers import LayerPolicy
 from microglia.policies.predictor import PredictorPolicy
 from microglia.registry import listed
 from microglia.signals import check_signals
@@ -15,6 +16,7 @@ from microglia.units import Geometry
 __all__ = [
     "POLICIES",
     "AgentPolicy",
+    "LayerPolicy",
     "LearnedPolicy",
     "MaskMixture",
     "MicrogliaAgent",
@@ -37,7 +39,8 @@ def agent_kinds() -> list[str]:
 def new_agents(
     name: str, geometries: Sequence[Geometry], *, signals: str | Sequence[str] = ("norm", "entropy"), **options: Any
 ) -> LearnedPolicy:
-    """Untrained agents: `agents` (MLPs of hidden_dim 128) or `mixture` (hidden_dim: 16 masks), or a kind of your own.
+    """Untrained agents: `agents` or `layers` (MLPs of hidden_dim 128, per site or per layer), `mixture` (hidden_dim: 16
+    masks), or a kind of your own.
 
     Raises ConfigError for an unknown kind.
     """

@@ -92,10 +92,12 @@ class LearnedPolicy(Policy):
         super().__init__()
         self.signals, self.hidden_dim = tuple(signals), hidden_dim or self.default_hidden_dim
         sizes = [feature_size(geometry, signals) for geometry in geometries]
-        self.agents = nn.ModuleList(
-            self._agent(g.count, size, sum(sizes)) for g, size in zip(geometries, sizes, strict=True)
-        )
+        self.agents = nn.ModuleList(self._agents([g.count for g in geometries], sizes))
         self.statistics = nn.ModuleList(Standardiser(size) for size in sizes)
+
+    def _agents(self, units: Sequence[int], features: Sequence[int]) -> list[Agent]:
+        """The untrained agents, of sites with so many units and features."""
+        return [self._agent(count, size, sum(features)) for count, size in zip(units, features, strict=True)]
 
     @abstractmethod
     def _agent(self, units: int, site_features: int, all_features: int) -> Agent:

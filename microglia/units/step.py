@@ -30,7 +30,7 @@ def dense_weight_bytes(lm: Any, rows: int = 1) -> int:
 def layer_kv_bytes(anatomy: Anatomy, batch: int, context: int) -> list[int]:
     """Bytes of keys and values that every layer reads for `batch` rows of `context` tokens."""
     width: int = torch.empty(0, dtype=anatomy.lm.dtype).element_size()
-    seen = [min(context, window or context) for window in anatomy.windows]
+    seen = [min(context, (window or context + 1) - 1) for window in anatomy.windows]  # besides the step's own token
     return [
         2 * width * batch * tokens * layer.heads.kv_width for layer, tokens in zip(anatomy.layers, seen, strict=True)
     ]
