@@ -52,7 +52,7 @@ def test_agents_are_made_by_the_name_of_their_kind(kind, policy, usual):
     made, small = new_agents(kind, GEOMETRIES), new_agents(kind, GEOMETRIES, hidden_dim=4, signals=("norm",))
     assert type(made) is type(small) is policy
     assert (made.hidden_dim, small.hidden_dim, small.signals) == (usual, 4, ("norm",))
-    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents or mixture"):
+    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents, mixture or layers"):
         new_agents("gru", GEOMETRIES)
 
 
