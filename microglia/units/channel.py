@@ -141,13 +141,14 @@ class ChannelSite(ProjectedSite):
     @contextmanager
     def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
         """keep (B, U) or (1, U). fill (B, U, D) stands in for what a pruned block of D channels would have given."""
-        gate = keep[:, self.block_of.to(keep.device)][:, None]  # (B, 1, I)
-        left = None if fill is None else self.joined(fill)[:, None]
+        block_of, left = self.block_of.to(keep.device), None if fill is None else self.joined(fill)[:, None]
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = inputs[0]
-            check_rows(self, len(x), len(gate))
-            factor = gate.to(x)
+            check_rows(self, len(x), len(keep))
+            factor = keep[:, block_of][:, None].to(
+                x
+            )  # (B, 1, I); here, since gates are put on where nothing is learned
             if where is not None:
                 factor = torch.where(where[..., None], factor, torch.ones_like(factor))
             return (x * factor if left is None else x * factor + (1 - factor) * left.to(x), *inputs[1:])
