@@ -1,8 +1,10 @@
-"""What happened to every head over many prompts: how often it was kept, and the mean of its signals."""
+"""What happened to every unit over many prompts: how often it was kept, and the mean of its signals."""
 
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
+
+KEPT = {"head": "kept"}  # the name under which it stands; else the unit's own before it
 
 
 class HeadMeans:
@@ -12,12 +14,19 @@ class HeadMeans:
         self.sums: dict[str, list[Tensor]] = {}
         self.prompts = 0
 
-    def add(self, keep: Sequence[Tensor], signals: Sequence[Mapping[str, Tensor]]) -> None:
-        """Keep (B, H) and signals (B, H) of every site, for B more prompts; nothing when the model stayed dense."""
+    def add(
+        self, keep: Sequence[Tensor], signals: Sequence[Mapping[str, Tensor]], units: Sequence[str] | None = None
+    ) -> None:
+        """Keep (B, U) and signals (B, U) of every site, for B more prompts; nothing when the model stayed dense.
+
+        units: the kind of every site, heads where it is not said.
+        """
         if not keep:
             return
+        kinds = [KEPT.get(unit, f"{unit}_kept") for unit in units or ["head"] * len(keep)]
         names = dict.fromkeys(name for site in signals for name in site)  # sites of each kind have signals of their own
-        per_site = {"kept": list(keep)} | {name: [site[name] for site in signals if name in site] for name in names}
+        kept = {kind: [k for k, its in zip(keep, kinds, strict=True) if its == kind] for kind in dict.fromkeys(kinds)}
+        per_site = kept | {name: [site[name] for site in signals if name in site] for name in names}
         self._add({name: [x.double().sum(0).cpu() for x in values] for name, values in per_site.items()}, len(keep[0]))
 
     def add_all(self, other: "HeadMeans") -> None:
@@ -31,7 +40,10 @@ class HeadMeans:
             self.sums[name] = values if before is None else [a + b for a, b in zip(before, values, strict=True)]
 
     def as_json(self) -> dict[str, list[list[float]]]:
-        """`kept` (share of the prompts) and every signal: a list of heads per site; empty without prompts."""
+        """`kept` (share of the prompts; of other units than heads `channel_kept`, say) and every signal.
+
+        Each is a list of units per site; empty without prompts.
+        """
         return {
             name: [[round(value, 6) for value in (x / self.prompts).tolist()] for x in sums]
             for name, sums in self.sums.items()

@@ -145,6 +145,7 @@ def evaluate(setup: "Setup", pruner: Pruner | None = None, progress: Progress | 
     order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
     batches = [order[start : start + setup.batch_size] for start in range(0, len(order), setup.batch_size)]
     execution = execution_for(setup.execution, setup.model)  # once: what it keeps serves all batches
+    units = None if pruner is None else [site.unit for site in pruner.sites(setup.model)]
     done = 0
 
     def answered(indices: list[int]) -> _Answered:
@@ -160,7 +161,7 @@ def evaluate(setup: "Setup", pruner: Pruner | None = None, progress: Progress | 
             **({} if setup.answer_limit is None else {"stopping_criteria": stopping_at([most[i] for i in indices])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
-        heads.add(output.keep, output.signals)
+        heads.add(output.keep, output.signals, units)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(indices)
         counts = [min(n, most[i]) for i, n in zip(indices, output.lengths, strict=True)]
         answers = {

@@ -160,7 +160,7 @@ def test_a_signal_policy_ranks_heads_as_its_signal_does(signal):
 
 @pytest.mark.parametrize("signals", [BOTH, (), ("loudness",)], ids="+".join)
 def test_a_signal_policy_of_anything_but_one_signal_is_refused(signals):
-    with pytest.raises(ConfigError, match=f"signals='{','.join(signals)}' is not one signal; choose norm or entropy"):
+    with pytest.raises(ConfigError, match=f"signals='{','.join(signals)}' is not one signal; choose norm, entropy, "):
         SignalPolicy.create(GEOMETRIES, signals)
 
 
