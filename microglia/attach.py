@@ -21,7 +21,7 @@ from microglia.lease import attached_alone
 from microglia.pruner import Pruner
 from microglia.settings import check_prunable
 from microglia.signals import Measured, Prompt, measured
-from microglia.units import Site, find_sites
+from microglia.units import Site, gone
 
 
 @dataclass
@@ -150,7 +150,7 @@ class _Session:
     """The two states of an attached model: reading a prompt (measured), continuing it (pruned)."""
 
     def __init__(self, lm: nn.Module, pruner: Pruner, execution: Execution, tokens: Tensor | None) -> None:
-        self.lm, self.sites = lm, find_sites(lm, pruner.units)
+        self.lm, self.sites = lm, pruner.sites(lm)
         self.geometries = [site.geometry for site in self.sites]
         self.pruner, self.execution, self.tokens = pruner, execution, tokens
         self.trace = Trace()
@@ -219,8 +219,7 @@ class _Session:
             return  # the pass failed; its own error is on the way
         self._check_measured(values, cache)
         self._decide(values)
-        means = values.values.get("mean_output")
-        self.trace.fill = None if means is None else [means.get(site.index) for site in self.sites]
+        self.trace.fill = values.means(self.sites)
         if self.pruner.recovery is not None and self.execution.prunes:
             self.pruned.enter_context(self.pruner.recovery.applied(self.lm, merged=self.execution.saves))
         decision = Decision(self.trace.keep, self.trace.fill)
@@ -229,7 +228,7 @@ class _Session:
         self.watched = []
         if self.execution.calls_layers and self.execution.prunes:
             pairs = zip(self.sites, self.trace.keep, strict=True)
-            self.watched = [site for site, k in pairs if not bool((k > 0).all())]
+            self.watched = [site for site, k in pairs if not bool((k > 0).all()) and not gone(site, k)]
         for site in self.watched:
             note = functools.partial(self._note_call, site.index)
             self.pruned.callback(site.output.register_forward_pre_hook(note).remove)

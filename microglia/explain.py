@@ -11,7 +11,6 @@ from microglia.anatomy import causal_lm
 from microglia.pruner import Pruner
 from microglia.reading import encode_prompts, read
 from microglia.signals import signals_at, split_features
-from microglia.units import find_sites
 
 # (requested, kept) → what became of the unit. Counts are rounded up to regular shapes, and the best units fill them.
 OUTCOMES = {
@@ -24,13 +23,14 @@ OUTCOMES = {
 
 @dataclass(frozen=True)
 class SiteExplanation:
-    """One site; every list has a number per unit. logit: above `threshold` the unit is requested.
+    """One site of units of one kind; every list has a number per unit. logit: above `threshold` the unit is requested.
 
     signals: by name, as measured. deviations: by name, in standard deviations from the prompts of the training; empty
     for policies that keep no statistics. probability: sigmoid of the distance to the threshold over the temperature.
     """
 
     name: str
+    unit: str
     signals: dict[str, list[float]]
     deviations: dict[str, list[float]]
     logit: list[float]
@@ -79,7 +79,7 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
     batch = encode_prompts(lm, tokenizer, [prompt], 0)
     reading = read(lm, batch["input_ids"], batch["attention_mask"], pruner)
     sites = []
-    per_site = zip(find_sites(lm, pruner.units), reading.features, reading.logits, reading.keep, strict=True)
+    per_site = zip(pruner.sites(lm), reading.features, reading.logits, reading.keep, strict=True)
     for site, features, logits, keep in per_site:
         signals = signals_at(site.unit, policy.signals)
         requested = (logits[0] > gate.threshold).tolist()
@@ -87,6 +87,7 @@ def explain(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str, p
         sites.append(
             SiteExplanation(
                 name=site.name,
+                unit=site.unit,
                 signals=_by_signal(features, signals),
                 deviations={} if deviations is None else _by_signal(deviations, signals),
                 logit=_rounded(logits[0]),

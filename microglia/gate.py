@@ -10,7 +10,7 @@ from torch import Tensor
 
 from microglia.errors import ConfigError, check_range
 from microglia.registry import listed
-from microglia.units import MOST_UNITS, Geometry
+from microglia.units import MOST_UNITS, Geometry, nested
 
 Mode = Literal["hard", "straight-through", "soft"]
 
@@ -60,6 +60,8 @@ class Gate:
             drawn = uniform if self.rows is None else uniform[self.rows.start :: self.rows.step]
             logits = logits + self.noise * torch.logit(drawn.clamp(1e-6, 1 - 1e-6))
         soft = torch.sigmoid((logits - self.threshold) / self.temperature)
+        if geometry.protected:
+            soft = torch.cat([torch.ones_like(soft[:, : geometry.protected]), soft[:, geometry.protected :]], -1)
         if self.mode == "soft":
             return soft
         hard = geometry.rectangle(self._requested(logits), self.bucket).to(logits.dtype)
@@ -82,21 +84,33 @@ class Gate:
         """Logits (B, U) of every site → keep (B, U) of every site.
 
         Sites with the same geometry go together where nothing is drawn: one by one their small sorts are a thousand
-        kernels, which a GPU takes longer to launch than to read a short prompt.
+        kernels, which a GPU takes longer to launch than to read a short prompt. Heads and channels of a sublayer that
+        goes go with it.
         """
-        alike = len(set(geometries)) == 1 and len({x.device for x in logits}) == 1
-        if not alike or self.noise:
-            return [self(x, geometry) for x, geometry in zip(logits, geometries, strict=True)]
-        return list(self(torch.cat(list(logits)), geometries[0]).chunk(len(logits)))
+        if self.noise:
+            drawn = [self(x, geometry) for x, geometry in zip(logits, geometries, strict=True)]
+            return nested(drawn, geometries)
+        alike: dict[tuple[Geometry, torch.device], list[int]] = {}
+        for index, (x, geometry) in enumerate(zip(logits, geometries, strict=True)):
+            alike.setdefault((geometry, x.device), []).append(index)
+        keep = list(logits)
+        for (geometry, _), places in alike.items():
+            together = self(torch.cat([logits[index] for index in places]), geometry).chunk(len(places))
+            for index, part in zip(places, together, strict=True):
+                keep[index] = part
+        return nested(keep, geometries)
 
     def check_bucket(self, geometries: Sequence[Geometry]) -> None:
         """Raise ConfigError for a bucket under which every unit of some site would always be kept."""
-        fewest = min(geometry.count for geometry in geometries)
-        if self.bucket is not None and self.bucket >= max(2, fewest):  # 1 rounds nothing up
-            raise ConfigError(
-                f"bucket={self.bucket} was given, but a site has {fewest} units, all of which would always be kept; "
-                "give less"
-            )
+        if self.bucket is None:
+            return
+        for geometry in set(geometries):
+            last = torch.arange(geometry.count)[None] - geometry.count + 1.5  # above 0: the last unit alone
+            if bool(geometry.rectangle(last, self.bucket).all()) and not bool(geometry.rectangle(last, 1).all()):
+                raise ConfigError(
+                    f"bucket={self.bucket} was given, but a site has {geometry.count} units, all of which would always "
+                    "be kept; give less"
+                )
 
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from microglia.execution import Decision, Execution, Masked
 from microglia.pruner import Pruner
 from microglia.tasks.base import Example
 from microglia.tasks.prompts import example_prompt, prompt_ids, worked_answers
-from microglia.units import find_sites
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -171,7 +170,7 @@ def answer_logits(
         where = torch.cat([torch.zeros_like(batch.prompt_mask), batch.answer_mask[:, :-1]], 1).bool()
         if pruner.recovery is not None:
             raise ConfigError("a recovery is trained without gradient checkpointing; change one of them")
-        whole.enter_context(Masked(where).apply(find_sites(lm, pruner.units), Decision(trace.keep)))
+        whole.enter_context(Masked(where).apply(pruner.sites(lm), Decision(trace.keep)))
         return _one_pass(lm, batch), trace
     model_trains = any(p.requires_grad for p in lm.parameters())
     with attached(lm, pruner, execution) as trace:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from microglia import processes
 from microglia.anatomy import Anatomy, causal_lm, input_device
 from microglia.checkpoint import Checkpoint, check_writable
-from microglia.criteria import Calibration
+from microglia.criteria import Calibration, get_criterion, ordered_channels
 from microglia.criteria.start import start_from
 from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
 from microglia.evaluation.setup import Setup
@@ -31,6 +31,7 @@ from microglia.policies import new_agents
 from microglia.pruner import Fill, Pruner
 from microglia.reading import read_prompts
 from microglia.results import EvaluationResult, JudgementResult, Promise
+from microglia.signals import usual_signals
 from microglia.tasks import Example, Task, get_task
 from microglia.tasks.prompts import render_prompt
 from microglia.tasks.used import question_keys
@@ -38,9 +39,11 @@ from microglia.training import RunFolder, TrainingConfig, TrainingResult, train
 from microglia.training.asking import with_self_prompts
 from microglia.training.continuations import continued, weights_checksum
 from microglia.training.loop import examples_of, with_target
-from microglia.units import find_sites
+from microglia.units import Arrangement, StepCosts, find_sites, step_costs
+from microglia.units.step import CONTEXT
 
 START_PROMPTS = 64  # that a criterion sees whose ranks the policy starts from
+ORDER_EXAMPLES = 64  # by whose answers channels are ordered
 CALIBRATION_PROMPTS = 64  # kept in the checkpoint as logits, from which a keep ratio becomes a threshold
 AT_ONCE = 32  # prompts per batch
 
@@ -52,7 +55,8 @@ class MicrogliaPruningSystem:
         folder, a GGUF file or a module in memory (then pass tokenizer).
     num_heads: checked against the model; None takes the model's. policy: `agents` (an MLP per site) or `mixture` (masks
         that every prompt mixes, docs/results.md). hidden_dim: of an MLP, or the number of masks; None is 128 and 16.
-    signals: what the agents see of a prompt. window, bucket, least_kept, fill: see Pruner and Gate.
+    units: the kinds that are decided about: head, channel, sublayer. signals: what the agents see of a prompt; None is
+        what is usual for the units. window, bucket, least_kept, fill, arrangement: see Pruner and Gate.
     seed: of the agents' first weights. dtype: None is float32 on a CPU and the stored type elsewhere.
     quantize: int8 or int4, weight-only, by torchao.
     """
@@ -64,11 +68,13 @@ class MicrogliaPruningSystem:
         hidden_dim: int | None = None,
         *,
         policy: str = "agents",
-        signals: Sequence[str] = ("norm", "entropy"),
+        units: Sequence[str] = ("head",),
+        signals: Sequence[str] | None = None,
         window: int | None = 64,
         bucket: int | None = None,
         least_kept: float = 0.0,
         fill: Fill = "zero",
+        arrangement: Arrangement = Arrangement(),
         seed: int = 0,
         tokenizer: PreTrainedTokenizerBase | None = None,
         **loading: Any,
@@ -79,12 +85,14 @@ class MicrogliaPruningSystem:
         self.source = None if isinstance(model, nn.Module) else str(model)
         Anatomy(self.model).check_head_count(num_heads)
         gate = Gate(bucket=bucket, least_kept=least_kept)
-        geometries = [site.geometry for site in find_sites(self.model)]
+        geometries = [site.geometry for site in find_sites(self.model, units, arrangement)]
         gate.check_bucket(geometries)
+        signals = usual_signals(units) if signals is None else signals
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             agents = new_agents(policy, geometries, signals=signals, hidden_dim=hidden_dim)
-        self.pruner = Pruner(agents.to(input_device(self.model)).eval(), gate, window, fill)
+        agents.to(input_device(self.model)).eval()
+        self.pruner = Pruner(agents, gate, window, fill, tuple(units), arrangement=arrangement)
         self.template, self.training, self.promise = Task.template, dict[str, Any](), dict[str, Any]()
         self._used: frozenset[str] = frozenset()  # keys of the questions that trained the policy or set its thresholds
         self._keep_ratios: list[float] = []
@@ -116,10 +124,11 @@ class MicrogliaPruningSystem:
             check_writable(output_dir)
         if config.self_prompts:
             data_dir = with_self_prompts(self.model, self.tokenizer, task, config, data_dir, quiet=quiet)
+        if "channel" in self.pruner.units and self.pruner.arrangement.orders is None:
+            self.order_channels(task, task.load("train", limit=ORDER_EXAMPLES, seed=config.seed, data_dir=data_dir))
         if config.start is not None:
             few = task.load("train", limit=START_PROMPTS, seed=config.seed, data_dir=data_dir)
-            place = (self.model, self.tokenizer, task, few, self.pruner.window, self.pruner.gate.bucket)
-            start_from(config.start, self.pruner.policy, Calibration(*place, self.pruner.fill, seed=config.seed))
+            start_from(config.start, self.pruner.policy, self._calibration(task, few, seed=config.seed))
         with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(str(output_dir)) as folder:
             run = RunFolder(folder, resume, quiet, on_log)
             result = train(self.model, self.tokenizer, task, self.pruner, config, run, data_dir=data_dir)
@@ -136,6 +145,15 @@ class MicrogliaPruningSystem:
         processes.wait()
         return replace(result, pruner=self.pruner)
 
+    def order_channels(self, task: Task, examples: Sequence[Example], criterion: str | None = None) -> None:
+        """From now on blocks are cut from the channels of every layer in the order of what they add in worked answers.
+
+        criterion: another score, by its name. Training does this by itself, before the agents begin.
+        """
+        calibration = self._calibration(task, examples, units=("channel",))
+        score = None if criterion is None else get_criterion(criterion)
+        self.pruner = replace(self.pruner, arrangement=ordered_channels(calibration, score), budget=None)
+
     @overload
     def generate(self, prompt: str, max_new_tokens: int | None = ..., **options: Any) -> str: ...
     @overload
@@ -147,6 +165,7 @@ class MicrogliaPruningSystem:
         *,
         execution: str | Execution = "compact",
         keep_ratio: float | None = None,
+        byte_share: float | None = None,
         raw: bool = False,
         **options: Any,
     ) -> str | list[str]:
@@ -155,13 +174,14 @@ class MicrogliaPruningSystem:
         execution: compact (heads are gone), masked (the same answer, no time saved), captured (compact, with captured
             steps, for GPUs), dense (no pruning), or an Execution of your own.
         max_new_tokens: 256 unless a generation_config among the options says otherwise.
-        keep_ratio: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
+        keep_ratio, byte_share: this time only, see `set_keep_ratio`. raw: the prompt is complete and gets no template.
         options: of the model's own `generate` (sampling, streamer, stopping); greedy by default.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             raise DataError("no prompt was given; give at least one")
-        pruner, how, texts, ratios = self.pruner.at(keep_ratio), self._execution(execution), list[str](), list[float]()
+        pruner, how = self.pruner.at(keep_ratio, byte_share=byte_share), self._execution(execution)
+        texts, ratios = list[str](), list[float]()
         for start in range(0, len(prompts), AT_ONCE):
             rendered = self._rendered(prompts[start : start + AT_ONCE], raw)
             output = generate(
@@ -178,10 +198,12 @@ class MicrogliaPruningSystem:
         self._keep_ratios = ratios
         return texts[0] if isinstance(prompt, str) else texts
 
-    def explain(self, prompt: str, *, keep_ratio: float | None = None, raw: bool = False) -> Explanation:
-        """Which heads a prompt keeps and why, head by head; nothing is generated. keep_ratio, raw: see `generate`."""
+    def explain(
+        self, prompt: str, *, keep_ratio: float | None = None, byte_share: float | None = None, raw: bool = False
+    ) -> Explanation:
+        """Which units a prompt keeps and why, one by one; nothing is generated. The rest: see `generate`."""
         (rendered,) = self._rendered([prompt], raw)
-        return explain(self.model, self.tokenizer, rendered, self.pruner.at(keep_ratio))
+        return explain(self.model, self.tokenizer, rendered, self.pruner.at(keep_ratio, byte_share=byte_share))
 
     def get_sparsity(self) -> float:
         """Share of heads that were pruned in the last `generate` or `evaluate`, mean over its prompts."""
@@ -203,6 +225,7 @@ class MicrogliaPruningSystem:
         data_dir: Path | str | None = None,
         execution: str | Execution = "compact",
         keep_ratio: float | None = None,
+        byte_share: float | None = None,
         batch_size: int = AT_ONCE,
         max_new_tokens: int = 256,
         dense: bool = True,
@@ -220,26 +243,30 @@ class MicrogliaPruningSystem:
         task = get_task(dataset_name)
         examples = task.load(split, limit=limit, seed=seed, data_dir=data_dir)
         setup = self._setup(task, examples, execution, batch_size, max_new_tokens)
-        pruner = self.pruner.at(keep_ratio)
+        pruner = self.pruner.at(keep_ratio, byte_share=byte_share)
         kept = Ledger(ledger, {"weights": weights_checksum(self.model)}) if ledger else None
         judged = judge(setup, pruner, scoring, dense=dense, ledger=kept, progress=progress)
         if "pruned" in judged.runs:
             self._keep_ratios = [answer.keep_ratio for answer in judged.runs["pruned"].answers]
         return result_of(setup, judged, split, scoring)
 
-    def set_keep_ratio(self, ratio: float | None, prompts: Sequence[str] | None = None) -> float:
-        """From now on so many heads are kept on average; prompts still differ. Returns the threshold.
+    def set_keep_ratio(
+        self, ratio: float | None = None, prompts: Sequence[str] | None = None, *, byte_share: float | None = None
+    ) -> float:
+        """From now on so many units are kept on average; prompts still differ. Returns the threshold.
 
         prompts: questions to calibrate on, all of which count alike; without them the held-out ones of the training are
-        used, whose logits the checkpoint holds, weighted by the tokens of their answers. None as ratio goes back to the
+        used, whose logits the checkpoint holds, weighted by the tokens of their answers. byte_share: in place of a
+        ratio, the share of a dense decode step's bytes that is read; see `costs`. Without both it goes back to the
         trained decision.
         """
         if prompts is not None:
-            geometries = [site.geometry for site in find_sites(self.model, self.pruner.units)]
+            sites = self.pruner.sites(self.model)
             read = read_prompts(self.model, self.tokenizer, self._rendered(list(prompts)), self.pruner)
-            self.pruner = self.pruner.with_budget(read.logits, geometries)
+            geometries, costs = [site.geometry for site in sites], step_costs(self.model, sites)
+            self.pruner = self.pruner.with_budget(read.logits, geometries, costs=costs)
             self._used |= question_keys(prompts)
-        self.pruner = self.pruner.with_threshold(0.0) if ratio is None else self.pruner.at(ratio)
+        self.pruner = self.pruner.with_threshold(0.0).at(ratio, byte_share=byte_share)
         self.promise = {}  # was for another threshold
         return self.pruner.gate.threshold
 
@@ -319,13 +346,26 @@ class MicrogliaPruningSystem:
             )
         system = cls(config.base_model if model is None else model, **options)
         system.model, system.pruner = saved.load_onto(system.model), saved.pruner
+        system.pruner = system.pruner.with_costs(system.costs())
         system.template, system.training, system.promise = config.template, config.training, config.promise
         system._used = frozenset(config.used.split())
         return system
 
+    def costs(self, *, batch: int = 1, context: int = CONTEXT) -> StepCosts:
+        """Bytes of a decode step of so many rows with so many tokens behind them, unit by unit."""
+        return step_costs(self.model, self.pruner.sites(self.model), batch=batch, context=context)
+
     def _setup(self, task: Task, examples: Any, execution: str | Execution, batch_size: int, longest: int) -> Setup:
         how = self._execution(execution)
         return Setup(self.model, self.tokenizer, task, examples, how, batch_size, longest)
+
+    def _calibration(self, task: Task, examples: Sequence[Example], **changes: Any) -> Calibration:
+        """Examples for a criterion that scores this system's units."""
+        pruner = self.pruner
+        rules = {"window": pruner.window, "bucket": pruner.gate.bucket, "fill": pruner.fill, "units": pruner.units}
+        return Calibration(
+            self.model, self.tokenizer, task, examples, **{**rules, "arrangement": pruner.arrangement, **changes}
+        )
 
     def _calibrated(self, task: Task, examples: Sequence[Example], pruner: Pruner, config: TrainingConfig) -> Pruner:
         """The pruner with a budget from these examples, weighted by the tokens of the answers that were trained on."""
@@ -334,8 +374,9 @@ class MicrogliaPruningSystem:
             return setup.calibrated(pruner)
         written = continued(causal_lm(self.model), self.tokenizer, task, examples, config)
         weights = torch.tensor([len(answer) for answer in written["answer"]]).float()
-        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(setup.logits(pruner), geometries, weights)
+        sites = pruner.sites(self.model)
+        costs = step_costs(self.model, sites)
+        return pruner.with_budget(setup.logits(pruner), [site.geometry for site in sites], weights, costs=costs)
 
     def _execution(self, execution: str | Execution) -> Execution:
         """One of each kind for the present model: what it captured serves all later requests."""

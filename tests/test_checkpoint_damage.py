@@ -136,7 +136,7 @@ DAMAGES = {
         lambda f: edit(f, policy="oracle"),
         r"policy='oracle' is unknown; choose agents, mixture, codebook, static, signal or predictor",
     ),
-    "signal unknown": (lambda f: edit(f, signals=["x"]), r"signals='x' is unknown; choose norm or entropy"),
+    "signal unknown": (lambda f: edit(f, signals=["x"]), r"signals='x' is unknown; choose norm, entropy, "),
     "signals for two": (lambda f: edit(f, policy="signal"), r"signals='norm,entropy' is not one signal"),
     "signals no texts": (lambda f: edit(f, signals=[1]), r"has the wrong signals=\[1\]"),
     "fill unknown": (lambda f: edit(f, fill="noise"), r"fill='noise' is unknown; choose zero or mean"),

@@ -40,6 +40,7 @@ class Whole:
     """One unit, which may go: an MLP."""
 
     unit: ClassVar[str] = "mlp"
+    protected: ClassVar[int] = 0
 
     count: int = 1
     default_bucket: ClassVar[int] = 1

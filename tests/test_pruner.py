@@ -113,7 +113,7 @@ def test_what_is_measured_is_what_the_policy_and_the_fill_need():
     [
         ({"fill": "max"}, "fill='max' is unknown; choose zero or mean"),
         ({"window": 0}, "window=0 was given; it must"),
-        ({"units": ("neuron",)}, "units='neuron' is unknown; choose head"),
+        ({"units": ("neuron",)}, "units='neuron' is unknown; choose head, channel or sublayer"),
     ],
 )
 def test_impossible_pruners_are_refused(options, sentence):

@@ -446,7 +446,7 @@ def test_a_projection_that_peft_trains_whole_is_masked_or_refused() -> None:
     pruner = uneven(wrapped)
     masked = generate(wrapped, tiny_tokenizer(), PROMPTS, pruner, execution="masked", max_new_tokens=5)
     assert masked.tokens.shape == (2, 5)
-    with pytest.raises(MicrogliaError, match=r"ModulesToSaveWrapper, of which heads cannot be cut out"):
+    with pytest.raises(MicrogliaError, match=r"ModulesToSaveWrapper, of which nothing can be cut out"):
         generate(wrapped, tiny_tokenizer(), PROMPTS, pruner, execution="compact", max_new_tokens=5)
 
 

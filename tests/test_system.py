@@ -148,7 +148,7 @@ def test_what_a_user_gets_wrong_is_said_in_a_sentence(system, folder, tmp_path):
         MicrogliaPruningSystem(str(folder), num_heads=32)
     with pytest.raises(ConfigError, match=r"bucket=8 was given, but a site has 8 units, all of which would always be"):
         MicrogliaPruningSystem(str(folder), bucket=8)
-    with pytest.raises(ConfigError, match=r"signals='x' is unknown; choose norm or entropy"):
+    with pytest.raises(ConfigError, match=r"signals='x' is unknown; choose norm, entropy, "):
         MicrogliaPruningSystem(str(folder), signals=["x"])
     with pytest.raises(ConfigError, match=r"training has no option learn_rate; choose from epochs"):
         system.train(learn_rate=1.0)

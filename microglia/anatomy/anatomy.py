@@ -73,6 +73,30 @@ class Layer:
         return self.module.get_submodule(self.family.mlp_name)
 
     @property
+    def down(self) -> nn.Module:
+        """The MLP's output projection; its input `(B, T, I)` is where channels are told apart and gated."""
+        return self.mlp.get_submodule(self.family.mlp.down)
+
+    @property
+    def halves(self) -> tuple[nn.Module, nn.Module]:
+        """Attention and MLP."""
+        return self.attention, self.mlp
+
+    @property
+    def contributions(self) -> tuple[nn.Module, nn.Module]:
+        """The modules whose outputs go to the residual stream: attention and MLP, or the norms after them."""
+        if self.family.after is None:
+            return self.halves
+        first, second = (self.module.get_submodule(name) for name in self.family.after)
+        return first, second
+
+    def norms_around(self, half: int) -> list[nn.Module]:
+        """The norms before and after attention (0) or the MLP (1), which nothing else needs."""
+        family = self.family
+        names = [family.norms[half], *([family.after[half]] if family.after else [])]
+        return [self.module.get_submodule(name) for name in names]
+
+    @property
     def output(self) -> nn.Module:
         """Attention's output projection; its input `(B, T, H·D)` is where heads are told apart and gated."""
         return self.attention.get_submodule(self.family.attention.o)

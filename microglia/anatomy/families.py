@@ -1,6 +1,7 @@
 """All that is known of model families: one line each. To add one: that line, and its tiny model in tests/tiny.py."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from microglia.anatomy.layouts import AttentionLayout, Fused, FusedEqual, Mlp, Separate
 from microglia.registry import Registry
@@ -12,9 +13,10 @@ class Family:
 
     causal, decoder: classes of the language model and of its stack of layers. attention, mlp: how a layer's two halves
     store their projections. attention_name, mlp_name: of the halves in a layer. norms: of a layer, before attention and
-    before the MLP. export_as: the family whose classes an export loads with (Phi-3 taken apart is Mistral).
-    modelling: the file of `microglia.export` that an export's code is made of. gguf: whether llama.cpp's architecture
-    `deci` computes it.
+    before the MLP. after: the norms through which attention's and the MLP's outputs go before they are added to the
+    residual stream, where there are any. export_as: the family whose classes an export loads with (Phi-3 taken apart is
+    Mistral). modelling: the file of `microglia.export` that an export's code is made of. gguf: whether llama.cpp's
+    architecture `deci` computes it.
     """
 
     causal: str
@@ -24,10 +26,16 @@ class Family:
     attention_name: str = "self_attn"
     mlp_name: str = "mlp"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    after: tuple[str, str] | None = None
     export_as: str | None = None
     modelling: str = "modeling_microglia.py"
     gguf: bool = False
 
+
+GEMMA_NORMS: Any = {
+    "norms": ("input_layernorm", "pre_feedforward_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
 
 # By the class of the attention module, which models that wrap a language model (vision and text, say) share with it.
 FAMILIES: Registry[Family] = Registry(
@@ -37,8 +45,8 @@ FAMILIES: Registry[Family] = Registry(
         "MistralAttention": Family("MistralForCausalLM", "MistralModel", gguf=True),
         "Qwen2Attention": Family("Qwen2ForCausalLM", "Qwen2Model", gguf=True),
         "Qwen3Attention": Family("Qwen3ForCausalLM", "Qwen3Model"),
-        "Gemma2Attention": Family("Gemma2ForCausalLM", "Gemma2Model"),
-        "Gemma3Attention": Family("Gemma3ForCausalLM", "Gemma3TextModel"),
+        "Gemma2Attention": Family("Gemma2ForCausalLM", "Gemma2Model", **GEMMA_NORMS),
+        "Gemma3Attention": Family("Gemma3ForCausalLM", "Gemma3TextModel", **GEMMA_NORMS),
         "Phi3Attention": Family(
             "Phi3ForCausalLM",
             "Phi3Model",

@@ -17,6 +17,7 @@ class HeadGeometry:
     """
 
     unit: ClassVar[str] = "head"
+    protected: ClassVar[int] = 0
 
     heads: int
     kv_heads: int
@@ -99,11 +100,11 @@ class HeadGeometry:
         best = grouped.amax(-1)  # (B, G)
         groups_with_any = (best > 0).sum(-1).clamp(min=1)
         requested = (scores > 0).sum(-1).clamp(min=1)
-        groups = _round_up(groups_with_any, max(1, bucket // self.queries_per_group)).clamp(max=self.kv_heads)
+        groups = round_up(groups_with_any, max(1, bucket // self.queries_per_group)).clamp(max=self.kv_heads)
         queries = -(-requested // groups_with_any)
-        queries = _round_up(queries, max(1, bucket // self.kv_heads)).clamp(max=self.queries_per_group)
-        kept_groups = _rank(best) < groups[:, None]
-        kept_queries = _rank(grouped) < queries[:, None, None]
+        queries = round_up(queries, max(1, bucket // self.kv_heads)).clamp(max=self.queries_per_group)
+        kept_groups = rank(best) < groups[:, None]
+        kept_queries = rank(grouped) < queries[:, None, None]
         return (kept_groups[..., None] & kept_queries).flatten(-2)
 
     def row_shape(self, keep: Tensor) -> "RowShape":
@@ -145,10 +146,11 @@ def true_first(x: Tensor) -> Tensor:
     return (~x).to(torch.uint8).argsort(dim=-1, stable=True)
 
 
-def _rank(scores: Tensor) -> Tensor:
+def rank(scores: Tensor) -> Tensor:
     """0 for the best along the last dimension; ties go to the lower index."""
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 
-def _round_up(counts: Tensor, multiple: int) -> Tensor:
+def round_up(counts: Tensor, multiple: int) -> Tensor:
+    """Counts rounded up to the next multiple."""
     return -(-counts // multiple) * multiple

@@ -102,6 +102,16 @@ class Mlp:
     down: str = "down_proj"
     packed: bool = False
 
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of the projections, as attributes of the MLP."""
+        return (*self.up, self.down)
+
+    def cuts(self, channels: int, index: Tensor) -> list[Cut]:
+        """What of each projection belongs to the kept channels `index` (k,), of so many channels in all."""
+        rows = torch.cat([index, channels + index]) if self.packed else index
+        return [*(Cut(name, rows, False) for name in self.up), Cut(self.down, index, True)]
+
 
 def _head_dim(attention: nn.Module) -> int:
     size = attention.head_dim

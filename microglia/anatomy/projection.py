@@ -31,6 +31,11 @@ def weights_of_products(module: nn.Module) -> list[Tensor]:
     return [m.weight for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
 
 
+def linear_flops(module: nn.Module) -> int:
+    """Operations of all linear layers for one token."""
+    return sum(2 * weight.numel() for weight in weights_of_products(module))
+
+
 def plain(projection: nn.Module) -> nn.Module:
     """The projection itself, without the LoRA layer that peft may have put around it."""
     return getattr(projection, "base_layer", projection)
@@ -53,6 +58,19 @@ def oriented(projection: nn.Module, weight: Tensor | None = None) -> Tensor:
     """The stored weight, or another tensor of its shape, as (out, in): a view."""
     stored = cast(Tensor, plain(projection).weight) if weight is None else weight
     return stored.T if weight_dim(projection, of_inputs=True) == 0 else stored
+
+
+def float_weight(projection: nn.Module) -> Tensor:
+    """The weight (out, in) in float32 as the projection applies it: brought in, dequantised, with LoRA."""
+    inner = plain(projection)
+    with torch.no_grad(), align_module_device(inner):
+        stored: Any = inner.weight
+        quantised = type(stored.data) not in (Tensor, nn.Parameter) and hasattr(stored.data, "dequantize")
+        weight: Tensor = (stored.data.dequantize() if quantised else stored.detach()).float()
+        if inner is not projection:
+            every = Cut("", torch.arange(features(inner, of_inputs=True), device=weight.device), True)
+            weight = weight + _lora_delta(projection, every, "the projection").float()
+        return oriented(inner, weight)
 
 
 def tensor_bytes(tensor: Any) -> int:
@@ -99,7 +117,7 @@ def resized(inner: nn.Module, weight: Tensor, bias: Tensor | None, size: int, *,
     """A projection like `inner` with these parameters and `size` inputs or outputs; hooks stay behind."""
     if not isinstance(inner, nn.Linear | Conv1D):
         raise MicrogliaError(
-            f"a projection is a {type(inner).__module__}.{type(inner).__name__}, of which heads cannot be cut out; "
+            f"a projection is a {type(inner).__module__}.{type(inner).__name__}, of which nothing can be cut out; "
             "load the model without it (modules_to_save of peft, say) or use execution='masked'"
         )
     smaller = copy.copy(inner)
@@ -139,8 +157,8 @@ def _take_quantised(weight: Any, dim: int, index: Tensor, block: int, name: str)
     whole = per_scale[dim] >= data.shape[dim]
     if not whole and block % per_scale[dim]:
         raise MicrogliaError(
-            f"{name} is quantised with one scale for every {per_scale[dim]} inputs, which a head of {block} would cut "
-            f"through; quantise with a group size that divides {block}, or use execution='masked'"
+            f"{name} is quantised with one scale for every {per_scale[dim]} inputs, which runs of {block} that stay or "
+            f"go would cut through; quantise with a group size that divides {block}, or use execution='masked'"
         )
 
     def scales(x: Tensor | None) -> Tensor | None:
@@ -168,7 +186,7 @@ def check_plain(weight: Any, inner: nn.Module, name: str, instead: str = INSTEAD
     """Raise MicrogliaError, which ends with what to do instead, unless a weight is a plain tensor of floats."""
     if type(weight) not in (Tensor, nn.Parameter) or type(weight.data) is not Tensor or not weight.is_floating_point():
         kind = type(inner).__name__ if weight is None else f"{type(weight.data).__name__} of {weight.dtype}"
-        raise MicrogliaError(f"{name} stores its weight as {kind}, of which heads cannot be cut out here; {instead}")
+        raise MicrogliaError(f"{name} stores its weight as {kind}, of which nothing can be cut out here; {instead}")
 
 
 def _lora_delta(projection: Any, cut: Cut, name: str) -> Tensor:
@@ -176,7 +194,7 @@ def _lora_delta(projection: Any, cut: Cut, name: str) -> Tensor:
     total: Tensor = torch.zeros(())
     if not hasattr(projection, "lora_A"):
         raise MicrogliaError(
-            f"{name} is adapted by {type(projection).__module__}, of which heads cannot be cut out; use LoRA or merge "
+            f"{name} is adapted by {type(projection).__module__}, of which nothing can be cut out; use LoRA or merge "
             "the adapter first, model = model.merge_and_unload()"
         )
     # A merged adapter is in the base weight already.

@@ -17,7 +17,7 @@ from microglia.benchmark.latency import Clock
 from microglia.benchmark.memory import peak_bytes, reset_peak
 from microglia.benchmark.subjects import Prompted
 from microglia.execution import Decision, Execution, Request
-from microglia.units import Site, find_sites
+from microglia.units import Site
 from microglia.units.kv import kv_bytes
 
 BURST = 4  # timed decode steps in a row; one untimed before them brings the variant's own weights and code back
@@ -62,7 +62,7 @@ class Case:
         self.lm, self.pruner, self.new_tokens = lm, prompted.pruner, new_tokens
         self.ids = prompted.ids.to(input_device(lm))
         self.pruner.policy.to(self.ids.device)
-        self.sites = find_sites(lm, self.pruner.units)
+        self.sites = self.pruner.sites(lm)
         self.clock = Clock(self.ids.device)
         self.next = self.ids[:, -1:].contiguous()
 

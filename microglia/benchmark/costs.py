@@ -5,17 +5,16 @@ counter sees no operations in scaled-dot-product attention on a CPU and counts a
 key. What pruning saves is the sites' to say.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from microglia.anatomy import Anatomy
-from microglia.anatomy.projection import tensor_bytes, weights_of_products
-from microglia.gate import rows_agree
-from microglia.units import Site
+from microglia.anatomy.projection import linear_flops
+from microglia.units import Site, dense_weight_bytes, gone
 from microglia.units.kv import kv_bytes, layer_bytes
 
 
@@ -47,30 +46,16 @@ def costs(
 
 
 def weight_bytes(lm: Any, sites: Sequence[Site] = (), keep: Sequence[Tensor] = (), *, rows: int = 1) -> int:
-    """Bytes of weights that one decode step of `rows` rows reads: all, but of an untied embedding one line a row.
-
-    After `sites` are cut to `keep` (B, U), if given: rows that decide for themselves still read every weight.
-    """
-    parameters: dict[int, Tensor] = {id(p): p for p in lm.parameters()}
-    table = lm.get_input_embeddings().weight
-    head = lm.get_output_embeddings()
-    total = sum(tensor_bytes(p) for p in parameters.values()) - _agreed(sites, keep, "saved_bytes")
-    if head is not None and head.weight is table:
-        return total
-    return total - tensor_bytes(table) + rows * tensor_bytes(table) // len(table)
+    """Bytes of weights that one decode step of `rows` rows reads, after `sites` are cut to `keep` (B, U), if given."""
+    return dense_weight_bytes(lm, rows) - _saved(sites, keep, "saved_bytes")
 
 
 def kept_kv_bytes(cache: Any, sites: Sequence[Site], keep: Sequence[Tensor]) -> int:
     """Bytes that a dense cache is left with after compaction to `keep` (B, U)."""
     total = kv_bytes(cache)
-    for site, k in zip(sites, keep, strict=True):
+    for site, k in _own(sites, keep):
         total -= round(layer_bytes(cache.layers[site.layer.index]) * (1 - site.kv_share(k)))
     return total
-
-
-def linear_flops(module: nn.Module) -> int:
-    """Operations of all linear layers for one token."""
-    return sum(2 * weight.numel() for weight in weights_of_products(module))
 
 
 def prefill_flops(anatomy: Anatomy, *, batch: int, context: int) -> int:
@@ -91,15 +76,20 @@ def step_flops(
 ) -> int:
     """Operations of the first decode step after prompts of `context` tokens; `sites` cut to `keep` (B, U), if given."""
     keys = [min(context + 1, window or context + 1) for window in anatomy.windows]
-    total = linear_flops(anatomy.lm) - _agreed(sites, keep, "saved_flops")
+    total = linear_flops(anatomy.lm) - _saved(sites, keep, "saved_flops")
     total += sum(4 * layer.heads.width * count for layer, count in zip(anatomy.layers, keys, strict=True))
-    for site, k in zip(sites, keep, strict=True):
+    for site, k in _own(sites, keep):
         total -= 4 * (site.attended_width() - site.attended_width(k)) * keys[site.layer.index]
     return batch * total
 
 
-def _agreed(sites: Sequence[Site], keep: Sequence[Tensor], saved: str) -> int:
-    """What cut weights save at all sites: only where all rows agree are weights cut."""
-    if not rows_agree(keep):
-        return 0
-    return sum(getattr(site, saved)(k[:1]) for site, k in zip(sites, keep, strict=True))
+def _saved(sites: Sequence[Site], keep: Sequence[Tensor], saved: str) -> int:
+    """What cut weights save at all sites, as far as rows share them."""
+    return sum(getattr(site, saved)(site.read_by(k)) for site, k in _own(sites, keep))
+
+
+def _own(sites: Sequence[Site], keep: Sequence[Tensor]) -> Iterator[tuple[Site, Tensor]]:
+    """The sites that save something themselves: what is gone with its sublayer is counted there."""
+    for site, k in zip(sites, keep, strict=True):
+        if not gone(site, k):
+            yield site, k

@@ -31,7 +31,6 @@ from microglia.pruner import Pruner
 from microglia.reading import encode_prompts
 from microglia.results import Latency, RequestTime
 from microglia.signals import Prompt, measured
-from microglia.units import find_sites
 from microglia.units.kv import kv_bytes
 
 PROMPTS = 12  # of a fixed set, unless it is told otherwise
@@ -130,7 +129,7 @@ class _Requests:
     def answered(self, prompt: TimedPrompt, pruner: Pruner | None, execution: Execution) -> _Parts:
         """Read a prompt and write its answer; without a pruner dense."""
         mask = torch.ones_like(prompt.ids)
-        sites = () if pruner is None else find_sites(self.lm, pruner.units)
+        sites = () if pruner is None else pruner.sites(self.lm)
         request = Request(mask, prompt.tokens, fill=pruner is not None and pruner.fill == "mean")
         signals = [] if pruner is None else pruner.signals
         with ExitStack() as stack:

@@ -12,13 +12,14 @@ def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
     """Markdown with the hub's metadata: what it belongs to, how it was trained, how it is used."""
     share = f" ({policy_parameters / config.base_parameters:.2%} of the base model)" if config.base_parameters else ""
     units = sum(geometry.count for geometry in config.geometries)
+    what = "head" if config.units == ("head",) else "unit"
     kind = POLICIES[config.policy].describes
     rows = {
         "base model": f"`{config.base_model}` ({config.model_class})",
         "prunes": f"{units} units ({', '.join(config.units)}) in {len(config.sites)} sites",
         "policy": f"{kind}, {policy_parameters:,} parameters{share}",
         "signals": f"{', '.join(config.signals) or 'none'}; entropy window {config.window or 'all'}",
-        "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or 'heads / 8'}, fill `{config.fill}`",
+        "gate": f"threshold {config.threshold:.4g}, bucket {config.bucket or f'{what}s / 8'}, fill `{config.fill}`",
         "LoRA": "yes, in `adapter/`" if config.lora else "no",
     }
     if config.promise:
@@ -28,12 +29,12 @@ def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
             "---",
             "library_name: microglia",
             *([f"base_model: {config.base_model}"] if config.base_model.count("/") == 1 else []),
-            "tags: [attention-head-pruning, microglia]",
+            f"tags: [{'attention-head-pruning' if config.units == ('head',) else 'structured-pruning'}, microglia]",
             "---",
             "",
-            f"# Attention-head pruning for {config.base_model}",
+            f"# {'Attention-head' if config.units == ('head',) else 'Input-adaptive'} pruning for {config.base_model}",
             "",
-            "The prompt is read with every head; the answer is written with the heads that this policy keeps for it.",
+            f"The prompt is read with every {what}; the answer is written with those that this policy keeps for it.",
             "",
             *_table(rows),
             "",
@@ -48,7 +49,7 @@ def model_card(config: MicrogliaConfig, *, policy_parameters: int) -> str:
             "",
             "## Training",
             "",
-            *(_table(_flat(config.training)) if config.training else ["Not trained yet: every head is kept."]),
+            *(_table(_flat(config.training)) if config.training else [f"Not trained yet: every {what} is kept."]),
             "",
         ]
     )

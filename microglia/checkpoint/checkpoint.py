@@ -26,6 +26,7 @@ from microglia.recovery import Recovery
 CALIBRATION = "calibration."  # before the site's index in the names of tensors
 RECOVERY = "recovery."  # likewise
 WEIGHTS = "calibration.weights"  # of its prompts, where they do not all count alike
+ORDER = "order."  # before the layer's
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Checkpoint:
             tensors |= {f"{RECOVERY}{name}": x.detach().cpu().contiguous() for name, x in state.items()}
         if budget is not None and budget.weights is not None:
             tensors[WEIGHTS] = budget.weights.detach().float().cpu().contiguous()
+        orders = enumerate(self.pruner.arrangement.orders or ())
+        tensors |= {f"{ORDER}{i}": x.int().cpu().contiguous() for i, x in orders}
         if broken := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise CheckpointError(
                 f"{broken[0]} holds NaN or infinity, so this policy decides nothing; train at a lower learning rate"
@@ -84,8 +87,10 @@ class Checkpoint:
         if not path.is_dir():
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
-        policy, recovery, calibration = _parts(config, contents.pop(AGENTS), str(path / AGENTS))
-        pruner, weights = config.pruner(policy, recovery), calibration.pop(WEIGHTS, None)
+        data, where = contents.pop(AGENTS), str(path / AGENTS)
+        policy, recovery, calibration = _parts(config, data, where)
+        weights = calibration.pop(WEIGHTS, None)
+        pruner = config.pruner(policy, recovery, _orders(config, data, where))
         if calibration:
             pruner = pruner.with_budget(list(calibration.values()), config.geometries, weights)
         return cls(pruner, config, contents or None)
@@ -164,6 +169,7 @@ def _parts(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, Re
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
+    tensors = {name: x for name, x in tensors.items() if not name.startswith(ORDER)}
     names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
     calibration = {name: tensors.pop(name) for name in (*names, WEIGHTS) if name in tensors}
     recovery = _recovery({name: tensors.pop(name) for name in [*tensors] if name.startswith(RECOVERY)}, config, where)
@@ -194,6 +200,26 @@ def _recovery(tensors: Mapping[str, Tensor], config: MicrogliaConfig, where: str
         return Recovery.from_tensors({name.removeprefix(RECOVERY): x for name, x in tensors.items()}, config.recovery)
     except ConfigError as error:
         raise CheckpointError(f"{where} does not fit {CONFIG}: {error}") from error
+
+
+def _orders(config: MicrogliaConfig, data: bytes, where: str) -> list[Tensor] | None:
+    """The order of every layer's channels from the bytes of a safetensors file; None where they stand as they are."""
+    found = {name: x for name, x in parse_safetensors(data).items() if name.startswith(ORDER)}
+    channels = [site.geometry["channels"] for site in config.sites if site.unit == "channel"]
+    wanted = {f"{ORDER}{i}": count for i, count in enumerate(channels)} if found else {}
+    problems = [
+        *(f"{name} is unknown" for name in found if name not in wanted),
+        *(f"{name} is no order of {n} channels" for name, n in wanted.items() if not _is_order(found, name, n)),
+    ]
+    if problems:
+        raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
+    return [found[name].long() for name in wanted] or None
+
+
+def _is_order(tensors: Mapping[str, Tensor], name: str, count: int) -> bool:
+    order = tensors.get(name, torch.zeros(0))
+    whole = order.dtype == torch.int32 and order.shape == (count,)
+    return whole and bool(order.sort().values.equal(torch.arange(count, dtype=torch.int32)))
 
 
 def _problems(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> list[str]:

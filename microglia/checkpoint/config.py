@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from microglia.anatomy import causal_lm
 from microglia.checkpoint.files import CONFIG, checksum
@@ -19,7 +19,7 @@ from microglia.pruner import Fill, Pruner, check_window
 from microglia.recovery import Recovery
 from microglia.signals import check_signals
 from microglia.tasks.prompts import check_template
-from microglia.units import MOST_UNITS, UNITS, Geometry, find_sites
+from microglia.units import MOST_UNITS, UNITS, Arrangement, Geometry, Site, find_sites
 
 FORMAT_VERSION = 2  # raised when an older microglia could not read what a newer one writes
 MOST_SITES = 4096
@@ -60,11 +60,12 @@ class MicrogliaConfig:
 
     base_model: what `load_model` takes; base_parameters: its parameters, without LoRA. policy, policy_options and
     signals: what the policy is made from; units, window, temperature, threshold, bucket, least_kept and fill: the rest
-    of the pruner (a unit is kept when its logit exceeds the threshold); recovery: its rank, 0 without one. template:
-    the prompt with `{question}` that training used; training: dataset, options and results of the training, anything
-    that JSON holds; promise: what `calibrate` measured for this threshold, empty when nothing is promised; used: keys
-    of the questions that trained the policy or set its thresholds, by `tasks.used`, none in checkpoints of before;
-    lora: an adapter belongs to it.
+    of the pruner (a unit is kept when its logit exceeds the threshold); recovery: its rank, 0 without one;
+    arrangement: what of the units' arrangement differs from the usual one, but for the order of channels, which lies
+    beside the weights. template: the prompt with `{question}` that training used; training: dataset, options and
+    results of the training, anything that JSON holds; promise: what `calibrate` measured for this threshold, empty when
+    nothing is promised; used: keys of the questions that trained the policy or set its thresholds, by `tasks.used`,
+    none in checkpoints of before; lora: an adapter belongs to it.
     """
 
     base_model: str
@@ -82,6 +83,7 @@ class MicrogliaConfig:
     least_kept: float = 0.0
     fill: str = "zero"
     recovery: int = 0
+    arrangement: dict = field(default_factory=dict)
     template: str = "{question}"
     training: dict = field(default_factory=dict)
     promise: dict = field(default_factory=dict)
@@ -96,7 +98,7 @@ class MicrogliaConfig:
         check_template(self.template)
         # Each of them checks itself.
         _ = POLICIES[self.policy], [UNITS[unit] for unit in self.units], check_signals(self.signals)
-        _ = self.geometries, self.gate
+        _ = self.geometries, self.gate, Arrangement.of_settings(self.arrangement)
         check_range("recovery", self.recovery, 0, MOST_UNITS)
 
     @classmethod
@@ -120,7 +122,7 @@ class MicrogliaConfig:
         return cls(
             base_model=base_model or source_of(lm),
             model_class=type(lm).__name__,
-            sites=saved_sites(lm, pruner.units),
+            sites=saved_sites(pruner.sites(lm)),
             base_parameters=sum(p.numel() for key, p in lm.named_parameters() if "lora_" not in key),
             policy=policy.name,
             policy_options=policy.options(),
@@ -133,6 +135,7 @@ class MicrogliaConfig:
             least_kept=gate.least_kept,
             recovery=pruner.recovery.rank if pruner.recovery is not None else 0,
             fill=pruner.fill,
+            arrangement=pruner.arrangement.settings(),
             template=template,
             training=dict(training or {}),
             promise=dict(promise or {}),
@@ -161,9 +164,22 @@ class MicrogliaConfig:
                 f"policy_options={self.policy_options} make no policy {self.policy!r} ({first_line(error)})"
             ) from error
 
-    def pruner(self, policy: Policy, recovery: Recovery | None = None) -> Pruner:
-        """The pruner that this describes, with its policy. Raises ConfigError for parts that cannot be."""
-        return Pruner(policy, self.gate, self.window, self.fill, self.units, recovery=recovery)  # type: ignore[arg-type]
+    def pruner(
+        self, policy: Policy, recovery: Recovery | None = None, orders: Sequence[Tensor] | None = None
+    ) -> Pruner:
+        """The pruner that this describes, with its policy, its recovery and the order of every layer's channels.
+
+        Raises ConfigError for parts that cannot be.
+        """
+        return Pruner(
+            policy,
+            self.gate,
+            self.window,
+            self.fill,  # type: ignore[arg-type]
+            self.units,
+            recovery=recovery,
+            arrangement=Arrangement.of_settings(self.arrangement, orders),
+        )
 
     def differences(self, model: nn.Module) -> list[str]:
         """Every way in which `model` is not the model that this was made on; empty when it fits."""
@@ -171,7 +187,7 @@ class MicrogliaConfig:
         differences = []
         if type(lm).__name__ != self.model_class:
             differences.append(f"its class is {type(lm).__name__}, not {self.model_class}")
-        here = saved_sites(lm, self.units)
+        here = saved_sites(find_sites(lm, self.units, Arrangement.of_settings(self.arrangement)))
         if len(here) != len(self.sites):
             differences.append(f"it has {len(here)} sites, not {len(self.sites)}")
         grouped: dict[tuple[str, Any, Any], list[int]] = {}
@@ -190,6 +206,8 @@ class MicrogliaConfig:
         Raises CheckpointError for what JSON cannot hold.
         """
         row = {"format_version": FORMAT_VERSION, **asdict(self), "sha256": dict(checksums)}
+        if not self.arrangement:  # as checkpoints of before
+            del row["arrangement"]
         try:
             row["sha256"] = {**checksums, CONFIG: _digest(json.loads(json.dumps(row)))}  # as it will be read
             return json.dumps(row, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
@@ -212,11 +230,8 @@ class MicrogliaConfig:
                 f"{where} is damaged or was changed by hand: it has not the SHA-256 that it names; copy it again, or "
                 f"take the line {CONFIG!r} out of it if the change was meant"
             )
-        values = _typed(
-            cls,
-            {"used": "", "least_kept": 0.0, "recovery": 0, **(upgraded(row, where) if version == 1 else row)},
-            where,
-        )
+        later: dict[str, Any] = {"used": "", "least_kept": 0.0, "recovery": 0, "arrangement": {}}
+        values = _typed(cls, {**later, **(upgraded(row, where) if version == 1 else row)}, where)
         sites = [_typed(SavedSite, site, f"{where}, site {index}") for index, site in enumerate(values["sites"])]
         try:
             lists = {name: tuple(values[name]) for name in ("signals", "units")}
@@ -225,9 +240,8 @@ class MicrogliaConfig:
             raise CheckpointError(f"{where}: {error}") from error
 
 
-def saved_sites(model: nn.Module, units: Sequence[str]) -> tuple[SavedSite, ...]:
-    """The sites of a model as they are saved."""
-    sites = find_sites(model, units)
+def saved_sites(sites: Sequence[Site]) -> tuple[SavedSite, ...]:
+    """Sites as they are saved."""
     return tuple(SavedSite(s.unit, s.name, s.layer.index, asdict(s.geometry)) for s in sites)  # type: ignore[call-overload]
 
 

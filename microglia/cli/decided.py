@@ -1,6 +1,7 @@
-"""How `microglia inspect --prompt` shows a decision: a row of heads per site, or a site head by head."""
+"""How `microglia inspect --prompt` shows a decision: a row of units per site, or a site unit by unit."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from statistics import fmean
 from typing import Any
 
@@ -16,32 +17,38 @@ SIGNS = {
 }
 MEANINGS = {
     "kept to fill": "kept, not requested: counts are rounded up",
-    "displaced": "requested, but better heads fill its group",
+    "displaced": "requested, but better ones fill its group, or its sublayer is gone",
 }
 
 
 def overview(decision: dict[str, Any]) -> list[Any]:
-    """Every site in a row: its heads, how many are kept, and the mean signals of those kept and those pruned."""
-    sites, rows = decision["sites"], []
-    for number, site in enumerate(sites):
-        means = [_kept_and_pruned(values, site["keep"]) for values in site["signals"].values()]
-        rows.append([str(number), row_of_heads(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means])
-    columns = ("site", "heads", "kept", *(f"{name}: kept, pruned" for name in sites[0]["signals"]))
-    view = table(None, columns, rows, padding=(0, 1))
-    view.columns[0].justify, view.columns[1].justify = "right", "left"
+    """Every site in a row: its units, how many are kept, and the mean signals of those kept and those pruned."""
+    sites, views = decision["sites"], []
+    for unit, kind in groupby(enumerate(sites), key=lambda pair: pair[1]["unit"]):
+        rows, numbered = [], list(kind)
+        for number, site in numbered:
+            means = [_kept_and_pruned(values, site["keep"]) for values in site["signals"].values()]
+            rows.append(
+                [str(number), row_of_units(site["outcome"]), f"{sum(site['keep'])}/{len(site['keep'])}", *means]
+            )
+        columns = ("site", f"{unit}s", "kept", *(f"{name}: kept, pruned" for name in numbered[0][1]["signals"]))
+        view = table(None, columns, rows, padding=(0, 1))
+        view.columns[0].justify, view.columns[1].justify = "right", "left"
+        views.append(view)
     kept = [keep for site in sites for keep in site["keep"]]
+    what = "heads" if len(views) == 1 and sites[0]["unit"] == "head" else "units"
     return [
-        f"Prompt of {decision['tokens']} tokens: {sum(kept)} of {len(kept)} heads kept "
+        f"Prompt of {decision['tokens']} tokens: {sum(kept)} of {len(kept)} {what} kept "
         f"({share(decision['keep_ratio'])}); {decision['requested']} were requested.",
-        view,
+        *views,
         legend({outcome for site in sites for outcome in site["outcome"]}),
     ]
 
 
 def of_site(decision: dict[str, Any], number: int) -> list[Any]:
-    """One site, head by head: its signals, how far from those of training, its logit, and what became of it."""
+    """One site, unit by unit: its signals, how far from those of training, its logit, and what became of it."""
     site = decision["sites"][number]
-    columns: dict[str, list[Any]] = {"head": [str(head) for head in range(len(site["outcome"]))]}
+    columns: dict[str, list[Any]] = {site["unit"]: [str(number) for number in range(len(site["outcome"]))]}
     for name, values in site["signals"].items():
         columns[name] = [f"{value:.3g}" for value in values]
         if name in site["deviations"]:
@@ -52,12 +59,12 @@ def of_site(decision: dict[str, Any], number: int) -> list[Any]:
     view.columns[0].justify, view.columns[-1].justify = "right", "left"
     return [
         view,
-        f"A head is requested when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations from the "
-        "prompts of the training.",
+        f"A {site['unit']} is requested when its logit exceeds {decision['threshold']:.4g}. σ: standard deviations "
+        "from the prompts of the training.",
     ]
 
 
-def row_of_heads(outcomes: Sequence[str]) -> Text:
+def row_of_units(outcomes: Sequence[str]) -> Text:
     """A sign per head."""
     return Text.assemble(*(SIGNS[outcome] for outcome in outcomes))
 

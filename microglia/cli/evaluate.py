@@ -25,6 +25,7 @@ def evaluate(
         Path | None, "File of finished batches; checkpoints that share one share the dense answers.", "in --output-dir"
     ] = None,
     keep_ratio: o.KeepRatio = None,
+    bytes: o.Bytes = None,
     scoring: Annotated[
         Literal["generation", "likelihood", "likelihood-per-character", "text"] | None,
         "Judge generated answers, the likelihood of each choice, or how close texts stay to the dense model.",
@@ -57,6 +58,7 @@ def evaluate(
                 **part.which(),
                 **vars(generation),
                 keep_ratio=keep_ratio,
+                byte_share=bytes,
                 dense=dense,
                 scoring=scoring,
                 ledger=file,

@@ -19,6 +19,7 @@ def generate(
     *,
     model_path: o.CheckpointPath = None,
     keep_ratio: o.KeepRatio = None,
+    bytes: o.Bytes = None,
     raw: o.Raw = False,
     generation: Annotated[o.Generation, Fields(without=("batch_size",))],
     loading: o.Loading,
@@ -33,14 +34,14 @@ def generate(
 
     questions = prompts or [_from_stdin()]
     system = loading.system(model_path)
-    texts = system.generate(
-        questions, generation.max_new_tokens, execution=generation.execution, keep_ratio=keep_ratio, raw=raw
-    )
+    budget = {"keep_ratio": keep_ratio, "byte_share": bytes}
+    texts = system.generate(questions, generation.max_new_tokens, execution=generation.execution, raw=raw, **budget)
     rows = [
         AnswerText(prompt=question, text=text, sparsity=sparsity)
         for question, text, sparsity in zip(questions, texts, system.get_sparsities(), strict=True)
     ]
-    view = [Text.assemble(row.text, "\n", (f"{row.sparsity:.0%} of the heads pruned", "dim")) for row in rows]
+    what = "heads" if system.pruner.units == ("head",) else "units"
+    view = [Text.assemble(row.text, "\n", (f"{row.sparsity:.0%} of the {what} pruned", "dim")) for row in rows]
     return Outcome(GenerationResult(answers=tuple(rows), sparsity=system.get_sparsity()).to_json(), view)
 
 

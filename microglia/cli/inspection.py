@@ -12,7 +12,10 @@ from microglia.cli.show import facts, table
 from microglia.cli.verb import Outcome, verb
 from microglia.errors import ConfigError, MicrogliaError, first_line
 
-SHOWN = "base_model model_class policy policy_options signals window fill lora training".split()  # of a checkpoint
+HEADINGS = {"head": ("heads", "KV heads", "head size"), "sublayer": ("protected sublayers",)}  # else a geometry's own
+SHOWN = (
+    "base_model model_class policy policy_options signals window fill units arrangement lora training".split()
+)  # of a checkpoint
 
 
 @verb()
@@ -23,6 +26,7 @@ def inspect(
     png: Annotated[Path | None, "Picture of that to write: .png, .svg or .pdf."] = None,
     site: Annotated[int | None, typer.Option(min=0, help="One site of it, head by head.")] = None,
     keep_ratio: o.KeepRatio = None,
+    bytes: o.Bytes = None,
     raw: o.Raw = False,
     loading: o.Loading,
 ) -> Outcome:
@@ -35,21 +39,21 @@ def inspect(
     from microglia.checkpoint import CONFIG
 
     if prompt is not None:
-        return of_prompt(loading.system(what), prompt, png, site, keep_ratio, raw)
+        return of_prompt(
+            loading.system(what), prompt, png, site, {"keep_ratio": keep_ratio, "byte_share": bytes, "raw": raw}
+        )
     if png is not None or site is not None:
         raise ConfigError("--png and --site show what a prompt keeps; say --prompt TEXT too")
     return of_checkpoint(what) if (Path(what) / CONFIG).is_file() else of_model(what, loading.trust_remote_code)
 
 
-def of_prompt(
-    system: Any, prompt: str, png: Path | None, site: int | None, keep_ratio: float | None, raw: bool
-) -> Outcome:
-    """Every head of every site for one prompt: signals, logit and what became of it."""
+def of_prompt(system: Any, prompt: str, png: Path | None, site: int | None, how: dict[str, Any]) -> Outcome:
+    """Every unit of every site for one prompt: signals, logit and what became of it. how: of `system.explain`."""
     from microglia.cli.picture import check_picture, draw_decision
 
     if png is not None:
         check_picture(png)
-    decision = system.explain(prompt, keep_ratio=keep_ratio, raw=raw).as_json()
+    decision = system.explain(prompt, **how).as_json()
     last = len(decision["sites"]) - 1
     if site is not None and site > last:
         raise ConfigError(f"--site {site} was given; the model has the sites 0 to {last}")
@@ -64,14 +68,15 @@ def of_prompt(
 def of_model(source: str, trust_remote_code: bool) -> Outcome:
     """Class, parameters and the head geometry of every site."""
     from microglia.checkpoint.config import saved_sites
+    from microglia.units import find_sites
 
     lm = _without_weights(source, trust_remote_code)
-    sites = saved_sites(lm, ("head",))
+    sites = saved_sites(find_sites(lm))
     rows: dict[str, Any] = {"model": source, "model_class": type(lm).__name__}
     rows["parameters"] = sum(p.numel() for p in lm.parameters())
     rows["heads"] = sum(site.geometry["heads"] for site in sites)
     data = {"kind": "model", "version": 1, **rows, "sites": [site.flat for site in sites]}
-    return Outcome(data, [facts({**rows, "parameters": f"{rows['parameters']:,}"}), site_table(sites)])
+    return Outcome(data, [facts({**rows, "parameters": f"{rows['parameters']:,}"}), *site_tables(sites)])
 
 
 def of_checkpoint(folder: str) -> Outcome:
@@ -94,16 +99,20 @@ def of_checkpoint(folder: str) -> Outcome:
         "LoRA": "yes" if config.lora else "no",
         "trained on": config.training.get("dataset", "nothing yet"),
     }
-    return Outcome(data, [facts(rows), site_table(config.sites)])
+    return Outcome(data, [facts(rows), *site_tables(config.sites)])
 
 
-def site_table(sites: Any) -> Any:
-    """One row per run of sites that differ in their place only."""
-    rows = []
-    for shape, run in groupby(enumerate(sites), key=lambda pair: tuple(pair[1].geometry.values())):
-        (first, site), *_, (last, _) = [*run] * 2
-        rows.append((f"{first} to {last}" if last > first else str(first), site.name, *map(str, shape)))
-    return table(None, ("sites", "first", "heads", "KV heads", "head size"), rows, padding=(0, 1))
+def site_tables(sites: Any) -> list[Any]:
+    """One table per kind of unit, in it one row per run of sites that differ in their place only."""
+    tables = []
+    for unit, kind in groupby(enumerate(sites), key=lambda pair: pair[1].unit):
+        rows, numbered = [], list(kind)
+        for shape, run in groupby(numbered, key=lambda pair: tuple(pair[1].geometry.values())):
+            (first, site), *_, (last, _) = [*run] * 2
+            rows.append((f"{first} to {last}" if last > first else str(first), site.name, *map(str, shape)))
+        columns = HEADINGS.get(unit, tuple(numbered[0][1].geometry))
+        tables.append(table(None, ("sites", "first", *columns), rows, padding=(0, 1)))
+    return tables
 
 
 def _without_weights(source: str, trust_remote_code: bool) -> Any:

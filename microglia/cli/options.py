@@ -23,7 +23,12 @@ AnswerLimit = Annotated[
     "no limit",
 ]
 KeepRatio = Annotated[
-    float | None, "Share of heads to keep on average; prompts still differ.", "as the checkpoint decides"
+    float | None, "Share of units to keep on average; prompts still differ.", "as the checkpoint decides"
+]
+Bytes = Annotated[
+    float | None,
+    "Share of the bytes of a dense decode step to read on average, output head included; instead of --keep-ratio.",
+    "as the checkpoint decides",
 ]
 Execution = Annotated[
     str,
@@ -159,19 +164,26 @@ class Generation:
 
 @dataclass(frozen=True)
 class PrunerOptions:
-    """What decides, by which signals, and how heads are pruned."""
+    """What decides about which units, by which signals, and how they are pruned."""
 
     panel: ClassVar = "Pruner"
-    policy: Annotated[str, "agents (an MLP per layer), mixture (of learned masks), or one of your own."] = "agents"
+    policy: Annotated[
+        str,
+        "agents (an MLP per site), layers (one per layer for all its units), mixture (of learned masks), or your own.",
+    ] = "agents"
     hidden_dim: Annotated[
         int | None,
         typer.Option(
             min=1, help="Hidden size of an MLP, or the number of masks of a mixture.", show_default="128; 16 masks"
         ),
     ] = None
-    signals: Annotated[str, "Statistics of the prompt that the policy reads: norm, entropy or both, by commas."] = (
-        "norm,entropy"
-    )
+    units: Annotated[str, "What may go, by commas: head, channel (of the MLPs, in blocks), sublayer."] = "head"
+    signals: Annotated[
+        str | None,
+        "Statistics of the prompt that the policy reads, by commas: norm, entropy and conflict of heads, activation "
+        "and contribution of channels, cosine of sublayers.",
+        "all of the units but conflict",
+    ] = None
     window: Annotated[
         int, typer.Option(min=0, help="Last prompt tokens over which the entropy is taken; 0 takes all.")
     ] = 64
@@ -180,9 +192,19 @@ class PrunerOptions:
         float, typer.Option(min=0, max=1, help="Share of every layer's units that is kept in any case.")
     ] = 0.0
     fill: Annotated[
-        Literal["zero", "mean"], "What stands for the output of a pruned head: zero, or its mean over the prompt."
+        Literal["zero", "mean"], "What stands for the output of a pruned unit: zero, or its mean over the prompt."
     ] = "zero"
+    block: Annotated[int, typer.Option(min=1, help="Channels that go or stay together, at most.")] = 64
+    shared: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of each layer's blocks of channels that every prompt keeps.")
+    ] = 0.0
+    protected: Annotated[str, "Layers whose sublayers always stay, by commas; -1 is the last."] = "0,1,-1"
 
     def parts(self) -> dict[str, Any]:
         """Keyword arguments of the system."""
-        return {**asdict(self), "window": self.window or None}
+        from microglia.units import Arrangement
+
+        row = {**asdict(self), "window": self.window or None, "units": tuple(names([self.units]))}
+        block, shared, layers = (row.pop(name) for name in ("block", "shared", "protected"))
+        protected = tuple(numbers("--protected", [layers], int))
+        return {**row, "arrangement": Arrangement(block=block, shared=shared, protected=protected)}

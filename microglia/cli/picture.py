@@ -27,7 +27,7 @@ def draw_decision(decision: dict[str, Any], path: Path, *, title: str = "") -> P
     check_picture(path)
     from matplotlib.figure import Figure
 
-    sites = decision["sites"]
+    sites = [site for site in decision["sites"] if site["unit"] == decision["sites"][0]["unit"]]
     panels = [name for name in ("norm", "entropy") if name in sites[0]["signals"]]
     high = min(9.0, 1.4 + 0.24 * len(sites))
     figure = Figure(figsize=(3.4 * (len(panels) + 2), high + 0.9), layout="constrained", facecolor="white")

@@ -17,23 +17,11 @@ from microglia.training.config import TrainingConfig
 
 SETTINGS = "train.yaml"
 SHOWN = (
-    *(
-        "model",
-        "dataset",
-        "data_dir",
-        "output_dir",
-        "policy",
-        "target",
-        "recovery",
-        "keep_ratio",
-        "num_epochs",
-        "max_steps",
-        "limit",
-    ),
-    *("batch_size", "learning_rate", "seed", "resume"),
+    *("model", "dataset", "data_dir", "output_dir", "policy", "units", "target", "recovery", "keep_ratio", "bytes"),
+    *("num_epochs", "max_steps", "limit", "batch_size", "learning_rate", "seed", "resume"),
 )
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
-Training = Annotated[TrainingConfig, Fields(names={"epochs": "num_epochs"}, panel="Training")]
+Training = Annotated[TrainingConfig, Fields(names={"epochs": "num_epochs", "byte_share": "bytes"}, panel="Training")]
 Old = typer.Option(hidden=True)
 
 
@@ -112,9 +100,11 @@ def train(
         training=dict(saved.training),
     )
     last = saved.training["last"]
+    shown = {"keep_ratio": "keep ratio", "byte_share": "bytes", "task": "task loss"}
+    named = {label: f"{last[name]:.3f}" for name, label in shown.items() if name in last}
     rows = {
         "checkpoint": output_dir,
-        "keep ratio, task loss": ", ".join(f"{last[name]:.3f}" for name in ("keep_ratio", "task") if name in last),
+        ", ".join(named): ", ".join(named.values()),
         "agents": f"{parameters:,} parameters, {run.agent_share:.2%} of the model",
         "time": f"{result.seconds:.0f} s",
         "next": f"microglia evaluate --model-path {output_dir} --dataset {task.dataset}",

@@ -11,10 +11,13 @@ from typing import Any
 from microglia.criteria import (  # noqa: F401  # each registers itself
     activation_variance,
     agents,
+    block_influence,
     cascade,
+    conflict,
     entropy,
     expert,
     fluctuation,
+    griffin,
     hessian,
     lora_gradient,
     movement,
@@ -26,13 +29,15 @@ from microglia.criteria import (  # noqa: F401  # each registers itself
     taylor,
     upper_layers,
     variational,
+    wanda,
     weight,
 )
 from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
+from microglia.criteria.order import ordered_channels
 from microglia.errors import ConfigError
 
-__all__ = ["CRITERIA", "Calibration", "Criterion", "get_criterion"]
+__all__ = ["CRITERIA", "Calibration", "Criterion", "get_criterion", "ordered_channels"]
 
 
 def get_criterion(name: str, **options: Any) -> Criterion:

@@ -36,8 +36,8 @@ class ActivationVariance(Criterion):
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         scores = []
-        rates = depth_rates(len(calibration.sites), self.steepness)
-        for site, outputs, rate in zip(calibration.sites, moments(calibration), rates, strict=True):
+        rates = depth_rates(len(calibration.heads), self.steepness)
+        for site, outputs, rate in zip(calibration.heads, moments(calibration), rates, strict=True):
             strength = (outputs.variance * head_weights(site).o.norm(dim=-1).cpu()).sum(-1)  # (H,)
             share = (strength.argsort().argsort() + 1) / len(strength)
             # A threshold t takes the share t · rate of the site's heads.

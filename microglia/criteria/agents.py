@@ -9,6 +9,7 @@ from microglia.criteria.base import CRITERIA, Criterion
 from microglia.criteria.calibration import Calibration
 from microglia.criteria.trained import RECIPE, train_on
 from microglia.policies import Policy, new_agents
+from microglia.signals import usual_signals
 from microglia.training import TrainingConfig
 
 
@@ -29,9 +30,16 @@ class Agents(Criterion):
     paper: ClassVar[str] = "this project's own, after microglia-pruning"
     departs: ClassVar[str] = "trained on the calibration prompts, by the recipe of the static baseline"
     per_input: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ("head", "channel", "sublayer")
+    together: ClassVar[bool] = True
 
     def adaptive(self, calibration: Calibration) -> Policy:
-        agents = new_agents(self.agents, calibration.geometries, hidden_dim=self.hidden_dim)
+        agents = new_agents(
+            self.agents,
+            calibration.geometries,
+            signals=usual_signals(calibration.units),
+            hidden_dim=self.hidden_dim,
+        )
         return train_on(calibration, agents, self.config).policy
 
     def scores(self, calibration: Calibration) -> list[Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from microglia.anatomy import HeadGeometry, causal_lm, context_length, input_device
+from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.errors import ConfigError, DataError
 from microglia.execution import Decision, Masked
 from microglia.gate import Gate
@@ -24,15 +24,15 @@ from microglia.tasks.base import Example, Task
 from microglia.training.config import TrainingConfig
 from microglia.training.continuations import continued
 from microglia.training.loss import answer_losses
-from microglia.units import HeadSite, find_sites
+from microglia.units import Arrangement, Geometry, HeadSite, ProjectedSite, Site, find_sites
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """Examples on a model, and the passes over them that criteria share.
 
-    Every pass is made as inference makes it: the prompt dense, the answer with gated heads. window, bucket, fill,
-    least_kept: of the pruners that come of it.
+    Every pass is made as inference makes it: the prompt dense, the answer with gated units. units: the kinds that are
+    scored. window, bucket, fill, least_kept, arrangement: of the pruners that come of it.
     Raises DataError when there is no example, ConfigError for a batch size below 1.
     """
 
@@ -46,6 +46,8 @@ class Calibration:
     batch_size: int = 16
     seed: int = 0
     least_kept: float = 0.0
+    units: tuple[str, ...] = ("head",)
+    arrangement: Arrangement = Arrangement()
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -58,8 +60,18 @@ class Calibration:
         return causal_lm(self.model)
 
     @cached_property
-    def sites(self) -> tuple[HeadSite, ...]:
-        return tuple(site for site in find_sites(self.model) if isinstance(site, HeadSite))
+    def sites(self) -> tuple[Site, ...]:
+        return find_sites(self.model, self.units, self.arrangement)
+
+    @property
+    def projected(self) -> list[ProjectedSite]:
+        """Those of the sites whose units write into one projection: heads and channels."""
+        return [site for site in self.sites if isinstance(site, ProjectedSite)]
+
+    @property
+    def heads(self) -> list[HeadSite]:
+        """Those of the sites that hold heads."""
+        return [site for site in self.sites if isinstance(site, HeadSite)]
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +79,7 @@ class Calibration:
         return input_device(self.lm)
 
     @property
-    def geometries(self) -> list[HeadGeometry]:
+    def geometries(self) -> list[Geometry]:
         return [site.geometry for site in self.sites]
 
     @cached_property
@@ -83,11 +95,11 @@ class Calibration:
         return [batch_of(part, self.device) for part in parts]
 
     def keeps(self, value: float = 1.0, rows: int = 1) -> list[Tensor]:
-        """The same keep for every head: (rows, H) per site."""
-        return [torch.full((rows, g.heads), value, device=self.device) for g in self.geometries]
+        """The same keep for every unit: (rows, U) per site."""
+        return [torch.full((rows, g.count), value, device=self.device) for g in self.geometries]
 
     def losses(self, batch: Batch, keep: Sequence[Tensor] | None = None, *, prompt: Any = None) -> Tensor:
-        """Loss per answer token of each row, (B,), when its answer is written with `keep` (B, H) or (1, H) per site.
+        """Loss per answer token of each row, (B,), when its answer is written with `keep` (B, U) or (1, U) per site.
 
         `prompt` is what `read` returned, to read the prompts once for many keeps; it stays as it is. Gradients reach
         the keeps, and what the answer's positions do with the weights.
@@ -103,7 +115,7 @@ class Calibration:
         return read_prompt(self.lm, batch.prompt, batch.prompt_mask)
 
     def keep_gradients(self) -> list[Tensor]:
-        """∂loss/∂keep of each of N examples at keep 1: (N, H) per site, on the CPU."""
+        """∂loss/∂keep of each of N examples at keep 1: (N, U) per site, on the CPU."""
         parts = []
         for batch in self.batches:
             keep = [k.requires_grad_() for k in self.keeps(rows=len(batch.prompt))]
@@ -111,16 +123,16 @@ class Calibration:
         return [torch.cat(site) for site in zip(*parts, strict=True)]
 
     @torch.no_grad()
-    def visit_outputs(self, visit: Callable[[HeadSite, Tensor], None]) -> None:
-        """`visit(site, outputs)` for every batch and site: the heads' outputs (N, H, D) at the answers' N tokens."""
+    def visit_outputs(self, visit: Callable[[ProjectedSite, Tensor], None]) -> None:
+        """`visit(site, outputs)` for every batch and site: its units' outputs (N, U, D) at the answers' N tokens."""
 
-        def hook(site: HeadSite, batch: Batch) -> Callable[..., None]:
+        def hook(site: ProjectedSite, batch: Batch) -> Callable[..., None]:
             fed = batch.answer_mask[:, 1:].bool()  # the last token of an answer predicts nothing
-            return lambda _, inputs: visit(site, site.geometry.split(inputs[0])[fed])
+            return lambda _, inputs: visit(site, site.split(inputs[0])[fed])
 
         for batch in self.batches:
             first = self.read(batch)
-            hooks = [site.output.register_forward_pre_hook(hook(site, batch)) for site in self.sites]
+            hooks = [site.output.register_forward_pre_hook(hook(site, batch)) for site in self.projected]
             try:
                 write_answer(self.lm, batch, first)
             finally:
@@ -128,14 +140,13 @@ class Calibration:
                     handle.remove()
 
     def logits(self, policy: Policy) -> list[Tensor]:
-        """What `policy` says of each of N prompts: logits (N, H) per site, on the CPU."""
+        """What `policy` says of each of N prompts: logits (N, U) per site, on the CPU."""
         return self.readings(policy).logits
 
     def pruner(self, policy: Policy, recovery: Recovery | None = None) -> Pruner:
-        """A policy with the calibration's window, bucket, fill and least kept."""
-        return Pruner(
-            policy, Gate(bucket=self.bucket, least_kept=self.least_kept), self.window, self.fill, recovery=recovery
-        )
+        """A policy with the calibration's window, bucket, fill, least kept and arrangement."""
+        gate = Gate(bucket=self.bucket, least_kept=self.least_kept)
+        return Pruner(policy, gate, self.window, self.fill, self.units, recovery=recovery, arrangement=self.arrangement)
 
     def readings(self, policy: Policy) -> Reading:
         """What reading the N prompts gives with a policy, on the CPU."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from microglia.criteria.base import CRITERIA, Criterion, relative
 from microglia.criteria.calibration import Calibration
 from microglia.errors import ConfigError
-from microglia.units import HeadSite
+from microglia.units import ProjectedSite
 
 
 @CRITERIA.register("cascade")
@@ -27,12 +27,12 @@ class Cascade(Criterion):
     departs: ClassVar[str] = "running mean in place of a sum, one threshold in place of a top-k per layer; static"
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        counts = sorted({g.heads for g in calibration.geometries})
+        counts = sorted({g.count for g in calibration.geometries})
         if len(counts) > 1:
             raise ConfigError(f"cascade needs the same heads in every site, but there are {counts}; choose another")
-        sums = [torch.zeros(counts[0]) for _ in calibration.sites]
+        sums = [torch.zeros(counts[0]) for _ in calibration.heads]
 
-        def add(site: HeadSite, outputs: Tensor) -> None:
+        def add(site: ProjectedSite, outputs: Tensor) -> None:
             sums[site.index] += outputs.float().abs().sum((0, 2)).cpu()
 
         calibration.visit_outputs(add)

@@ -39,10 +39,10 @@ class Hessian(Criterion):
         return [[torch.randint_like(w, 2) * 2 - 1 for w in weights] for _ in range(self.probes)]
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        squares = [head_weights(site).o.square().mean((1, 2)).cpu() for site in calibration.sites]  # ‖w‖² / p
-        layers: list[Any] = [plain(site.output) for site in calibration.sites]
+        squares = [head_weights(site).o.square().mean((1, 2)).cpu() for site in calibration.heads]  # ‖w‖² / p
+        layers: list[Any] = [plain(site.output) for site in calibration.heads]
         weights = [layer.weight.requires_grad_() for layer in layers]
-        traces = [torch.zeros(g.heads) for g in calibration.geometries]
+        traces = [torch.zeros(g.count) for g in calibration.geometries]
         # Fused attention kernels cannot be differentiated twice.
         with sdpa_kernel(SDPBackend.MATH):
             for batch in calibration.batches:
@@ -50,7 +50,7 @@ class Hessian(Criterion):
                 gradients = torch.autograd.grad(loss, weights, create_graph=True)
                 for probe in (probes := self.draw(weights)):
                     curved = torch.autograd.grad(gradients, weights, probe, retain_graph=True)
-                    for site, layer, v, hv in zip(calibration.sites, layers, probe, curved, strict=True):
+                    for site, layer, v, hv in zip(calibration.heads, layers, probe, curved, strict=True):
                         columns = oriented(layer, v * hv).float().sum(0)  # (H·D,)
                         traces[site.index] += site.geometry.split(columns).sum(-1).cpu() / len(probes)
         return [trace / 2 * w for trace, w in zip(traces, squares, strict=True)]

@@ -38,16 +38,16 @@ class LoraGradient(Criterion):
             raise ConfigError(f"decay={self.decay} was given; it must be 0 or more and below 1")
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        weights = [matrices(site) for site in calibration.sites]
+        weights = [matrices(site) for site in calibration.heads]
         adapters = [{name: adapter(w, self.rank) for name, w in site.items()} for site in weights]
         flat = [x for site in adapters for pair in site.values() for x in pair]
-        averages = [torch.zeros(g.heads) for g in calibration.geometries]
+        averages = [torch.zeros(g.count) for g in calibration.geometries]
         optimiser = torch.optim.Adam(flat, self.learning_rate)
-        with adapted(calibration.sites, adapters):
+        with adapted(calibration.heads, adapters):
             for _, batch in turns(calibration, self.steps):
                 optimiser.zero_grad()
                 calibration.losses(batch).mean().backward()
-                for site, pairs, w in zip(calibration.sites, adapters, weights, strict=True):
+                for site, pairs, w in zip(calibration.heads, adapters, weights, strict=True):
                     squares = by_head(site, {name: importance(w[name], *pair) for name, pair in pairs.items()})
                     averages[site.index].lerp_(squares.sums().cpu(), 1 - self.decay)
                 optimiser.step()

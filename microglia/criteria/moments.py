@@ -1,24 +1,25 @@
-"""Mean and variance of what every head writes at the answers' tokens."""
+"""Mean and variance of what every head or channel writes at the answers' tokens."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from microglia.anatomy.projection import features
 from microglia.criteria.calibration import Calibration
-from microglia.units import HeadSite
+from microglia.units import ProjectedSite
 
 
 @dataclass(frozen=True)
 class Moments:
-    """mean and variance (H, D) in float64 of one site's head outputs over `count` tokens."""
+    """mean and variance (U, D) in float64 of one site's outputs over `count` tokens."""
 
     count: int
     mean: Tensor
     variance: Tensor
 
     def joined(self, outputs: Tensor) -> "Moments":
-        """With (N, H, D) more outputs; merged as in Chan et al. 1983, for sums of squares would lose the digits."""
+        """With (N, U, D) more outputs; merged as in Chan et al. 1983, for sums of squares would lose the digits."""
         new = outputs.double()
         mean, variance, n = new.mean(0), new.var(0, correction=0), len(new)
         total = self.count + n
@@ -28,12 +29,11 @@ class Moments:
 
 
 def moments(calibration: Calibration) -> list[Moments]:
-    """Moments of every site's head outputs, on the CPU."""
-    totals = [
-        Moments(0, torch.zeros(g.heads, g.head_dim), torch.zeros(g.heads, g.head_dim)) for g in calibration.geometries
-    ]
+    """Moments of every site's outputs, on the CPU."""
+    nothing = [site.split(torch.zeros(features(site.output, of_inputs=True))) for site in calibration.projected]
+    totals = [Moments(0, x, x) for x in nothing]
 
-    def add(site: HeadSite, outputs: Tensor) -> None:
+    def add(site: ProjectedSite, outputs: Tensor) -> None:
         totals[site.index] = totals[site.index].joined(outputs.cpu())
 
     calibration.visit_outputs(add)

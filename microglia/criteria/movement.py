@@ -36,7 +36,7 @@ class Movement(Criterion):
             raise ConfigError(f"keep_ratio={self.keep_ratio} was given; it must be above 0 and at most 1")
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        sizes = [g.heads for g in calibration.geometries]
+        sizes = [g.count for g in calibration.geometries]
         scores = torch.zeros(sum(sizes), device=calibration.device)
         for done, batch in turns(calibration, self.steps):
             share = self.keep_ratio + (1 - self.keep_ratio) * (1 - done) ** 3

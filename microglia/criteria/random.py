@@ -19,7 +19,9 @@ class Random(Criterion):
     score: ClassVar[str] = "a random number, seeded"
     paper: ClassVar[str] = "Peng et al. 2025, UniPruneBench, where random pruning is a strong baseline"
     departs: ClassVar[str] = "theirs drops visual tokens, ours heads"
+    units: ClassVar[tuple[str, ...]] = ("head", "channel", "sublayer")
+    together: ClassVar[bool] = True
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
         generator = torch.Generator().manual_seed(calibration.seed)
-        return [torch.rand(g.heads, generator=generator) for g in calibration.geometries]
+        return [torch.rand(g.count, generator=generator) for g in calibration.geometries]

@@ -28,6 +28,8 @@ class Shapley(Criterion):
     score: ClassVar[str] = "Monte-Carlo Shapley value of the head for the negative answer loss"
     paper: ClassVar[str] = "Held & Yang 2023, Shapley Head Pruning; truncated as Ghorbani & Zou 2019"
     departs: ClassVar[str] = "answer loss in place of accuracy; a fixed number of orders in place of a bandit's bounds"
+    units: ClassVar[tuple[str, ...]] = ("head", "channel", "sublayer")
+    together: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_positive(permutations=self.permutations)
@@ -42,7 +44,7 @@ class Shapley(Criterion):
     @torch.no_grad()
     def scores(self, calibration: Calibration) -> list[Tensor]:
         generator = torch.Generator().manual_seed(calibration.seed)
-        sizes = [g.heads for g in calibration.geometries]
+        sizes = [g.count for g in calibration.geometries]
         total, weight = torch.zeros(sum(sizes), dtype=torch.float64), 0.0
         for batch in calibration.batches:
             prompt, rows = calibration.read(batch), len(batch.prompt)

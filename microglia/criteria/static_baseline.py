@@ -30,6 +30,8 @@ class StaticBaseline(Criterion):
     departs: ClassVar[str] = (
         "straight-through gates and the agents' loss in place of hard concrete; the model is frozen"
     )
+    units: ClassVar[tuple[str, ...]] = ("head", "channel", "sublayer")
+    together: ClassVar[bool] = True
 
     def static(self, calibration: Calibration) -> Policy:
         return self._trained(calibration).policy

@@ -1,4 +1,4 @@
-"""First-order Taylor: how much the loss would change if the head's gate moved."""
+"""First-order Taylor: how much the loss would change if the unit's gate moved."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,13 +12,20 @@ from microglia.criteria.calibration import Calibration
 @CRITERIA.register("taylor")
 @dataclass(frozen=True, kw_only=True)
 class Taylor(Criterion):
-    """Mean over examples of |∂loss/∂keep_h| at keep 1, divided by its L2 norm over the site's heads."""
+    """Mean over examples of |∂loss/∂keep_u| at keep 1, of heads divided by its L2 norm over the site.
+
+    Of other units it is left as it is: the loss is in nats wherever a unit stands, and a layer that matters less may
+    lose more.
+    """
 
     name: ClassVar[str] = "taylor"
     examples: ClassVar[int] = 512
-    score: ClassVar[str] = "mean |∂loss/∂keep|, L2-normalised per site"
+    score: ClassVar[str] = "mean |∂loss/∂keep|; of heads alone L2-normalised per site"
     paper: ClassVar[str] = "Michel et al. 2019, Are Sixteen Heads Really Better than One?"
     departs: ClassVar[str] = "gates act on the answer's positions only; one pass for all budgets, not pruned in rounds"
+    units: ClassVar[tuple[str, ...]] = ("head", "channel", "sublayer")
+    together: ClassVar[bool] = True
 
     def scores(self, calibration: Calibration) -> list[Tensor]:
-        return [unit_length(x.abs().mean(0)) for x in calibration.keep_gradients()]
+        slopes = [x.abs().mean(0) for x in calibration.keep_gradients()]
+        return [unit_length(x) for x in slopes] if calibration.units == ("head",) else slopes

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from microglia.anatomy import HeadGeometry
-from microglia.anatomy.projection import oriented, sliced
-from microglia.units import HeadSite
+from microglia.anatomy.projection import float_weight, oriented, sliced
+from microglia.units import ChannelSite, HeadSite, ProjectedSite
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,18 @@ def by_head(site: HeadSite, values: Mapping[str, Tensor]) -> HeadWeights:
         v.unflatten(0, (g.kv_heads, g.head_dim)),
         values[layout.o].T.unflatten(0, (g.heads, g.head_dim)),
     )
+
+
+def output_columns(site: ProjectedSite) -> Tensor:
+    """What of the output projection belongs to every unit, (U, D, out), in float32."""
+    return site.split(float_weight(site.output)).permute(1, 2, 0)
+
+
+def channel_squares(site: ChannelSite) -> Tensor:
+    """The sum of squares of everything that is a block's own, rows and columns, (U,)."""
+    up = torch.cat([float_weight(getattr(site.holder, name)) for name in site.projections[:-1]])
+    per_channel = up.square().sum(1).unflatten(0, (-1, site.geometry.channels)).sum(0)  # gate and up, packed or not
+    return site.split(per_channel).sum(-1) + output_columns(site).square().sum((1, 2))
 
 
 def head_weights(site: HeadSite) -> HeadWeights:

@@ -1,4 +1,4 @@
-"""What happened to every head over many prompts: how often it was kept, and the mean of its signals."""
+"""What happened to every unit over many prompts: how often it was kept, and the mean of its signals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,19 +6,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+KEPT = {"head": "kept"}  # the name under which it stands; else the unit's own before it
+
 
 class HeadMeans:
-    """Means over the prompts added so far, per site and head."""
+    """Means over the prompts added so far, per site and unit."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[Tensor]] = {}
         self.prompts = 0
 
-    def add(self, keep: Sequence[Tensor], signals: Sequence[Mapping[str, Tensor]]) -> None:
-        """Keep (B, H) and signals (B, H) of every site, for B more prompts; nothing when the model stayed dense."""
+    def add(
+        self, keep: Sequence[Tensor], signals: Sequence[Mapping[str, Tensor]], units: Sequence[str] | None = None
+    ) -> None:
+        """Keep (B, U) and signals (B, U) of every site, for B more prompts; nothing when the model stayed dense.
+
+        units: the kind of every site, heads where it is not said.
+        """
         if not keep:
             return
-        per_site = {"kept": list(keep)} | {name: [site[name] for site in signals] for name in (signals or [{}])[0]}
+        kinds = [KEPT.get(unit, f"{unit}_kept") for unit in units or ["head"] * len(keep)]
+        names = dict.fromkeys(name for site in signals for name in site)  # sites of each kind have signals of their own
+        kept = {kind: [k for k, its in zip(keep, kinds, strict=True) if its == kind] for kind in dict.fromkeys(kinds)}
+        per_site = kept | {name: [site[name] for site in signals if name in site] for name in names}
         self._add({name: [x.double().sum(0).cpu() for x in values] for name, values in per_site.items()}, len(keep[0]))
 
     def _add(self, sums: Mapping[str, list[Tensor]], prompts: int) -> None:
@@ -37,7 +47,10 @@ class HeadMeans:
         self._add(sums, row["prompts"])
 
     def as_json(self) -> dict[str, list[list[float]]]:
-        """`kept` (share of the prompts) and every signal: a list of heads per site; empty without prompts."""
+        """`kept` (share of the prompts; of other units than heads `channel_kept`, say) and every signal.
+
+        Each is a list of units per site; empty without prompts.
+        """
         return {
             name: [[round(value, 6) for value in (x / self.prompts).tolist()] for x in sums]
             for name, sums in self.sums.items()

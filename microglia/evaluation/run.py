@@ -156,6 +156,7 @@ def evaluate(
     order = sorted(range(len(prompts)), key=lambda i: (most[i], len(prompts[i])))
     batches = [order[start : start + setup.batch_size] for start in range(0, len(order), setup.batch_size)]
     execution = execution_for(setup.execution, setup.model)  # once: what it keeps serves all batches
+    units = None if pruner is None else [site.unit for site in pruner.sites(setup.model)]
 
     def answered(rows: list[int]) -> dict[str, Any]:
         begun = time.monotonic()
@@ -169,7 +170,7 @@ def evaluate(
             **({} if setup.answer_limit is None else {"stopping_criteria": stopping_at([most[i] for i in rows])}),
         )
         seconds, heads = time.monotonic() - begun, HeadMeans()
-        heads.add(output.keep, output.signals)
+        heads.add(output.keep, output.signals, units)
         ratios = keep_ratio(output.keep).tolist() if output.keep else [1.0] * len(rows)
         answers = [_answer(setup, i, output, row, ratios[row], most[i]) for row, i in enumerate(rows)]
         return {"answers": [asdict(answer) for answer in answers], "heads": heads.to_json(), "seconds": seconds}

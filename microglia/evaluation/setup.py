@@ -20,7 +20,7 @@ from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import example_prompt, worked_answers
 from microglia.tasks.used import fingerprint
 from microglia.training.loss import answer_losses
-from microglia.units import find_sites
+from microglia.units import step_costs
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,9 @@ class Setup:
 
     def calibrated(self, pruner: Pruner) -> Pruner:
         """The pruner with a budget from these prompts, weighted by the tokens of their worked answers."""
-        geometries = [site.geometry for site in find_sites(self.model, pruner.units)]
-        return pruner.with_budget(self.logits(pruner), geometries, torch.tensor(self.answer_tokens).float())
+        sites, weights = pruner.sites(self.model), torch.tensor(self.answer_tokens).float()
+        geometries, costs = [site.geometry for site in sites], step_costs(self.model, sites)
+        return pruner.with_budget(self.logits(pruner), geometries, weights, costs=costs)
 
     @torch.no_grad()
     def losses(self, pruner: Pruner | None) -> list[float]:

@@ -9,31 +9,30 @@ from transformers.cache_utils import Cache
 from microglia.errors import MicrogliaError
 from microglia.execution.base import EXECUTIONS, Decision, Execution
 from microglia.gate import rows_agree
-from microglia.units import Site
+from microglia.units import Site, gone
 
 
 @EXECUTIONS.register("compact")
 class Compact(Execution):
-    """Rows that agree on every site share cut weights; otherwise every row keeps its own units over whole weights."""
+    """Rows that agree at a site share cut weights there; else every row keeps its own units of what some row keeps."""
 
     name: ClassVar[str] = "compact"
 
     @contextmanager
     def apply(self, sites: Sequence[Site], decision: Decision, cache: Cache | None = None) -> Iterator[None]:
         """Leaving restores the model bit for bit. Raises MicrogliaError for keeps other than 0 and 1."""
-        shared = rows_agree(decision.keep)
         with ExitStack() as stack:
             for site, keep in zip(sites, decision.keep, strict=True):
                 if not bool(((keep == 0) | (keep == 1)).all()):
                     raise MicrogliaError(
                         f"{site.name} got soft keeps; compaction needs keeps of 0 or 1, use Gate(mode='hard')"
                     )
-                if bool((keep > 0).all()):
-                    continue  # nothing is pruned here
+                if bool((keep > 0).all()) or gone(site, keep):
+                    continue  # nothing is pruned here, or everything with its sublayer
                 fill = decision.fill_of(site)
                 if fill is not None:
                     site.filled(stack, keep, fill)
-                if shared:
+                if rows_agree([keep]):
                     site.cut(stack, keep[0] > 0, cache)
                 else:
                     site.cut_rows(stack, keep > 0, cache)

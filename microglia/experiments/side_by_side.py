@@ -18,12 +18,12 @@ from microglia.evaluation.setup import Setup
 from microglia.gate import Gate
 from microglia.policies import StaticPolicy, new_agents
 from microglia.pruner import Pruner
+from microglia.signals import usual_signals
 from microglia.tasks.base import Example, Task
 from microglia.tasks.used import fingerprint, question_keys
 from microglia.training import TrainingConfig, TrainingResult
 from microglia.training.loop import examples_of
 from microglia.training.static_baseline import baseline_config, new_static_baseline, train_in_memory
-from microglia.units import find_sites
 
 UNSURE = 1.0  # agents start from the baseline's logits clipped to ± this: a gate that is sure lets no gradient pass
 AGENTS, BASELINE = "agents", "static-baseline"  # folders of a saved pair
@@ -82,7 +82,8 @@ def train_pair(
 def agents_from(like: Pruner, setup: Setup, seed: int, kind: str, *, warm: bool = True, **options: Any) -> Pruner:
     """New agents with another pruner's gate; they start from its static logits if `warm`. options: of `new_agents`."""
     torch.manual_seed(seed)
-    agents = new_agents(kind, [site.geometry for site in find_sites(setup.model, like.units)], **options)
+    signals = {"signals": usual_signals(like.units), **options}
+    agents = new_agents(kind, [site.geometry for site in like.sites(setup.model)], **signals)
     if warm and isinstance(like.policy, StaticPolicy):
         agents.start_from(list(like.policy.logits), limit=UNSURE)
     return replace(like, policy=agents, budget=None)

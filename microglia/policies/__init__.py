@@ -8,6 +8,7 @@ from microglia.policies.agents import AgentPolicy, LearnedPolicy, MaskMixture, M
 from microglia.policies.base import POLICIES, Policy, SitewisePolicy
 from microglia.policies.codebook import CodebookPolicy
 from microglia.policies.fixed import SignalPolicy, StaticPolicy
+from microglia.policies.layers import LayerPolicy
 from microglia.policies.predictor import PredictorPolicy
 from microglia.registry import listed
 from microglia.signals import check_signals
@@ -17,6 +18,7 @@ __all__ = [
     "POLICIES",
     "AgentPolicy",
     "CodebookPolicy",
+    "LayerPolicy",
     "LearnedPolicy",
     "MaskMixture",
     "MicrogliaAgent",
@@ -39,8 +41,8 @@ def agent_kinds() -> list[str]:
 def new_agents(
     name: str, geometries: Sequence[Geometry], *, signals: str | Sequence[str] = ("norm", "entropy"), **options: Any
 ) -> LearnedPolicy:
-    """Untrained agents: `agents` (MLPs of hidden_dim 128) `mixture` (hidden_dim: 16 masks), `codebook`
-    (hidden_dim: 8 masks), or a kind of your own.
+    """Untrained agents: `agents` or `layers` (MLPs of hidden_dim 128, per site or per layer), `mixture` (hidden_dim: 16
+    masks), `codebook` (hidden_dim: 8 masks), or a kind of your own.
 
     Raises ConfigError for an unknown kind.
     """

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from microglia.errors import ConfigError
 from microglia.policies.base import POLICIES, Policy, Standardiser
 from microglia.signals import feature_size
 from microglia.units import Geometry
@@ -91,10 +92,12 @@ class LearnedPolicy(Policy):
         super().__init__()
         self.signals, self.hidden_dim = tuple(signals), hidden_dim or self.default_hidden_dim
         sizes = [feature_size(geometry, signals) for geometry in geometries]
-        self.agents = nn.ModuleList(
-            self._agent(g.count, size, sum(sizes)) for g, size in zip(geometries, sizes, strict=True)
-        )
+        self.agents = nn.ModuleList(self._agents([g.count for g in geometries], sizes))
         self.statistics = nn.ModuleList(Standardiser(size) for size in sizes)
+
+    def _agents(self, units: Sequence[int], features: Sequence[int]) -> list[Agent]:
+        """The untrained agents, of sites with so many units and features."""
+        return [self._agent(count, size, sum(features)) for count, size in zip(units, features, strict=True)]
 
     @abstractmethod
     def _agent(self, units: int, site_features: int, all_features: int) -> Agent:
@@ -135,6 +138,11 @@ class AgentPolicy(LearnedPolicy):
     default_hidden_dim: ClassVar[int] = 128
 
     def _agent(self, units: int, site_features: int, all_features: int) -> Agent:
+        if site_features == 0:
+            raise ConfigError(
+                f"signals={','.join(self.signals)!r} are not measured at every kind of unit that is decided about, so "
+                "some agents would see nothing; add a signal of those units or choose policy='mixture'"
+            )
         return MicrogliaAgent(units=units, features=site_features, hidden_dim=self.hidden_dim)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:

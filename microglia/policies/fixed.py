@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from microglia.errors import ConfigError
 from microglia.policies.agents import KEEP_AT_START
 from microglia.policies.base import POLICIES, SitewisePolicy
+from microglia.registry import listed
 from microglia.signals import SIGNALS
 from microglia.units import Geometry
 
@@ -56,14 +57,19 @@ class SignalPolicy(SitewisePolicy):
     def __init__(self, signal: str) -> None:
         super().__init__()
         if signal not in SIGNALS:
-            raise ConfigError(f"signals={signal!r} is not one signal; choose {' or '.join(SIGNALS)}")
+            raise ConfigError(f"signals={signal!r} is not one signal; choose {listed(SIGNALS)}")
         self.signals = (signal,)
 
     @classmethod
     def create(cls, geometries: Sequence[Geometry], signals: Sequence[str], **options: Any) -> Self:
         if len(signals) != 1:
-            raise ConfigError(f"signals={','.join(signals)!r} is not one signal; choose {' or '.join(SIGNALS)}")
+            raise ConfigError(f"signals={','.join(signals)!r} is not one signal; choose {listed(SIGNALS)}")
         return cls(signals[0])
 
     def site_logits(self, index: int, features: Tensor) -> Tensor:
+        if features.shape[-1] == 0:
+            raise ConfigError(
+                f"signals={self.signals[0]!r} is not measured at every kind of unit that is decided about, so it alone "
+                "cannot decide; choose agents or a static policy for several kinds"
+            )
         return SIGNALS[self.signals[0]].score(features)

@@ -93,13 +93,14 @@ def heat(
     *,
     row_means: bool = False,
     ends: tuple[str, str] = ("0", "1"),
+    unit: str = "head",
 ) -> str:
-    """Site × head. `shade` in [0, 1] is how strongly a cell is filled; `values` are what it stands for."""
+    """Site × unit. `shade` in [0, 1] is how strongly a cell is filled; `values` are what it stands for."""
     heads, sites = max(map(len, values)), len(values)
     left, top, right = 46.0, 34.0, 46.0
     wide = min(34.0, (HEAT_WIDTH - left - right) / heads)
     tall, gap = min(wide, 26.0), 1.5 if wide > 9 else 0.5
-    parts = [text("head", left + heads * wide / 2, 12, class_="label middle")]
+    parts = [text(unit, left + heads * wide / 2, 12, class_="label middle")]
     parts.append(text("site", 6, top + 10, class_="label"))
     for head in range(0, heads, 1 if heads <= 12 else 4):
         parts.append(text(head, left + (head + 0.5) * wide, top - 5, class_="tick middle"))
@@ -108,7 +109,7 @@ def heat(
         if sites <= 16 or site % 4 == 0:
             parts.append(text(site, left - 6, y + tall / 2 + 4, class_="tick end"))
         for head, value in enumerate(row):
-            hint = tag("title", escape(f"site {site}, head {head}: {form.format(value)}"))
+            hint = tag("title", escape(f"site {site}, {unit} {head}: {form.format(value)}"))
             place = {"x": left + head * wide, "y": y, "width": wide - gap, "height": tall - gap, "rx": min(3, wide / 5)}
             opacity = f"{min(1.0, max(0.0, shade[site][head])):.3f}"
             data = {"data_site": site, "data_head": head, "data_value": repr(value), "fill_opacity": opacity}

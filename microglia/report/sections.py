@@ -15,6 +15,7 @@ NEAR = 0.2  # of accuracy below dense: what a reader would consider
 CURVES = (  # (title, {key of the history: name}, form)
     ("Task loss", {"task": "task loss", "eval_loss": "validation"}, "{:.2f}"),
     ("Sparsity", {"keep_ratio": "sparsity", "target": "target"}, "{:.0%}"),
+    ("Bytes saved", {"byte_share": "bytes saved", "target": "target"}, "{:.0%}"),
     ("Weight of mean(keep)", {"alpha": "α", "multiplier": "multiplier λ"}, "{:.2f}"),
     ("Temperature and noise of the gates", {"temperature": "temperature", "noise": "noise"}, "{:.1f}"),
 )
@@ -163,19 +164,12 @@ def _grouped(title: str, series: dict[str, tuple[int, dict[str, float]]], label:
 
 
 def heads(run: Run, suffix: str) -> Section:
-    """Site × head: how often kept, and the two signals."""
+    """Site × unit: how often kept; and of heads the two signals."""
     pruned = _agents(run)
-    if pruned is None or not pruned.heads.get("kept"):
+    kinds = {unit: pruned.heads.get(name) for unit, name in words.KEPT.items()} if pruned is not None else {}
+    if pruned is None or not any(kinds.values()):
         return Section(f"heads{suffix}", "")
-    kept, figures = pruned.heads["kept"], []
-    often = [(value, site, head) for site, row in enumerate(kept) for head, value in enumerate(row)]
-    always, never = sum(v == 1 for v, *_ in often), sum(v == 0 for v, *_ in often)
-    summary = f"Of {len(often)} heads {always} are kept for every prompt and {never} for none."
-    alt = f"How often each head is kept, site by head. {summary}"
-    form = "kept for {:.1%} of the prompts"
-    svg = charts.heat(kept, alt, kept, form, row_means=True, ends=("never", "always"))
-    note = summary + " At the right: the site's mean."
-    figures.append(Figure("How often each head is kept", svg, *_matrix(kept, "{:.1%}"), note))
+    figures = [_kept(kept, unit) for unit, kept in kinds.items() if kept]
     if entropy := pruned.heads.get("entropy"):
         most = max(max(row) for row in entropy)
         alt = f"Attention entropy per head, site by head; the highest is {most:.2f}."
@@ -189,11 +183,24 @@ def heads(run: Run, suffix: str) -> Section:
         note = "Mean over prompts of the norm of a head's output; shaded relative to the largest of its site."
         figures.append(Figure("Activation norm", svg, *_matrix(norm, "{:.4g}"), note))
     intro = f"What {words.label(pruned.policy)} decided on {pruned.prompts:,} prompts, and the signals it decided from."
-    return Section(f"heads{suffix}", "Which heads stay", intro, figures, narrow=True)
+    what = "heads" if [*filter(kinds.get, kinds)] == ["head"] else "units"
+    return Section(f"heads{suffix}", f"Which {what} stay", intro, figures, narrow=True)
 
 
-def _matrix(values: Sequence[Sequence[float]], form: str) -> tuple[list[str], list[list[str]]]:
-    titles = ["site", *(f"head {head}" for head in range(max(map(len, values))))]
+def _kept(kept: Sequence[Sequence[float]], unit: str) -> Figure:
+    """Site × unit: how often each is kept."""
+    often = [value for row in kept for value in row]
+    always, never = sum(v == 1 for v in often), sum(v == 0 for v in often)
+    summary = f"Of {len(often)} {unit}s {always} are kept for every prompt and {never} for none."
+    alt = f"How often each {unit} is kept, site by {unit}. {summary}"
+    form = "kept for {:.1%} of the prompts"
+    svg = charts.heat(kept, alt, kept, form, row_means=True, ends=("never", "always"), unit=unit)
+    note = summary + " At the right: the site's mean."
+    return Figure(f"How often each {unit} is kept", svg, *_matrix(kept, "{:.1%}", unit), note)
+
+
+def _matrix(values: Sequence[Sequence[float]], form: str, unit: str = "head") -> tuple[list[str], list[list[str]]]:
+    titles = ["site", *(f"{unit} {number}" for number in range(max(map(len, values))))]
     return titles, [[str(site), *(form.format(value) for value in row)] for site, row in enumerate(values)]
 
 
@@ -232,10 +239,12 @@ def training(findings: Findings) -> Section:
 def _curves(
     history: Sequence[dict[str, Any]], keys: dict[str, str]
 ) -> Iterator[tuple[str, tuple[int, list[tuple[float, float]]]]]:
-    drawn = 0
+    drawn, steered = 0, "byte_share" if any("byte_share" in row for row in history) else "keep_ratio"
     for key, name in keys.items():
+        if key == "target" and steered not in keys:
+            continue  # it belongs to the other chart
         pairs = [(row["step"], row[key]) for row in history if isinstance(row.get(key), int | float)]
-        if key in ("keep_ratio", "target"):
+        if key in ("keep_ratio", "byte_share", "target"):
             pairs = [(step, 1 - value) for step, value in pairs]
         if len(pairs) > 1:
             yield name, (8 if drawn else 1, pairs)

@@ -14,6 +14,7 @@ LABELS = {
 TOTAL = "_total"  # behind the name of an execution whose decision and slicing are counted in
 STYLES = {"dense": 0, "pruned": 1, "agents": 1, "static_baseline": 2}  # the same colour and shape on every chart
 PRUNED = ("pruned", "agents")
+KEPT = {"head": "kept", "channel": "channel_kept", "sublayer": "sublayer_kept"}  # how often, in an evaluation's `heads`
 
 
 def label(policy: str) -> str:

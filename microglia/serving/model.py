@@ -19,7 +19,7 @@ from microglia.serving.job import Job, Pruning
 from microglia.serving.rows import AnswerRow, StopRows
 from microglia.serving.sampling import SampleRows
 from microglia.settings import end_tokens, merged
-from microglia.units import Geometry, find_sites
+from microglia.units import Geometry
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PrunedModel:
 
     @cached_property
     def geometries(self) -> list[Geometry]:
-        return [site.geometry for site in find_sites(self.model, self.pruner.units)]
+        return [site.geometry for site in self.pruner.sites(self.model)]
 
     @cached_property
     def heads(self) -> int:

@@ -37,11 +37,13 @@ class Prompt:
 class Signal(ABC):
     """One statistic of a prompt. To add one: a subclass with an instance in SIGNALS.
 
-    name: in the registry. unit: the kind of unit that it is measured at.
+    name: in the registry. unit: the kind of unit that it is measured at. usual: whether policies that decide about such
+    units see it unless something else is asked for.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    usual: ClassVar[bool] = False
 
     @abstractmethod
     def measure(self, site: Site, prompt: Prompt, put: Callable[[Any], None]) -> AbstractContextManager[object]:

@@ -136,6 +136,7 @@ class Entropy(Signal):
     """How widely a head looks over the prompt, from 0 (one token) to 1 (all alike)."""
 
     name: ClassVar[str] = "entropy"
+    usual: ClassVar[bool] = True
     unit: ClassVar[str] = "head"
 
     def measure(self, site: Site, prompt: Prompt, put: Callable[[Any], None]) -> AbstractContextManager[object]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from microglia.errors import ConfigError
 from microglia.signals.base import SIGNALS, Prompt, Signal
+from microglia.signals.norm import MEANS
 from microglia.units import Geometry, Site
 
 
@@ -27,6 +28,11 @@ def check_signals(names: str | Sequence[str]) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ConfigError(f"signals={','.join(names)!r} names a signal twice; name each one once")
     return tuple(names)
+
+
+def usual_signals(units: Sequence[str]) -> tuple[str, ...]:
+    """What policies see of a prompt that decide about these kinds of units, unless something else is asked for."""
+    return tuple(name for name, signal in SIGNALS.items() if signal.usual and signal.unit in units)
 
 
 def signals_at(unit: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -71,6 +77,11 @@ class Measured:
             if values
             else self.prompt.weight.new_zeros(len(self.prompt.weight), 0)
         )
+
+    def means(self, sites: Sequence[Site]) -> list[Tensor | None] | None:
+        """What the pruned units of every site leave behind; None where no mean was measured."""
+        found = {index: value for mean in MEANS for index, value in self.values.get(mean.name, {}).items()}
+        return [found.get(site.index) for site in sites] if found else None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Activation norm: how much each head writes, on average over the prompt. And its mean output, which may replace it."""
+"""Activation norm: how much each unit writes, on average over the prompt. And its mean output, which may replace it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from microglia.signals.base import Prompt, Signal, token_count
-from microglia.units import HeadSite, Site
+from microglia.units import ProjectedSite, Site
 
 
 def mean_norm(outputs: Tensor, tokens: Tensor, count: Tensor | None = None) -> Tensor:
@@ -25,21 +25,21 @@ def mean_norm(outputs: Tensor, tokens: Tensor, count: Tensor | None = None) -> T
 
 
 class OutputSignal(Signal):
-    """A signal of what every head gives to the output projection."""
+    """A signal of what every unit gives to the output projection."""
 
     unit: ClassVar[str] = "head"
 
     def of_outputs(self, outputs: Tensor, prompt: Prompt) -> Tensor:
-        """Heads' outputs (B, T, H, D) → the value."""
+        """Units' outputs (B, T, U, D) → the value."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it measures; define of_outputs")
 
     @contextmanager
     def measure(self, site: Site, prompt: Prompt, put: Callable[[Any], None]) -> Iterator[None]:
-        assert isinstance(site, HeadSite)
+        assert isinstance(site, ProjectedSite)
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             with torch.no_grad():
-                put(self.of_outputs(site.geometry.split(inputs[0]), prompt))
+                put(self.of_outputs(site.split(inputs[0]), prompt))
 
         handle = site.output.register_forward_pre_hook(hook)
         try:
@@ -52,6 +52,7 @@ class Norm(OutputSignal):
     """Mean L2 norm of the head's output."""
 
     name: ClassVar[str] = "norm"
+    usual: ClassVar[bool] = True
 
     def of_outputs(self, outputs: Tensor, prompt: Prompt) -> Tensor:
         return mean_norm(outputs, prompt.weight, prompt.count)
@@ -62,7 +63,7 @@ class Norm(OutputSignal):
 
 
 class MeanOutput(OutputSignal):
-    """Mean output of each head over the prompt, (B, H, D): what a pruned head may leave behind. No feature."""
+    """Mean output of each unit over the prompt, (B, U, D): what a pruned one may leave behind. No feature."""
 
     name: ClassVar[str] = "mean_output"
 
@@ -71,5 +72,15 @@ class MeanOutput(OutputSignal):
         return torch.einsum("bthd,bt->bhd", outputs, weight / weight.sum(1, keepdim=True))
 
     def score(self, values: Tensor) -> Tensor:
-        """Not a score: heads are not ranked by it."""
-        raise NotImplementedError("a mean output ranks no heads")
+        """Not a score: units are not ranked by it."""
+        raise NotImplementedError("a mean output ranks no units")
+
+
+class MeanActivation(MeanOutput):
+    """The same of blocks of channels."""
+
+    name: ClassVar[str] = "mean_activation"
+    unit: ClassVar[str] = "channel"
+
+
+MEANS: tuple[MeanOutput, ...] = (MeanOutput(), MeanActivation())

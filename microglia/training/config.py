@@ -24,7 +24,7 @@ RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
         "it must be two numbers, start and end, not negative",
     ),
     ("temperature", lambda ends: min(ends) > 0, "both ends must be above 0"),
-    ("keep_ratio", lambda x: x is None or 0 < x <= 1, "it must be above 0 and at most 1"),
+    ("keep_ratio byte_share", lambda x: x is None or 0 < x <= 1, "it must be above 0 and at most 1"),
     ("ramp recovery_start", lambda x: 0 <= x <= 1, "it must be between 0 and 1"),
     ("seed", lambda x: 0 <= x < 2**32, "it must be at least 0 and below 2**32"),
 )
@@ -60,9 +60,12 @@ class TrainingConfig:
     noise: Annotated[
         tuple[float, float], "Scale of the logistic noise on the gates' logits at the start and at the end."
     ] = (1.0, 0.0)
-    keep_ratio: Annotated[float | None, "Target share of heads; replaces alpha."] = None
+    keep_ratio: Annotated[float | None, "Target share of units; replaces alpha."] = None
+    byte_share: Annotated[
+        float | None, "Target share of a dense decode step's bytes; replaces alpha and the target share of units."
+    ] = None
     ramp: Annotated[
-        float, "Share of the steps over which the target keep ratio falls from 1; 0 applies it from the first step."
+        float, "Share of the steps over which the target falls from 1; 0 applies it from the first step."
     ] = 0.5
     loss_per: Annotated[
         Literal["token", "example"],
@@ -104,6 +107,11 @@ class TrainingConfig:
     bf16: Annotated[bool, "Mixed precision; decisions and losses stay float32."] = False
     shard: Annotated[bool, "Divide the layers of the base model among the processes of torchrun (FSDP2)."] = False
 
+    @property
+    def target_share(self) -> float | None:
+        """What the kept share is steered to, in units or in bytes."""
+        return self.keep_ratio if self.byte_share is None else self.byte_share
+
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal:
@@ -116,6 +124,10 @@ class TrainingConfig:
         if self.recovery and (self.gradient_checkpointing or self.lora == "joint"):
             other = "gradient_checkpointing" if self.gradient_checkpointing else "lora='joint'"
             raise ConfigError(f"recovery={self.recovery} was given with {other}; leave one of them out")
+        if self.keep_ratio is not None and self.byte_share is not None:
+            raise ConfigError(
+                f"keep_ratio={self.keep_ratio} and bytes={self.byte_share} were given; a training has one target"
+            )
         if self.schedule == "exponential" and min(self.alpha) <= 0 and self.alpha[0] != self.alpha[1]:
             raise ConfigError(f"alpha={self.alpha} was given; an exponential schedule needs both ends above 0")
 

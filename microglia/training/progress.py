@@ -9,7 +9,15 @@ from transformers import TrainerCallback
 
 from microglia import processes
 
-SHOWN = {"task": "task", "kl": "KL", "keep_ratio": "keep", "alpha": "α", "multiplier": "λ", "eval_loss": "validation"}
+SHOWN = {
+    "task": "task",
+    "kl": "KL",
+    "keep_ratio": "keep",
+    "byte_share": "bytes",
+    "alpha": "α",
+    "multiplier": "λ",
+    "eval_loss": "validation",
+}
 
 
 @contextmanager

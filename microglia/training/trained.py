@@ -15,6 +15,7 @@ from microglia.pruner import Pruner
 from microglia.training.config import TrainingConfig
 from microglia.training.loss import answer_losses, answer_tokens, divergences, gate_entropy
 from microglia.training.written import written
+from microglia.units import StepCosts, step_costs
 
 MULTIPLIER_RATE = 0.1  # of the target mode, the same for agents and their static baseline, whatever their own rates
 DAMPING = 10.0  # of the squared distance to the target; the multiplier alone would oscillate
@@ -49,6 +50,9 @@ class Trained(nn.Module):
         self.recovery = None if pruner is None else pruner.recovery
         self.recipe = config  # `config` would be taken for a transformers model's
         self.register_buffer("multiplier", torch.zeros(()))
+        self.costs: StepCosts | None = None
+        if pruner is not None and config.byte_share is not None:
+            self.costs = step_costs(lm, pruner.sites(lm))
 
     def train(self, mode: bool = True) -> "Trained":
         super().train(mode)
@@ -111,16 +115,20 @@ class Trained(nn.Module):
             return loss, {"task": task}
         gate = pruner.gate
         keep = mean(keep_ratio(trace.keep))
+        spent = keep  # of the budget: in units, or in bytes
+        if self.costs is not None:
+            spent = mean(self.costs.share(trace.keep).to(keep))
         entropy = processes.pooled(gate_entropy(trace.logits, gate.temperature), prompts)
         loss = loss + c.beta * entropy
         if self.recovery is not None and pruner.recovery is None:  # not yet; a gradient of nothing, for DDP counts them
             loss = loss + 0 * sum(p.sum() for p in self.recovery.parameters())
         if not self.training:  # evaluations are compared with each other: the weights of the end, not of now
-            loss = loss + (c.alpha[1] * keep if c.keep_ratio is None else DAMPING * (keep - c.keep_ratio).clamp(min=0))
+            share = c.target_share
+            loss = loss + (c.alpha[1] * keep if share is None else DAMPING * (spent - share).clamp(min=0))
         elif now.target is None:
             loss = loss + now.alpha * keep
         else:
-            distance = keep - now.target
+            distance = spent - now.target
             loss = loss + float(self.multiplier) * distance + DAMPING / 2 * distance**2
             # Dual ascent: the longer too many heads are kept, the more each one costs.
             self.multiplier.add_(MULTIPLIER_RATE * distance.detach()).clamp_(min=0)
@@ -128,6 +136,7 @@ class Trained(nn.Module):
             "task": task,
             **({"kl": kl} if c.kl_weight else {}),
             "keep_ratio": keep,
+            **({} if self.costs is None else {"byte_share": spent}),
             "gate_entropy": entropy,
             "temperature": gate.temperature,
             "noise": gate.noise,

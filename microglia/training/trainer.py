@@ -41,7 +41,7 @@ class Curriculum(TrainerCallback):
             alpha=scheduled(c.schedule, c.alpha, progress),
             temperature=scheduled("linear", c.temperature, progress),
             noise=scheduled("linear", c.noise, progress),
-            target=None if c.keep_ratio is None else _approached(c.keep_ratio, progress, c.ramp),
+            target=None if c.target_share is None else _approached(c.target_share, progress, c.ramp),
             recovers=progress >= c.recovery_start,
         )
 

@@ -20,7 +20,6 @@ from microglia.execution import Decision, Masked
 from microglia.passes import Batch, answer_states, read_prompt, rows_of
 from microglia.pruner import Pruner
 from microglia.training.loss import token_losses
-from microglia.units import find_sites
 
 # Tokens of answers at once: some 3 GB of activations in float32 on SmolLM2; a GPU has more memory and slow launches.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -100,7 +99,7 @@ class _Work:
         with ExitStack() as stack:
             if self.pruner.recovery is not None:
                 stack.enter_context(self.pruner.recovery.applied(self.lm, merged=False))
-            sites = find_sites(self.lm, self.pruner.units)
+            sites = self.pruner.sites(self.lm)
             stack.enter_context(Masked().apply(sites, Decision([k[rows] for k in keep], fill)))
             return stack.pop_all()
 

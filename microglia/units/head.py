@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from microglia.anatomy import HeadGeometry, Layer, RowShape, View, replaced_attention, stock_attention, swap
-from microglia.anatomy.projection import cut_bytes, features, plain, sliced
+from microglia.anatomy.projection import sliced
 from microglia.errors import MicrogliaError
+from microglia.units.costs import UnitCosts
 from microglia.units.kv import keep_kv_heads, take_rows
-from microglia.units.site import UNITS, Site
+from microglia.units.site import ProjectedSite, check_rows
 
 
-@UNITS.register("head")
 @dataclass(frozen=True, eq=False)
-class HeadSite(Site):
+class HeadSite(ProjectedSite):
     """The query heads of one attention layer."""
 
     geometry_type: ClassVar[type] = HeadGeometry
@@ -43,9 +43,15 @@ class HeadSite(Site):
         return self.layer.attention
 
     @property
-    def output(self) -> nn.Module:
-        """The output projection; its input `(B, T, H·D)` is the one place where heads are told apart and gated."""
-        return self.layer.output
+    def holder(self) -> nn.Module:
+        return self.layer.attention
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return self.layer.family.attention.projections
+
+    def split(self, x: Tensor) -> Tensor:
+        return self.geometry.split(x)
 
     @contextmanager
     def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
@@ -103,36 +109,27 @@ class HeadSite(Site):
             return (output[0] + bias, *output[1:])
 
         # After attention as a whole: the cut puts another output projection in.
-        stack.callback(self.attention.register_forward_hook(add).remove)
-
-    def fill_bias(self, keep: Tensor, fill: Tensor) -> Tensor:
-        """What the pruned heads' `fill` (B, H, D) adds after the dense output projection, (B, 1, hidden).
-
-        `keep` (B, H) or (1, H).
-        """
-        with torch.no_grad():
-            left = (fill * (1 - keep)[..., None].to(fill.dtype)).flatten(-2)[:, None]  # (B, 1, H·D)
-            bias: Tensor = self.output(left) - self.output(torch.zeros_like(left))  # without the projection's own bias
-            return bias
+        # And before what gates attention as a whole.
+        stack.callback(self.attention.register_forward_hook(add, prepend=True).remove)
 
     # --- cost ---------------------------------------------------------------------------------------------------------
 
-    def _kept(self, keep: Tensor) -> Iterator[tuple[nn.Module, int, bool]]:
-        """Of every projection: itself, its kept rows or columns, and whether these are inputs (columns)."""
+    def cut_sizes(self, keep: Tensor) -> Iterator[tuple[nn.Module, int, bool]]:
         shape = self.geometry.row_shape(keep[:1])
         for one in self.layer.family.attention.cuts(self.geometry, shape.heads[0], shape.groups[0]):
             yield getattr(self.attention, one.projection), len(one.index), one.of_inputs
 
-    def saved_bytes(self, keep: Tensor) -> int:
-        return sum(cut_bytes(module, kept, of_inputs=inputs) for module, kept, inputs in self._kept(keep))
-
-    def saved_flops(self, keep: Tensor) -> int:
-        total = 0
-        for module, kept, of_inputs in self._kept(keep):
-            weight: Any = plain(module).weight
-            whole = features(module, of_inputs=of_inputs)
-            total += 2 * int(weight.numel()) * (whole - kept) // whole
-        return total
+    def costs(self, kv: float) -> UnitCosts:
+        """Keys, values and their projections are a group's: they are read while any of its heads is kept."""
+        geometry = self.geometry
+        groups, queries = geometry.kv_heads, geometry.queries_per_group
+        whole = self.saved_bytes(torch.zeros(1, geometry.heads)) + kv
+        fewer = geometry.by_group(torch.ones(1, geometry.heads))
+        fewer[..., 0] = 0  # one head less in every group
+        per_head = self.saved_bytes(fewer.flatten(-2)) / groups if queries > 1 else whole / groups
+        per_group = whole / groups - queries * per_head
+        shared = torch.full((groups if queries > 1 else 0,), per_group, dtype=torch.float64)
+        return UnitCosts(torch.full((geometry.heads,), per_head, dtype=torch.float64), shared)
 
     def kv_share(self, keep: Tensor) -> float:
         return self.geometry.row_shape(keep).groups.shape[-1] / self.geometry.kv_heads
@@ -146,7 +143,7 @@ class HeadSite(Site):
 def _gate_hook(site: HeadSite, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         heads = site.geometry.split(inputs[0])  # (B, T, H, D)
-        _check_rows(site, len(heads), len(keep))
+        check_rows(site, len(heads), len(keep))
         gate = keep[:, None, :, None].to(heads)
         if where is not None:
             gate = torch.where(where[:, :, None, None], gate, torch.ones_like(gate))
@@ -156,14 +153,6 @@ def _gate_hook(site: HeadSite, keep: Tensor, where: Tensor | None, fill: Tensor 
     return hook
 
 
-def _check_rows(site: HeadSite, rows: int, decisions: int) -> None:
-    if decisions not in (1, rows):
-        raise MicrogliaError(
-            f"{site.name} got a batch of {rows} rows but decisions for {decisions}; continue the batch that was read, "
-            "or read the new prompts first"
-        )
-
-
 def _row_attention(site: HeadSite, shape: RowShape) -> Callable[..., tuple[Tensor, None]]:
     stock = stock_attention(site.attention)
     dense: Any = View(site.attention, config=site.attention.config)  # back ends look their own name up in the config
@@ -171,7 +160,7 @@ def _row_attention(site: HeadSite, shape: RowShape) -> Callable[..., tuple[Tenso
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        _check_rows(site, len(query), len(shape.heads))
+        check_rows(site, len(query), len(shape.heads))
         return attend_rows(stock, dense, shape, query, key, value, mask, **kwargs), None
 
     return attention

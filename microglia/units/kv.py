@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import (
     Cache,
@@ -43,10 +44,15 @@ def keep_kv_heads(stack: ExitStack, kv: Cache, layer: int, index: Tensor) -> Non
         return
     if entry.keys is not None and entry.keys.numel():
         entry.keys, entry.values = take_rows(entry.keys, index), take_rows(entry.values, index)
-    kind: Any = _with_row_heads(type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
-    view = kind.__new__(kind)
-    view.__dict__.update(entry.__dict__, index=index)
-    kv.layers[layer] = view
+    kv.layers[layer] = _as(RowHeads, entry, index=index)
+
+
+def drop_kv(stack: ExitStack, kv: Cache, layer: int) -> None:
+    """Drop every key and value of one layer of a prompt's cache, which goes on counting tokens; see `keep_kv_heads`."""
+    entry: Any = kv.layers[layer]
+    keys = entry.keys
+    keep_kv_heads(stack, kv, layer, torch.zeros(0, dtype=torch.long, device=None if keys is None else keys.device))
+    kv.layers[layer] = _as(NoHeads, entry)
 
 
 def _given_back(kv: Cache, layer: int, entry: Any) -> None:
@@ -83,10 +89,29 @@ class RowHeads:
         return whole
 
 
+class NoHeads:
+    """Mixed into a cache layer that holds no head, `(B, 0, T, D)`, and still says how many tokens it has seen."""
+
+    def get_seq_length(self) -> int:
+        """A dynamic layer takes tensors without elements for none; others count by themselves."""
+        layer: Any = self
+        if isinstance(self, DynamicLayer) and not isinstance(self, DynamicSlidingWindowLayer):
+            return int(layer.keys.shape[-2])
+        return int(super().get_seq_length())  # type: ignore[misc]
+
+
+def _as(mixin: type, entry: Any, **attributes: Any) -> Any:
+    """A cache layer's tensors and numbers in a layer with a mixin."""
+    kind: Any = _mixed(mixin, type(entry))  # type: ignore[arg-type]  # mypy: a class is not Hashable
+    view: Any = kind.__new__(kind)
+    view.__dict__.update(entry.__dict__, **attributes)
+    return view
+
+
 @cache
-def _with_row_heads(layer: type) -> type:
+def _mixed(mixin: type, layer: type) -> type:
     # _layer_type None: a subclass must not register itself as the library's class for that type of layer.
-    return type(f"RowHeads{layer.__name__}", (RowHeads, layer), {"_layer_type": None})
+    return type(f"{mixin.__name__}{layer.__name__}", (mixin, layer), {"_layer_type": None})
 
 
 def kv_bytes(kv: Cache) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from microglia.criteria import Calibration
 from microglia.tasks.base import Example, Task
+from microglia.units import Arrangement
 from tests.tiny import positions, tiny_model
 from tests.tiny_folder import character_tokenizer
 
@@ -23,10 +24,14 @@ class Sums(Task):
         return EXAMPLES
 
 
-def calibration(family="llama", *, dtype=torch.float32, examples=EXAMPLES, batch_size=4, seed=0, **changes):
+def calibration(
+    family="llama", *, dtype=torch.float32, examples=EXAMPLES, units=("head",), arrangement=None, **changes
+):
+    how = {name: changes.pop(name, usual) for name, usual in {"batch_size": 4, "seed": 0}.items()}
     tokenizer = character_tokenizer()
     model = tiny_model(family, vocab_size=len(tokenizer), dtype=dtype, **changes)
-    return Calibration(model, tokenizer, Sums(), examples, batch_size=batch_size, seed=seed)
+    how |= {"units": tuple(units), "arrangement": arrangement or Arrangement()}
+    return Calibration(model, tokenizer, Sums(), examples, **how)
 
 
 def one_pass_losses(cal, keep, batch=None):

@@ -69,7 +69,7 @@ def test_wrong_requests_get_a_sentence():
         get_criterion("norm", size=3)
     with pytest.raises(ConfigError, match=r"criterion random has no option 'size'; it has none"):
         get_criterion("random", size=3)
-    with pytest.raises(ConfigError, match=r"random scores heads the same for every prompt; leave per_input out"):
+    with pytest.raises(ConfigError, match=r"random scores units the same for every prompt; leave per_input out"):
         Random().policy(calibration(), per_input=True)
     with pytest.raises(DataError, match="no example to calibrate on"):
         calibration(examples=[])
@@ -136,5 +136,5 @@ def test_the_page_of_criteria_is_the_registry():
 
 def test_folder_and_registry_agree():
     folder = Path(microglia.criteria.__file__).parent
-    shared = {"__init__", "base", "calibration", "descent", "moments", "trained", "weights"}
+    shared = {"__init__", "base", "calibration", "descent", "moments", "order", "trained", "weights"}
     assert {path.stem for path in folder.glob("*.py")} - shared == set(CRITERIA)

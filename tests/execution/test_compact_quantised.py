@@ -10,8 +10,9 @@ import torch
 from microglia.attach import attached
 from microglia.errors import MicrogliaError
 from microglia.execution import Captured
-from microglia.units import find_sites
+from microglia.units import Arrangement, find_sites
 from tests.tiny import step_logits, tiny_model, tiny_prompts, uneven
+from tests.units.many import deep_model, some
 
 quantization = pytest.importorskip(
     "torchao.quantization", reason="torchao is not installed; pip install microglia[quant]"
@@ -65,3 +66,22 @@ def test_captured_steps_send_quantised_weights_to_another_execution():
     sentence = r"q_proj stores .*; captured steps follow float weights only, use execution="
     with pytest.raises(MicrogliaError, match=sentence):
         Captured(model)
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("config", [quantization.Int8WeightOnlyConfig(), Intx(torch.int4, PerGroup(2))], ids=["8", "4"])
+def test_quantised_channels_are_cut_without_rounding_again(family, rows, config):
+    """Their order keeps the runs that share a scale together; one that does not is refused."""
+    model = deep_model(family)
+    quantization.quantize_(model.model, config)
+    runs = torch.randperm(32, generator=torch.Generator().manual_seed(1))[:, None] * 2 + torch.arange(2)
+    steps = {}
+    for execution in ("masked", "compact"):
+        with attached(model, some(model, rows, arrangement=Arrangement([runs.flatten()] * 5)), execution):
+            steps[execution] = step_logits(model, IDS, MASK, ANSWER)
+    torch.testing.assert_close(steps["compact"], steps["masked"], atol=3e-5, rtol=0)
+    if isinstance(config, Intx):
+        sentence = "down_proj is quantised with one scale for every 2 inputs, which runs of 1 that"
+        with pytest.raises(MicrogliaError, match=sentence), attached(model, some(model, rows), "compact"):
+            step_logits(model, IDS, MASK, ANSWER)

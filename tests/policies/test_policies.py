@@ -56,7 +56,7 @@ def test_agents_are_made_by_the_name_of_their_kind(kind, policy, usual):
     made, small = new_agents(kind, GEOMETRIES), new_agents(kind, GEOMETRIES, hidden_dim=4, signals=("norm",))
     assert type(made) is type(small) is policy
     assert (made.hidden_dim, small.hidden_dim, small.signals) == (usual, 4, ("norm",))
-    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents, mixture or codebook"):
+    with pytest.raises(ConfigError, match="policy='gru' is unknown; choose agents, mixture, codebook or layers"):
         new_agents("gru", GEOMETRIES)
 
 
@@ -164,7 +164,7 @@ def test_a_signal_policy_ranks_heads_as_its_signal_does(signal):
 
 @pytest.mark.parametrize("signals", [BOTH, (), ("loudness",)], ids="+".join)
 def test_a_signal_policy_of_anything_but_one_signal_is_refused(signals):
-    with pytest.raises(ConfigError, match=f"signals='{','.join(signals)}' is not one signal; choose norm or entropy"):
+    with pytest.raises(ConfigError, match=f"signals='{','.join(signals)}' is not one signal; choose norm, entropy, "):
         SignalPolicy.create(GEOMETRIES, signals)
 
 

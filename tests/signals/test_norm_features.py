@@ -49,7 +49,7 @@ def test_without_signals_there_are_none():
 @pytest.mark.parametrize(
     ("names", "sentence"),
     [
-        (("norm", "loudness"), "signals='loudness' is unknown; choose norm or entropy"),
+        (("norm", "loudness"), "signals='loudness' is unknown; choose norm, entropy, "),
         (("norm", "norm"), "signals='norm,norm' names a signal twice; name each one once"),
     ],
 )
