@@ -53,7 +53,9 @@ def test_a_folder_holds_a_file_for_each_split(tmp_path, txt, jsonl):
 def test_sources_are_joined_and_nothing_is_asked_twice(txt, jsonl):
     shipped = [row.prompt for row in shipped_prompts("train")]
     assert questions("train", None) == shipped
-    assert questions("train", f"{txt},shipped, {jsonl},{txt}") == (
+    again = txt.with_name("again.txt")
+    again.write_text(txt.read_text())
+    assert questions("train", f"{txt},shipped, {jsonl},{again}") == (
         questions("train", txt) + shipped + questions("train", jsonl)
     )
 

@@ -82,7 +82,7 @@ def test_agents_first_then_both(tmp_path):
     late = tiny_run(tmp_path / "late", replace(SHORT, recovery_start=1.0, max_steps=3))
     ups = [float(x.abs().sum()) for name, x in state(late).items() if name.startswith("up.")]
     assert max(ups) > 0  # the last step alone
-    assert all(float(x.detach().abs().max()) < 2e-3 for x in late.pruner.recovery.up)  # one step of Adam at most
+    assert all(float(x.detach().abs().max()) < 3e-4 for x in late.pruner.recovery.up)  # one step at a falling rate
 
 
 def test_the_static_baseline_gets_the_same_recovery():
