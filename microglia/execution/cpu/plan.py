@@ -1,0 +1,157 @@
+"""The tables of a model, as its decode step reads them: where each of its arrays lies. Nothing is copied but vectors."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from microglia.anatomy import Anatomy, Computation, LayerComputation, Norm, Projection, computation
+from microglia.anatomy.projection import oriented
+from microglia.errors import UnsupportedModelError
+from microglia.execution.cpu import tables as t
+
+KINDS = {torch.float32: t.F32, torch.bfloat16: t.BF16, torch.float16: t.F16}
+NORMS = {"rms": t.RMS, "layer": t.LAYER}
+ACTIVATIONS = {"silu": t.SILU, "tanh_gelu": t.TANH_GELU, "gelu": t.GELU, "relu": t.RELU}
+Table = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def bits(x: float) -> int:
+    """The bits of a double, as tables hold it."""
+    return int(np.float64(x).view(np.int64))
+
+
+class Plan:
+    """What a step knows of a model: `layers` (L, fields), `head` fields of the whole, and what all of it points to.
+
+    It stays right as long as `signature` is the model's: as long as no weight was moved or written.
+    """
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.computation: Computation = computation(anatomy)
+        self.signature = signature(anatomy.lm)
+        self.held: list[Any] = []
+        self.projections: dict[tuple[int, int], Table] = {}
+        self.layers = np.stack([self._layer(i, layer) for i, layer in enumerate(self.computation.layers)])
+        self.whole = self._whole(anatomy)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes that stand beside the model's own weights."""
+        return sum(x.numel() * x.element_size() if isinstance(x, Tensor) else x.nbytes for x in self.held)
+
+    def address(self, held: Any) -> int:
+        """Where an array lies; it is kept until the plan goes. 0 for None."""
+        if held is None:
+            return 0
+        self.held.append(held)
+        return int(held.data_ptr() if isinstance(held, Tensor) else held.ctypes.data)
+
+    def runs(self, keep: Tensor | int) -> tuple[int, int, int]:
+        """Address and number of the runs of what is kept, (U,) or all of so many, and how many are kept."""
+        kept = torch.ones(keep, dtype=torch.bool) if isinstance(keep, int) else keep > 0
+        found = run_list(kept)
+        return self.address(found), len(found), int(kept.sum())
+
+    def columns(self, index: int, field: int) -> int:
+        """The address of a projection of a layer whose matrix lies in columns, transposed now unless it does already."""
+        table = self.projections[index, field]
+        if not table[t.BY_COLUMNS]:
+            layer = self.computation.layers[index]
+            projection = layer.o if field == t.OUTPUT else layer.down
+            stored = oriented(projection.module).detach().T.contiguous()
+            self.held.append(stored)
+            table[[t.BY_COLUMNS, t.BASE, t.STEP]] = 1, stored.data_ptr(), stored.stride(0) * stored.element_size()
+            table[t.LENGTH] = stored.shape[1]
+        return int(table.ctypes.data)
+
+    def _projection(self, projection: Projection) -> Table:
+        weight, module = oriented(projection.module).detach(), projection.module
+        table = np.zeros(t.PROJECTION, np.int64)
+        by_columns = weight.stride(1) != 1
+        if by_columns and weight.stride(0) != 1:
+            raise UnsupportedModelError(
+                f"a weight of strides {weight.stride()} was given, but one of its dimensions must lie without gaps; "
+                "make it contiguous"
+            )
+        size, outputs = weight.element_size(), slice(projection.first, projection.first + projection.outputs)
+        table[[t.KIND, t.BY_COLUMNS]] = KINDS[weight.dtype], int(by_columns)
+        table[t.STEP] = weight.stride(1 if by_columns else 0) * size
+        table[t.BASE] = self.address(weight[outputs])
+        self.held.pop()  # the model's own
+        table[t.LENGTH] = projection.outputs if by_columns else weight.shape[1]
+        bias: Any = module.bias
+        table[t.BIAS] = self.address(None if bias is None else bias.detach()[outputs].float().clone())
+        self.held.append(table)
+        return table
+
+    def _norm(self, norm: Norm | None) -> int:
+        if norm is None:
+            return 0
+        table = np.zeros(t.NORM, np.int64)
+        table[[t.NORM_KIND, t.NORM_EPS]] = NORMS[norm.kind], bits(norm.eps)
+        table[[t.NORM_WEIGHT, t.NORM_BIAS]] = self.address(norm.weight.contiguous()), self.address(norm.bias)
+        return self.address(table)
+
+    def _layer(self, index: int, layer: LayerComputation) -> Table:
+        row = np.zeros(t.LAYER_FIELDS, np.int64)
+        heads = layer.heads
+        row[[t.HEADS, t.GROUPS, t.SIZE, t.CHANNELS]] = heads.heads, heads.kv_heads, heads.head_dim, layer.channels
+        row[[t.WINDOW, t.SCALING, t.SOFTCAP]] = layer.window or 0, bits(layer.scaling), bits(layer.softcap or 0)
+        row[t.ROTARY_AT] = -1 if layer.rotary is None else layer.rotary
+        row[t.ACTIVATION] = ACTIVATIONS[layer.activation]
+        fields = (t.QUERY, t.KEY, t.VALUE, t.OUTPUT, t.GATE, t.UP, t.DOWN)
+        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+        for field, projection in zip(fields, parts, strict=True):
+            if projection is not None:
+                self.projections[index, field] = self._projection(projection)
+                row[field] = self.projections[index, field].ctypes.data
+        first = t.NORM_ATTENTION
+        row[first : first + len(layer.norms)] = [self._norm(norm) for norm in layer.norms]
+        row[[t.HEAD_RUNS, t.HEAD_RUN_COUNT, t.HEADS_KEPT]] = self.runs(heads.heads)
+        row[[t.GROUP_RUNS, t.GROUP_RUN_COUNT, t.GROUPS_KEPT]] = self.runs(heads.kv_heads)
+        row[[t.CHANNEL_RUNS, t.CHANNEL_RUN_COUNT, t.CHANNELS_KEPT]] = self.runs(layer.channels)
+        return row
+
+    def _whole(self, anatomy: Anatomy) -> Table:
+        row, computed = np.zeros(t.PLAN_FIELDS, np.int64), self.computation
+        row[[t.LAYER_COUNT, t.HIDDEN, t.VOCABULARY]] = len(self.layers), anatomy.hidden_size, anatomy.vocab_size
+        row[t.CACHE_KIND] = KINDS[anatomy.lm.dtype]
+        embedding = computed.embedding.contiguous()
+        row[[t.EMBEDDING, t.EMBEDDING_KIND]] = embedding.data_ptr(), KINDS[embedding.dtype]
+        row[t.EMBEDDING_FACTOR] = bits(computed.factor)
+        if computed.positions is not None:
+            row[t.POSITIONS] = computed.positions.data_ptr()
+        row[t.NORM_LAST] = self._norm(computed.last)
+        head = self._projection(computed.head)
+        row[[t.HEAD, t.LOGIT_CAP]] = head.ctypes.data, bits(computed.softcap or 0)
+        row[t.EVERY_HIDDEN], row[t.EVERY_TOKEN] = self.runs(anatomy.hidden_size)[0], self.runs(anatomy.vocab_size)[0]
+        return row
+
+    def rotaries(self) -> tuple[Table, int]:
+        """The rotary embeddings as they are now, which may depend on the prompt's length, and the most frequencies."""
+        found = self.computation.rotaries
+        rows = np.zeros((max(1, len(found)), t.ROTARY), np.int64)
+        for row, rotary in zip(rows, found, strict=False):
+            row[[t.FREQUENCIES, t.FREQUENCY_COUNT]] = rotary.frequencies.data_ptr(), len(rotary.frequencies)
+            row[t.ROTARY_FACTOR] = bits(rotary.factor)
+        return rows, max((len(rotary.frequencies) for rotary in found), default=0)
+
+
+def run_list(kept: Tensor) -> Table:
+    """The runs (start, length) of true values in (U,)."""
+    edges = np.flatnonzero(np.diff(np.pad(kept.numpy().astype(np.int8), 1)))
+    starts, ends = edges[::2], edges[1::2]
+    return np.ascontiguousarray(np.stack([starts, ends - starts], axis=1), dtype=np.int64)
+
+
+def signature(lm: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Another one as soon as a parameter was moved or written."""
+    return tuple(_places(lm))
+
+
+def _places(lm: nn.Module) -> Iterator[tuple[int, int]]:
+    for parameter in lm.parameters():
+        yield parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version
