@@ -209,13 +209,17 @@ def _check(anatomy: Anatomy) -> None:
     lm = anatomy.lm
     kind = type(lm).__name__
     if not anatomy.family.steps:
-        raise UnsupportedModelError(f"it is not known what a layer of {kind} computes besides its projections; {INSTEAD}")
+        raise UnsupportedModelError(
+            f"it is not known what a layer of {kind} computes besides its projections; {INSTEAD}"
+        )
     if not any(base.__name__ == anatomy.family.causal for base in type(lm).__mro__):
         raise UnsupportedModelError(f"{kind} is more than a {anatomy.family.causal}; {INSTEAD}")
     for name, module in lm.named_modules():
         own = module is lm  # whose passes we replace ourselves
         if not own and ("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks):
-            raise UnsupportedModelError(f"{name} of this {kind} is hooked or replaced, which a fast step skips; {INSTEAD}")
+            raise UnsupportedModelError(
+                f"{name} of this {kind} is hooked or replaced, which a fast step skips; {INSTEAD}"
+            )
         home = type(module).forward.__module__
         if not home.startswith(("transformers.", "torch.nn.", "microglia.export.")):
             raise UnsupportedModelError(f"{name or kind} has a forward pass of its own, in {home}; {INSTEAD}")

@@ -9,9 +9,8 @@ from numba import njit
 
 from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.functions import exponential, normed, tanh
-from microglia.execution.cpu.memory import FAST, f32, put_bf16, put_f16, put_f32, real, whole
-from microglia.execution.cpu.products import Share, bounds, columns, rows, summed
-from microglia.execution.cpu.streams import Matrix, Vectors
+from microglia.execution.cpu.memory import FAST, call3, call5, f32, put_bf16, put_f16, put_f32, real, stand_alone, whole
+from microglia.execution.cpu.products import Share, Vectors, bounds, ordered, summed
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
@@ -19,6 +18,7 @@ ZERO, ONE = np.float32(0), np.float32(1)
 @njit(**FAST)
 def rotations(plan: int, place: int, own: int) -> None:
     """Cosines and sines of the new token's position in every row, for every rotary embedding of the model."""
+    stand_alone()
     width, batch = whole(plan, t.ROTARY_WIDTH), whole(plan, t.BATCH)
     for kind in range(whole(plan, t.ROTARY_COUNT)):
         rotary = whole(plan, t.ROTARIES) + 8 * t.ROTARY * kind
@@ -35,6 +35,7 @@ def rotations(plan: int, place: int, own: int) -> None:
 @njit(**FAST)
 def _prepared(plan: int, layer: int, norm: int, row: int, own: int, x: int) -> None:
     """The norm of one head and its rotation, in place."""
+    stand_alone()
     size = whole(layer, t.SIZE)
     if norm != 0:
         weight, bias = whole(norm, t.NORM_WEIGHT), whole(norm, t.NORM_BIAS)
@@ -52,6 +53,7 @@ def _prepared(plan: int, layer: int, norm: int, row: int, own: int, x: int) -> N
 
 @njit(**FAST)
 def _stored(kind: int, at: int, x: int, size: int) -> None:
+    stand_alone()
     if kind == t.BF16:
         for i in range(size):
             put_bf16(at, i, f32(x, i))
@@ -66,6 +68,7 @@ def _stored(kind: int, at: int, x: int, size: int) -> None:
 @njit(**FAST)
 def _weighted(scores: int, count: int, scaling: float, cap: float) -> None:
     """Scores to weights: scaled, capped where there is a cap, their softmax."""
+    stand_alone()
     top = np.float32(-np.inf)
     for i in range(count):
         score = f32(scores, i) * scaling
@@ -83,24 +86,27 @@ def _weighted(scores: int, count: int, scaling: float, cap: float) -> None:
 
 
 @njit(**FAST)
-def _attend(plan: int, layer: int, cache: int, seen: tuple[int, int], own: int, out: int) -> None:
+def _attend(plan: int, layer: int, cache: int, seen: tuple[int, int], own: int, out: int, job: int) -> None:
     """One query (at `own`) over the places `seen` of the keys and values at offset `cache`."""
+    stand_alone()
     kind, size = whole(plan, t.CACHE_KIND), whole(layer, t.SIZE)
     first, count = seen
     step = size * (4 if kind == t.F32 else 2)
     scores = own + 4 * size
-    keys = Matrix(whole(layer, t.KEYS) + cache + first * step, step, size, 0)
-    rows(kind, keys, Vectors(own, 0, 1, scores, 0), 0, count)
+    offset = cache + first * step
+    keys = ordered(job, whole(layer, t.KEYS) + offset, step, size, Vectors(own, 0, 1, scores, 0))
+    call3(whole(plan, t.KEY_CODE), (keys, 0, count))
     _weighted(scores, count, real(layer, t.SCALING), real(layer, t.SOFTCAP))
-    values = Matrix(whole(layer, t.VALUES) + cache + first * step, step, size, 0)
     for i in range(size):
         put_f32(out, i, ZERO)
-    columns(kind, values, Vectors(scores, 0, 1, out, 0), whole(plan, t.IOTA), count, (0, size))
+    values = ordered(job, whole(layer, t.VALUES) + offset, step, size, Vectors(scores, 0, 1, out, 0))
+    call5(whole(plan, t.VALUE_CODE), (values, whole(plan, t.IOTA), count, 0, size))
 
 
 @njit(**FAST)
 def attend(plan: int, layer: int, place: int, share: Share, parts: tuple[int, int, int], own: tuple[int, int]) -> None:
     """This thread's units. parts: of queries, keys and values. own: this thread's room for scores and its rotations."""
+    stand_alone()
     size, window, kind = whole(layer, t.SIZE), whole(layer, t.WINDOW), whole(plan, t.CACHE_KIND)
     width, part = whole(plan, t.ATTENTION_WIDTH), 4 * whole(plan, t.ATTENTION_WIDTH) * whole(plan, t.BATCH)
     key_at = whole(layer, t.HEADS) * size
@@ -134,4 +140,4 @@ def attend(plan: int, layer: int, place: int, share: Share, parts: tuple[int, in
         start = whole(whole(plan, t.STARTS), row)
         if window > 0:
             start = max(start, place + 1 - window)
-        _attend(plan, layer, cache, (start, place + 1 - start), scores, out)
+        _attend(plan, layer, cache, (start, place + 1 - start), scores, out, share.job)

@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from microglia.anatomy import Anatomy, View, swap
+from microglia.anatomy import Anatomy, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request
 from microglia.execution.captured.rope import rotaries

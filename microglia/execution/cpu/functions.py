@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import int32, njit
 
-from microglia.execution.cpu.memory import FAST, f32, power_of_two, put_f32
+from microglia.execution.cpu.memory import FAST, f32, power_of_two, put_f32, stand_alone
 from microglia.execution.cpu.tables import GELU, LAYER, SILU, TANH_GELU
 
 ZERO, HALF, ONE, TWO = (np.float32(x) for x in (0, 0.5, 1, 2))
@@ -47,6 +47,7 @@ def activated(kind: int, x: float) -> float:
 @njit(**FAST)
 def normed(kind: int, weight: int, bias: int, eps: float, x: int, out: int, size: int) -> None:
     """The norm of `size` numbers at x, to out; both may be the same place."""
+    stand_alone()
     mean, square = ZERO, ZERO
     if kind == LAYER:
         for i in range(size):

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.memory import FAST, f32, high4, i8, low4, put_f32, whole
-from microglia.execution.cpu.streams import Matrix, Vectors
 
 GROUP = 32
 HALF_GROUP = GROUP // 2
@@ -54,38 +54,34 @@ def rows_of(dot: Any) -> Any:
     """The product along packed rows, by the product of one group."""
 
     @njit(**FAST)
-    def one(matrix: Matrix, x: int, row: int) -> float:
-        groups, s = matrix.length // GROUP, ZERO
+    def four(job: int, row: int, apart: int, x: int, out: int) -> None:
+        """Four rows, `apart` from each other, times one vector."""
+        groups, step = whole(job, t.JOB_LENGTH) // GROUP, whole(job, t.JOB_STEP)
+        a, scales = whole(job, t.JOB_BASE) + row * step, whole(job, t.JOB_SCALES) + 4 * row * groups
+        far, scales_far = apart * step, 4 * apart * groups
+        s, e, u, v = ZERO, ZERO, ZERO, ZERO
         for g in range(groups):
-            s += dot(matrix.base + row * matrix.step, f32(matrix.scales, row * groups + g), x, g)
-        return s
-
-    @njit(**FAST)
-    def four(matrix: Matrix, x: int, row: int, out: int, apart: int) -> None:
-        groups = matrix.length // GROUP
-        a, scale_a = matrix.base + row * matrix.step, matrix.scales + 4 * row * groups
-        far, scale_far = apart * matrix.step, 4 * apart * groups
-        s, t, u, v = ZERO, ZERO, ZERO, ZERO
-        for g in range(groups):
-            s += dot(a, f32(scale_a, g), x, g)
-            t += dot(a + far, f32(scale_a + scale_far, g), x, g)
-            u += dot(a + 2 * far, f32(scale_a + 2 * scale_far, g), x, g)
-            v += dot(a + 3 * far, f32(scale_a + 3 * scale_far, g), x, g)
+            s += dot(a, f32(scales, g), x, g)
+            e += dot(a + far, f32(scales + scales_far, g), x, g)
+            u += dot(a + 2 * far, f32(scales + 2 * scales_far, g), x, g)
+            v += dot(a + 3 * far, f32(scales + 3 * scales_far, g), x, g)
         put_f32(out, row, s)
-        put_f32(out, row + apart, t)
+        put_f32(out, row + apart, e)
         put_f32(out, row + 2 * apart, u)
         put_f32(out, row + 3 * apart, v)
 
     @njit(**FAST)
-    def rows(matrix: Matrix, vectors: Vectors, first: int, last: int) -> None:
-        """The outputs first … last of every vector."""
-        quarter = (last - first) // 4
+    def rows(job: int, first: int, last: int) -> None:
+        """The outputs first … last of every vector of a job."""
+        quarter, vectors = (last - first) // 4, whole(job, t.JOB_COUNT)
+        x, x_step = whole(job, t.JOB_X), whole(job, t.JOB_X_STEP)
+        out, out_step = whole(job, t.JOB_OUT), whole(job, t.JOB_OUT_STEP)
         for r in range(first, first + quarter):
-            for i in range(vectors.count):
-                four(matrix, vectors.x + i * vectors.step, r, vectors.out + i * vectors.out_step, quarter)
+            for i in range(vectors):
+                four(job, r, quarter, x + i * x_step, out + i * out_step)
         for r in range(first + 4 * quarter, last):
-            for i in range(vectors.count):
-                put_f32(vectors.out + i * vectors.out_step, r, one(matrix, vectors.x + i * vectors.step, r))
+            for i in range(vectors):
+                four(job, r, 0, x + i * x_step, out + i * out_step)
 
     return rows
 
@@ -94,16 +90,18 @@ def columns_of(add: Any) -> Any:
     """The product down packed columns, by adding one group; outputs come in whole groups."""
 
     @njit(**FAST)
-    def columns(matrix: Matrix, vectors: Vectors, inputs: int, count: int, first: int, last: int) -> None:
+    def columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
         """Add what `count` inputs, by the list at `inputs`, give to the outputs first … last of every vector."""
-        groups, quarter = matrix.length // GROUP, max(1, count // 4)
+        groups, quarter = whole(job, t.JOB_LENGTH) // GROUP, max(1, count // 4)
         for k in range(quarter):
             for place in range(k, count, quarter):
                 i = whole(inputs, place)
-                for row in range(vectors.count):
-                    x, out = f32(vectors.x + row * vectors.step, i), vectors.out + row * vectors.out_step
+                row, scales = whole(job, t.JOB_BASE) + i * whole(job, t.JOB_STEP), whole(job, t.JOB_SCALES)
+                for vector in range(whole(job, t.JOB_COUNT)):
+                    x = f32(whole(job, t.JOB_X) + vector * whole(job, t.JOB_X_STEP), i)
+                    out = whole(job, t.JOB_OUT) + vector * whole(job, t.JOB_OUT_STEP)
                     for g in range(first // GROUP, last // GROUP):
-                        add(matrix.base + i * matrix.step, x * f32(matrix.scales, i * groups + g), out, g)
+                        add(row, x * f32(scales, i * groups + g), out, g)
 
     return columns
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from microglia.anatomy import Anatomy, Computation, LayerComputation, Norm, Projection, computation
 from microglia.anatomy.projection import oriented
 from microglia.errors import UnsupportedModelError
+from microglia.execution.cpu import code
 from microglia.execution.cpu import tables as t
 
 KINDS = {torch.float32: t.F32, torch.bfloat16: t.BF16, torch.float16: t.F16}
@@ -63,6 +64,7 @@ class Plan:
             projection = layer.o if field == t.OUTPUT else layer.down
             stored = oriented(projection.module).detach().T.contiguous()
             self.held.append(stored)
+            table[t.CODE] = code.multiply(KINDS[stored.dtype], True)
             table[[t.BY_COLUMNS, t.BASE, t.STEP]] = 1, stored.data_ptr(), stored.stride(0) * stored.element_size()
             table[t.LENGTH] = stored.shape[1]
         return int(table.ctypes.data)
@@ -77,7 +79,7 @@ class Plan:
                 "make it contiguous"
             )
         size, outputs = weight.element_size(), slice(projection.first, projection.first + projection.outputs)
-        table[[t.KIND, t.BY_COLUMNS]] = KINDS[weight.dtype], int(by_columns)
+        table[[t.CODE, t.BY_COLUMNS]] = code.multiply(KINDS[weight.dtype], by_columns), int(by_columns)
         table[t.STEP] = weight.stride(1 if by_columns else 0) * size
         table[t.BASE] = self.address(weight[outputs])
         self.held.pop()  # the model's own
@@ -118,7 +120,8 @@ class Plan:
     def _whole(self, anatomy: Anatomy) -> Table:
         row, computed = np.zeros(t.PLAN_FIELDS, np.int64), self.computation
         row[[t.LAYER_COUNT, t.HIDDEN, t.VOCABULARY]] = len(self.layers), anatomy.hidden_size, anatomy.vocab_size
-        row[t.CACHE_KIND] = KINDS[anatomy.lm.dtype]
+        cache = KINDS[anatomy.lm.dtype]
+        row[[t.CACHE_KIND, t.KEY_CODE, t.VALUE_CODE]] = cache, code.multiply(cache, False), code.multiply(cache, True)
         embedding = computed.embedding.contiguous()
         row[[t.EMBEDDING, t.EMBEDDING_KIND]] = embedding.data_ptr(), KINDS[embedding.dtype]
         row[t.EMBEDDING_FACTOR] = bits(computed.factor)

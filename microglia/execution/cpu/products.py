@@ -10,19 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from microglia.execution.cpu.memory import FAST, f32, put_f32, put_whole, real, whole
-from microglia.execution.cpu.packed import columns_int4, columns_int8, rows_int4, rows_int8
-from microglia.execution.cpu.streams import (
-    Matrix,
-    Vectors,
-    columns_bf16,
-    columns_f16,
-    columns_f32,
-    rows_bf16,
-    rows_f16,
-    rows_f32,
-)
-from microglia.execution.cpu.tables import BASE, BF16, BY_COLUMNS, BIAS, F16, F32, INT8, KIND, LENGTH, SCALES, STEP, THRESHOLD
+from microglia.execution.cpu import tables as t
+from microglia.execution.cpu.memory import FAST, call3, call5, f32, put_f32, put_whole, real, stand_alone, whole
 
 ZERO = np.float32(0)
 
@@ -36,12 +25,23 @@ class Runs(NamedTuple):
     size: int
 
 
+class Vectors(NamedTuple):
+    """`count` vectors to multiply, `step` bytes apart from the address x on, and where their results belong."""
+
+    x: int
+    step: int
+    count: int
+    out: int
+    out_step: int
+
+
 class Share(NamedTuple):
-    """This thread among all of them, and the place of a list of inputs that is its own."""
+    """This thread among all of them, and its own places for a list of inputs and for a job."""
 
     thread: int
     threads: int
     scratch: int
+    job: int
 
 
 @njit(**FAST)
@@ -51,39 +51,24 @@ def bounds(total: int, share: Share) -> tuple[int, int]:
 
 
 @njit(**FAST)
-def rows(kind: int, matrix: Matrix, vectors: Vectors, first: int, last: int) -> None:
-    """The outputs first … last of every vector, for a matrix in rows."""
-    if kind == BF16:
-        rows_bf16(matrix, vectors, first, last)
-    elif kind == F32:
-        rows_f32(matrix, vectors, first, last)
-    elif kind == F16:
-        rows_f16(matrix, vectors, first, last)
-    elif kind == INT8:
-        rows_int8(matrix, vectors, first, last)
-    else:
-        rows_int4(matrix, vectors, first, last)
-
-
-@njit(**FAST)
-def columns(kind: int, matrix: Matrix, vectors: Vectors, inputs: int, count: int, span: tuple[int, int]) -> None:
-    """Add what the listed inputs give to a span of outputs of every vector, for a matrix in columns."""
-    first, last = span
-    if kind == BF16:
-        columns_bf16(matrix, vectors, inputs, count, first, last)
-    elif kind == F32:
-        columns_f32(matrix, vectors, inputs, count, first, last)
-    elif kind == F16:
-        columns_f16(matrix, vectors, inputs, count, first, last)
-    elif kind == INT8:
-        columns_int8(matrix, vectors, inputs, count, first, last)
-    else:
-        columns_int4(matrix, vectors, inputs, count, first, last)
+def ordered(job: int, base: int, step: int, length: int, vectors: Vectors) -> int:
+    """Write down a job: `vectors` times a matrix without scales. Returns its place."""
+    put_whole(job, t.JOB_BASE, base)
+    put_whole(job, t.JOB_STEP, step)
+    put_whole(job, t.JOB_LENGTH, length)
+    put_whole(job, t.JOB_SCALES, 0)
+    put_whole(job, t.JOB_X, vectors.x)
+    put_whole(job, t.JOB_X_STEP, vectors.step)
+    put_whole(job, t.JOB_COUNT, vectors.count)
+    put_whole(job, t.JOB_OUT, vectors.out)
+    put_whole(job, t.JOB_OUT_STEP, vectors.out_step)
+    return job
 
 
 @njit(**FAST)
 def listed(runs: Runs, share: Share) -> int:
     """Write this thread's part of the numbers in the runs to its list; returns how many."""
+    stand_alone()
     first, last = bounds(runs.total * runs.size, share)
     seen, count = 0, 0
     for r in range(runs.count):
@@ -98,6 +83,7 @@ def listed(runs: Runs, share: Share) -> int:
 @njit(**FAST)
 def chosen(count: int, share: Share, vectors: Vectors, threshold: float) -> int:
     """Leave those in the list whose input is larger than the threshold in some vector; returns how many."""
+    stand_alone()
     left = 0
     for k in range(count):
         i = whole(share.scratch, k)
@@ -110,16 +96,18 @@ def chosen(count: int, share: Share, vectors: Vectors, threshold: float) -> int:
 
 
 @njit(**FAST)
-def _matrix(projection: int) -> Matrix:
-    return Matrix(
-        whole(projection, BASE), whole(projection, STEP), whole(projection, LENGTH), whole(projection, SCALES)
-    )
+def _job(projection: int, vectors: Vectors, share: Share) -> int:
+    base, step, length = whole(projection, t.BASE), whole(projection, t.STEP), whole(projection, t.LENGTH)
+    job = ordered(share.job, base, step, length, vectors)
+    put_whole(job, t.JOB_SCALES, whole(projection, t.SCALES))
+    return job
 
 
 @njit(**FAST)
 def _by_rows(projection: int, vectors: Vectors, outputs: Runs, share: Share) -> None:
     """This thread's share of the outputs, with their bias."""
-    matrix, kind, bias = _matrix(projection), whole(projection, KIND), whole(projection, BIAS)
+    stand_alone()
+    job, code, bias = _job(projection, vectors, share), whole(projection, t.CODE), whole(projection, t.BIAS)
     first, last = bounds(outputs.total * outputs.size, share)
     seen = 0
     for r in range(outputs.count):
@@ -128,7 +116,7 @@ def _by_rows(projection: int, vectors: Vectors, outputs: Runs, share: Share) -> 
         seen += length
         if a >= b:
             continue
-        rows(kind, matrix, vectors, a, b)
+        call3(code, (job, a, b))
         if bias != 0:
             for i in range(vectors.count):
                 out = vectors.out + i * vectors.out_step
@@ -139,8 +127,9 @@ def _by_rows(projection: int, vectors: Vectors, outputs: Runs, share: Share) -> 
 @njit(**FAST)
 def _by_columns(projection: int, vectors: Vectors, inputs: Runs, outputs: Runs, share: Share) -> None:
     """This thread's own sum over its share of the inputs, for all outputs; the first thread's has the bias in it."""
-    matrix, kind, bias = _matrix(projection), whole(projection, KIND), whole(projection, BIAS)
-    threshold = real(projection, THRESHOLD)
+    stand_alone()
+    job, code, bias = _job(projection, vectors, share), whole(projection, t.CODE), whole(projection, t.BIAS)
+    threshold = real(projection, t.THRESHOLD)
     count = listed(inputs, share)
     if threshold > ZERO:
         count = chosen(count, share, vectors, threshold)
@@ -151,13 +140,14 @@ def _by_columns(projection: int, vectors: Vectors, inputs: Runs, outputs: Runs, 
             out = vectors.out + row * vectors.out_step
             for j in range(first, last):
                 put_f32(out, j, f32(bias, j) if bias != 0 and share.thread == 0 else ZERO)
-        columns(kind, matrix, vectors, share.scratch, count, (first, last))
+        call5(code, (job, share.scratch, count, first, last))
 
 
 @njit(**FAST)
 def product(projection: int, vectors: Vectors, inputs: Runs, outputs: Runs, share: Share, part: int) -> int:
     """This thread's share of a projection; parts are `part` bytes from each other. Returns how many parts there are."""
-    if whole(projection, BY_COLUMNS) == 0:
+    stand_alone()
+    if whole(projection, t.BY_COLUMNS) == 0:
         _by_rows(projection, vectors, outputs, share)
         return 1
     own = Vectors(vectors.x, vectors.step, vectors.count, vectors.out + share.thread * part, vectors.out_step)

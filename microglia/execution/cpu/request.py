@@ -1,9 +1,6 @@
 """One request's steps: its buffers, its cache, the decision it runs with, and the tables that say where all of it is."""
 
-import functools
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,24 +11,14 @@ from microglia.anatomy import Anatomy, HeadGeometry
 from microglia.errors import MicrogliaError
 from microglia.execution.base import Decision, Request
 from microglia.execution.captured.kv import StaticHeads
+from microglia.execution.cpu import code
 from microglia.execution.cpu import tables as t
-from microglia.execution.cpu.plan import KINDS, Plan, Table, bits, run_list
+from microglia.execution.cpu.plan import Plan, run_list
 from microglia.execution.cpu.team import TEAM, thread_count
 from microglia.units import HeadSite, Site
 from microglia.units.kv import take_rows
 
 CHECK = 16  # tokens that are written before Python is asked whether to go on
-
-
-@functools.cache
-def machine_code() -> Any:
-    """The compiled step. Imports numba, and compiles where numba's cache does not hold the function yet."""
-    from microglia.execution.cpu.step import compiled
-
-    sources = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(path.read_bytes())
-    return compiled(sources.hexdigest())
 
 
 class Steps:
@@ -89,6 +76,7 @@ class Steps:
             t.NORMED_OF: 4 * batch * hidden,
             t.SCORES_OF: 4 * (self.length + size),
             t.ROTATION_OF: 8 * batch * width * len(rotaries),
+            t.JOB_OF: 8 * t.JOB,
             t.LIST_OF: 8 * max(hidden, attention, mlp, batch),
         }
         shared = {
@@ -134,7 +122,9 @@ class Steps:
         for site, keep in zip(sites, decision.keep, strict=True):
             assert isinstance(site, HeadSite)
             if not bool(((keep == 0) | (keep == 1)).all()):
-                raise MicrogliaError(f"{site.name} got soft keeps; a fast step needs keeps of 0 or 1, use Gate(mode='hard')")
+                raise MicrogliaError(
+                    f"{site.name} got soft keeps; a fast step needs keeps of 0 or 1, use Gate(mode='hard')"
+                )
             if bool((keep > 0).all()):
                 continue
             self._decide(site, (keep > 0).expand(len(self.tokens), -1), decision.fill_of(site))
@@ -176,7 +166,7 @@ class Steps:
 
     def _run(self, steps: int, first: int) -> int:
         """Steps on all threads. Python's own signals are looked at between calls."""
-        write, place = machine_code(), self.cache.place.length
+        write, place = code.step(), self.cache.place.length
         self.counter[:] = 0
         self.whole[t.ALL_ENDED] = 0
         table = self.whole.ctypes.data

@@ -12,9 +12,8 @@ from numba import njit
 from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.attention import attend, rotations
 from microglia.execution.cpu.functions import activated, normed, tanh
-from microglia.execution.cpu.memory import FAST, bf16, f16, f32, meet, put_f32, put_whole, real, whole
-from microglia.execution.cpu.products import Runs, Share, bounds, product, summed
-from microglia.execution.cpu.streams import Vectors
+from microglia.execution.cpu.memory import FAST, MATHS, bf16, f16, f32, meet, put_f32, put_whole, real, stand_alone, whole
+from microglia.execution.cpu.products import Runs, Share, Vectors, bounds, product, summed
 
 ZERO, ONE = np.float32(0), np.float32(1)
 
@@ -35,6 +34,7 @@ def _number(kind: int, at: int, i: int) -> float:
 @njit(**FAST)
 def _embed(plan: int, place: int, hidden: int) -> None:
     """The embeddings of the last tokens, with their positions' where the model has such."""
+    stand_alone()
     size, kind = whole(plan, t.HIDDEN), whole(plan, t.EMBEDDING_KIND)
     factor, positions = real(plan, t.EMBEDDING_FACTOR), whole(plan, t.POSITIONS)
     for row in range(whole(plan, t.BATCH)):
@@ -50,6 +50,7 @@ def _embed(plan: int, place: int, hidden: int) -> None:
 
 @njit(**FAST)
 def _all_normed(plan: int, norm: int, hidden: int, out: int) -> None:
+    stand_alone()
     size = whole(plan, t.HIDDEN)
     for row in range(whole(plan, t.BATCH)):
         _norm(norm, hidden + 4 * size * row, out + 4 * size * row, size)
@@ -58,6 +59,7 @@ def _all_normed(plan: int, norm: int, hidden: int, out: int) -> None:
 @njit(**FAST)
 def _added(plan: int, layer: int, parts: int, norm: int, hidden: int, scratch: int, fill: int) -> None:
     """Add what a half of the layer gave to the hidden states, normed first where the family does that."""
+    stand_alone()
     size, batch, given = whole(plan, t.HIDDEN), whole(plan, t.BATCH), whole(plan, t.OUT_PARTS)
     for row in range(batch):
         x, out = hidden + 4 * size * row, scratch + 4 * size * row
@@ -75,6 +77,7 @@ def _added(plan: int, layer: int, parts: int, norm: int, hidden: int, scratch: i
 @njit(**FAST)
 def _attention(plan: int, layer: int, place: int, share: Share, hidden: int, met: int) -> int:
     """The first half of a layer."""
+    stand_alone()
     size, batch, threads = whole(plan, t.HIDDEN), whole(plan, t.BATCH), whole(plan, t.THREADS)
     private = share.thread * whole(plan, t.PRIVATE_STEP)
     normal = whole(plan, t.NORMED_OF) + private
@@ -90,7 +93,9 @@ def _attention(plan: int, layer: int, place: int, share: Share, hidden: int, met
     k = product(whole(layer, t.KEY), Vectors(normal, 4 * size, batch, keys, 4 * width), every, groups, share, part)
     v = product(whole(layer, t.VALUE), Vectors(normal, 4 * size, batch, values, 4 * width), every, groups, share, part)
     met = meet(whole(plan, t.COUNTER), threads, met)
-    attend(plan, layer, place, share, (q, k, v), (whole(plan, t.SCORES_OF) + private, whole(plan, t.ROTATION_OF) + private))
+    attend(
+        plan, layer, place, share, (q, k, v), (whole(plan, t.SCORES_OF) + private, whole(plan, t.ROTATION_OF) + private)
+    )
     met = meet(whole(plan, t.COUNTER), threads, met)
     attended = Vectors(whole(plan, t.ATTENDED), 4 * width, batch, whole(plan, t.OUT_PARTS), 4 * size)
     parts = product(whole(layer, t.OUTPUT), attended, heads, every, share, 4 * batch * size)
@@ -102,6 +107,7 @@ def _attention(plan: int, layer: int, place: int, share: Share, hidden: int, met
 @njit(**FAST)
 def _activate(plan: int, layer: int, share: Share, gates: int, ups: int) -> None:
     """What goes into the projection down, of this thread's share of the channels."""
+    stand_alone()
     batch, width, kind = whole(plan, t.BATCH), whole(plan, t.MLP_WIDTH), whole(layer, t.ACTIVATION)
     part, channels = 4 * width * batch, whole(layer, t.CHANNELS)
     first, last = bounds(whole(layer, t.CHANNELS_KEPT), share)
@@ -123,13 +129,12 @@ def _activate(plan: int, layer: int, share: Share, gates: int, ups: int) -> None
 @njit(**FAST)
 def _mlp(plan: int, layer: int, share: Share, hidden: int, met: int) -> int:
     """The second half of a layer."""
+    stand_alone()
     size, batch, threads = whole(plan, t.HIDDEN), whole(plan, t.BATCH), whole(plan, t.THREADS)
     normal = whole(plan, t.NORMED_OF) + share.thread * whole(plan, t.PRIVATE_STEP)
     width, given = whole(plan, t.MLP_WIDTH), whole(plan, t.MLP_PARTS)
     part, every = 4 * width * batch, Runs(whole(plan, t.EVERY_HIDDEN), 1, size, 1)
-    kept = Runs(
-        whole(layer, t.CHANNEL_RUNS), whole(layer, t.CHANNEL_RUN_COUNT), whole(layer, t.CHANNELS_KEPT), 1
-    )
+    kept = Runs(whole(layer, t.CHANNEL_RUNS), whole(layer, t.CHANNEL_RUN_COUNT), whole(layer, t.CHANNELS_KEPT), 1)
     _all_normed(plan, whole(layer, t.NORM_MLP), hidden, normal)
     gates = 0
     if whole(layer, t.GATE) != 0:
@@ -151,6 +156,7 @@ def _mlp(plan: int, layer: int, share: Share, hidden: int, met: int) -> int:
 @njit(**FAST)
 def logits(plan: int, place: int, share: Share, met: int) -> int:
     """The logits of what follows the last tokens; returns how often the threads have met. Some may be written later."""
+    stand_alone()
     size, batch, vocabulary = whole(plan, t.HIDDEN), whole(plan, t.BATCH), whole(plan, t.VOCABULARY)
     private = share.thread * whole(plan, t.PRIVATE_STEP)
     hidden, normal = whole(plan, t.HIDDEN_OF) + private, whole(plan, t.NORMED_OF) + private
@@ -177,6 +183,7 @@ def logits(plan: int, place: int, share: Share, met: int) -> int:
 @njit(**FAST)
 def _likeliest(plan: int, share: Share, met: int) -> int:
     """Every row's likeliest token into the list of this thread; returns how often the threads have met."""
+    stand_alone()
     batch, vocabulary, best = whole(plan, t.BATCH), whole(plan, t.VOCABULARY), whole(plan, t.BEST)
     first, last = bounds(vocabulary, share)
     for row in range(batch):
@@ -199,6 +206,7 @@ def _likeliest(plan: int, share: Share, met: int) -> int:
 @njit(**FAST)
 def _take(plan: int, share: Share, done: int) -> None:
     """Take the likeliest tokens as the answers' next; an answer that has ended goes on with padding."""
+    stand_alone()
     batch, all_ended = whole(plan, t.BATCH), 1
     for row in range(batch):
         token, ended = whole(share.scratch, row), whole(whole(plan, t.ENDED), row)
@@ -220,7 +228,8 @@ def _written(plan: int, thread: int, place: int, steps: int, first: int) -> int:
     first: where in the answers they belong, or -1 for a single step that leaves its logits and chooses nothing.
     """
     threads = whole(plan, t.THREADS)
-    share = Share(thread, threads, whole(plan, t.LIST_OF) + thread * whole(plan, t.PRIVATE_STEP))
+    private = thread * whole(plan, t.PRIVATE_STEP)
+    share = Share(thread, threads, whole(plan, t.LIST_OF) + private, whole(plan, t.JOB_OF) + private)
     met, done = 0, 0
     while done < steps:
         met = logits(plan, place + done, share, met)
@@ -242,7 +251,7 @@ def compiled(sources: str) -> Any:
     sources: a fingerprint of all files of the step. numba looks at this file only, so it is made part of the function.
     """
 
-    @njit("int64(int64, int64, int64, int64, int64)", cache=True, **FAST)
+    @njit("int64(int64, int64, int64, int64, int64)", cache=True, nogil=True, **MATHS)
     def write(plan: int, thread: int, place: int, steps: int, first: int) -> int:
         if len(sources) == 0:
             return 0

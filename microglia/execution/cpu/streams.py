@@ -4,36 +4,15 @@ Both read four streams at a time, far from each other: measured on one core, one
 neighbouring rows 8, four distant ones 20 to 25.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numba import njit
 
+from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.memory import FAST, bf16, f16, f32, put_f32, whole
 
 ZERO = np.float32(0)
-
-
-class Matrix(NamedTuple):
-    """Stored rows of `length` numbers each, `step` bytes apart from the address `base` on.
-
-    scales: address of the float32 that groups of GROUP numbers are multiplied by, row after row, where there are any.
-    """
-
-    base: int
-    step: int
-    length: int
-    scales: int
-
-
-class Vectors(NamedTuple):
-    """`count` vectors to multiply, `step` bytes apart from the address x on, and where their results belong."""
-
-    x: int
-    step: int
-    count: int
-    out: int
-    out_step: int
 
 
 def rows_of(load: Any) -> Any:
@@ -42,28 +21,28 @@ def rows_of(load: Any) -> Any:
     @njit(**FAST)
     def four(a: int, b: int, c: int, d: int, length: int, x: int, out: int, apart: int) -> None:
         """The rows at a, b, c and d times one vector, to places `apart` numbers from each other."""
-        s, t, u, v = ZERO, ZERO, ZERO, ZERO
+        s, e, u, v = ZERO, ZERO, ZERO, ZERO
         for j in range(length):
             value = f32(x, j)
             s += load(a, j) * value
-            t += load(b, j) * value
+            e += load(b, j) * value
             u += load(c, j) * value
             v += load(d, j) * value
         put_f32(out, 0, s)
-        put_f32(out, apart, t)
+        put_f32(out, apart, e)
         put_f32(out, 2 * apart, u)
         put_f32(out, 3 * apart, v)
 
     @njit(**FAST)
     def two(a: int, b: int, length: int, x: int, step: int, out: int, out_step: int, apart: int) -> None:
         """The rows at a and b times four vectors."""
-        s, t, u, v = ZERO, ZERO, ZERO, ZERO
+        s, e, u, v = ZERO, ZERO, ZERO, ZERO
         k, m, n, p = ZERO, ZERO, ZERO, ZERO
         for j in range(length):
             one, other = load(a, j), load(b, j)
             w, y, z, q = f32(x, j), f32(x + step, j), f32(x + 2 * step, j), f32(x + 3 * step, j)
             s += one * w
-            t += one * y
+            e += one * y
             u += one * z
             v += one * q
             k += other * w
@@ -71,7 +50,7 @@ def rows_of(load: Any) -> Any:
             n += other * z
             p += other * q
         put_f32(out, 0, s)
-        put_f32(out + out_step, 0, t)
+        put_f32(out + out_step, 0, e)
         put_f32(out + 2 * out_step, 0, u)
         put_f32(out + 3 * out_step, 0, v)
         put_f32(out, apart, k)
@@ -80,28 +59,27 @@ def rows_of(load: Any) -> Any:
         put_f32(out + 3 * out_step, apart, p)
 
     @njit(**FAST)
-    def rows(matrix: Matrix, vectors: Vectors, first: int, last: int) -> None:
-        """The outputs first … last of every vector: each is the sum along its row."""
-        quarter, far = (last - first) // 4, (last - first) // 4 * matrix.step
+    def rows(job: int, first: int, last: int) -> None:
+        """The outputs first … last of every vector of a job: each is the sum along its row."""
+        base, step, length = whole(job, t.JOB_BASE), whole(job, t.JOB_STEP), whole(job, t.JOB_LENGTH)
+        x_step, out_step = whole(job, t.JOB_X_STEP), whole(job, t.JOB_OUT_STEP)
+        quarter, far = (last - first) // 4, (last - first) // 4 * step
         for r in range(first, first + quarter):
-            a = matrix.base + r * matrix.step
-            done = 0
-            while done + 4 <= vectors.count:
-                x, out = vectors.x + done * vectors.step, vectors.out + done * vectors.out_step + 4 * r
-                two(a, a + far, matrix.length, x, vectors.step, out, vectors.out_step, quarter)
-                out += 8 * quarter
-                two(a + 2 * far, a + 3 * far, matrix.length, x, vectors.step, out, vectors.out_step, quarter)
-                done += 4
-            while done < vectors.count:
-                x, out = vectors.x + done * vectors.step, vectors.out + done * vectors.out_step + 4 * r
-                four(a, a + far, a + 2 * far, a + 3 * far, matrix.length, x, out, quarter)
-                done += 1
+            a, done = base + r * step, 0
+            x, out = whole(job, t.JOB_X), whole(job, t.JOB_OUT) + 4 * r
+            while done + 4 <= whole(job, t.JOB_COUNT):
+                two(a, a + far, length, x, x_step, out, out_step, quarter)
+                two(a + 2 * far, a + 3 * far, length, x, x_step, out + 8 * quarter, out_step, quarter)
+                done, x, out = done + 4, x + 4 * x_step, out + 4 * out_step
+            while done < whole(job, t.JOB_COUNT):
+                four(a, a + far, a + 2 * far, a + 3 * far, length, x, out, quarter)
+                done, x, out = done + 1, x + x_step, out + out_step
         for r in range(first + 4 * quarter, last):
-            for i in range(vectors.count):
+            for i in range(whole(job, t.JOB_COUNT)):
                 s = ZERO
-                for j in range(matrix.length):
-                    s += load(matrix.base + r * matrix.step, j) * f32(vectors.x + i * vectors.step, j)
-                put_f32(vectors.out + i * vectors.out_step, r, s)
+                for j in range(length):
+                    s += load(base + r * step, j) * f32(whole(job, t.JOB_X) + i * x_step, j)
+                put_f32(whole(job, t.JOB_OUT) + i * out_step, r, s)
 
     return rows
 
@@ -110,23 +88,24 @@ def columns_of(load: Any) -> Any:
     """The product down columns of numbers that `load` reads."""
 
     @njit(**FAST)
-    def columns(matrix: Matrix, vectors: Vectors, inputs: int, count: int, first: int, last: int) -> None:
+    def columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
         """Add what `count` inputs, by the list at `inputs`, give to the outputs first … last of every vector."""
-        base, step, quarter = matrix.base, matrix.step, count // 4
+        base, step, quarter = whole(job, t.JOB_BASE), whole(job, t.JOB_STEP), count // 4
+        vectors, x_step, out_step = whole(job, t.JOB_COUNT), whole(job, t.JOB_X_STEP), whole(job, t.JOB_OUT_STEP)
         for k in range(quarter):
             h, i = whole(inputs, k), whole(inputs, k + quarter)
             m, n = whole(inputs, k + 2 * quarter), whole(inputs, k + 3 * quarter)
             a, b, c, d = base + h * step, base + i * step, base + m * step, base + n * step
-            for row in range(vectors.count):
-                x, out = vectors.x + row * vectors.step, vectors.out + row * vectors.out_step
-                s, t, u, v = f32(x, h), f32(x, i), f32(x, m), f32(x, n)
+            for row in range(vectors):
+                x, out = whole(job, t.JOB_X) + row * x_step, whole(job, t.JOB_OUT) + row * out_step
+                s, e, u, v = f32(x, h), f32(x, i), f32(x, m), f32(x, n)
                 for j in range(first, last):
-                    given = (s * load(a, j) + t * load(b, j)) + (u * load(c, j) + v * load(d, j))
+                    given = (s * load(a, j) + e * load(b, j)) + (u * load(c, j) + v * load(d, j))
                     put_f32(out, j, f32(out, j) + given)
         for k in range(4 * quarter, count):
             h = whole(inputs, k)
-            for row in range(vectors.count):
-                out, s = vectors.out + row * vectors.out_step, f32(vectors.x + row * vectors.step, h)
+            for row in range(vectors):
+                out, s = whole(job, t.JOB_OUT) + row * out_step, f32(whole(job, t.JOB_X) + row * x_step, h)
                 for j in range(first, last):
                     put_f32(out, j, f32(out, j) + s * load(base + h * step, j))
 

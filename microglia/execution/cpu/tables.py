@@ -7,10 +7,25 @@ F32, BF16, F16, INT8, INT4 = range(5)
 RMS, LAYER = 1, 2
 SILU, TANH_GELU, GELU, RELU = range(4)
 
-# A projection: how its numbers are stored; whether it lies in columns, as (inputs, outputs); the first address; bytes
-# from one stored row to the next; numbers in a row that count; scales and bias, 0 where there are none; below which size
-# an input does not count.
-KIND, BY_COLUMNS, BASE, STEP, LENGTH, SCALES, BIAS, THRESHOLD, PROJECTION = range(9)
+# A projection: the address of the code that multiplies by it; whether it lies in columns, as (inputs, outputs); the
+# first address; bytes from one stored row to the next; numbers in a row that count; scales and bias, 0 where there are
+# none; below which size an input does not count.
+CODE, BY_COLUMNS, BASE, STEP, LENGTH, SCALES, BIAS, THRESHOLD, PROJECTION = range(9)
+
+# What such code is given: the matrix as above; how many vectors, where the first is and how many bytes further the next;
+# where their results belong.
+(
+    JOB_BASE,
+    JOB_STEP,
+    JOB_LENGTH,
+    JOB_SCALES,
+    JOB_X,
+    JOB_X_STEP,
+    JOB_COUNT,
+    JOB_OUT,
+    JOB_OUT_STEP,
+    JOB,
+) = range(10)
 
 # A norm: its kind, its weight and bias in float32, its epsilon.
 NORM_KIND, NORM_WEIGHT, NORM_BIAS, NORM_EPS, NORM = range(5)
@@ -74,6 +89,8 @@ UNIT = 4
     HIDDEN,
     VOCABULARY,
     CACHE_KIND,
+    KEY_CODE,
+    VALUE_CODE,
     EMBEDDING,
     EMBEDDING_KIND,
     EMBEDDING_FACTOR,
@@ -97,6 +114,7 @@ UNIT = 4
     NORMED_OF,
     SCORES_OF,
     LIST_OF,
+    JOB_OF,
     ROTATION_OF,
     ATTENTION_PARTS,
     ATTENTION_WIDTH,
@@ -115,4 +133,4 @@ UNIT = 4
     ENDED,
     ALL_ENDED,
     PLAN_FIELDS,
-) = range(48)
+) = range(51)
