@@ -100,7 +100,8 @@ def computation(anatomy: Anatomy) -> Computation:
     """What a model computes. Raises UnsupportedModelError, in one sentence, where that is not known for certain."""
     lm, stack = anatomy.lm, anatomy.stack
     _check(anatomy)
-    kinds = sorted(set(anatomy.layer_kinds)) if hasattr(_rotary_module(stack), "layer_types") else [None]
+    by_kind = hasattr(_rotary_module(stack), "layer_types")
+    kinds: list[str | None] = [*sorted(set(anatomy.layer_kinds))] if by_kind else [None]
     embedding, config = lm.get_input_embeddings(), anatomy.text_config
     scaled = getattr(embedding, "embed_scale", None)
     factor = 1.0 if scaled is None else float(torch.as_tensor(scaled).to(embedding.weight.dtype))
@@ -132,7 +133,8 @@ def _rotaries(module: Any, kinds: list[str | None]) -> Iterator[Rotary]:
 
 
 def _layer(anatomy: Anatomy, layer: Layer, kinds: list[str | None]) -> LayerComputation:
-    family, attention, module = layer.family, layer.attention, layer.module
+    family, module = layer.family, layer.module
+    attention: Any = layer.attention
     up, down = [getattr(layer.mlp, name) for name in family.mlp.up], getattr(layer.mlp, family.mlp.down)
     channels = _inputs(down)
     gate = Projection(up[0], 0, channels) if family.mlp.packed or len(up) > 1 else None

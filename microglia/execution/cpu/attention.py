@@ -9,10 +9,21 @@ from numba import njit
 
 from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.functions import exponential, normed, tanh
-from microglia.execution.cpu.memory import FAST, call3, call5, f32, put_bf16, put_f16, put_f32, real, stand_alone, whole
+from microglia.execution.cpu.memory import (
+    FAST,
+    LOWEST,
+    ZERO,
+    call3,
+    call5,
+    f32,
+    put_bf16,
+    put_f16,
+    put_f32,
+    real,
+    stand_alone,
+    whole,
+)
 from microglia.execution.cpu.products import Share, Vectors, bounds, ordered, summed
-
-ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @njit(**FAST)
@@ -69,7 +80,7 @@ def _stored(kind: int, at: int, x: int, size: int) -> None:
 def _weighted(scores: int, count: int, scaling: float, cap: float) -> None:
     """Scores to weights: scaled, capped where there is a cap, their softmax."""
     stand_alone()
-    top = np.float32(-np.inf)
+    top = LOWEST
     for i in range(count):
         score = f32(scores, i) * scaling
         if cap > ZERO:

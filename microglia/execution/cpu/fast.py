@@ -27,6 +27,8 @@ class Fast(Execution):
     What is left out is a list of rows that are not read: nothing is cut, copied or switched, but the output projection
     of attention, which is transposed at the first decision (see `extra_bytes`). The function is compiled once for each
     machine, whatever the model, and kept on disk by numba.
+
+    bits: 8 or 4 to read copies of the weights that are rounded to so many; None for the model's own.
     """
 
     name: ClassVar[str] = "fast"
@@ -34,7 +36,9 @@ class Fast(Execution):
     shares: ClassVar[bool] = False
     calls_layers: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, bits: int | None = None) -> None:
+        if bits not in (None, 4, 8):
+            raise ConfigError(f"bits={bits} was given; choose 4 or 8, or None for the model's own weights")
         if importlib.util.find_spec("numba") is None:
             raise UnsupportedModelError(
                 "execution='fast' needs numba, without which a step takes two to four times as long; install "
@@ -42,7 +46,7 @@ class Fast(Execution):
             )
         self.anatomy = Anatomy(model)
         self.rotaries = rotaries(self.anatomy.lm)
-        self.plan = Plan(self.anatomy)
+        self.plan = Plan(self.anatomy, bits)
         self.present: Steps | None = None
 
     @classmethod
@@ -77,7 +81,7 @@ class Fast(Execution):
         for rotary in self.rotaries:
             rotary.check(int(request.mask.sum(1).max()), request.new_tokens)
         if self.plan.signature != signature(self.anatomy.lm):
-            self.plan = Plan(self.anatomy)
+            self.plan = Plan(self.anatomy, self.plan.bits)
         steps = Steps(self.plan, self.anatomy, request)
         with ExitStack() as stack:
             lm = self.anatomy.lm

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
@@ -17,6 +18,8 @@ from numba.extending import intrinsic
 MATHS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}}
 FAST: dict[str, Any] = {**MATHS, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 SPINS = 20_000  # looks at a counter before a waiting thread gives its core to others: about as long as a layer takes
+Reader = Callable[[int, int], float]
+Writer = Callable[[int, int, float], None]
 _BYTE, _HALF, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
@@ -62,23 +65,21 @@ def _to_bf16(b: Any, x: Any) -> Any:
     return b.trunc(b.lshr(b.add(bits, b.add(odd, _WORD(0x7FFF))), _WORD(16)), _HALF)
 
 
-f32 = _reader(_FLOAT, types.float32, lambda b, x: x)
-bf16 = _reader(_HALF, types.float32, _from_bf16)
-f16 = _reader(_HALF, types.float32, lambda b, x: b.fpext(b.bitcast(x, ir.HalfType()), _FLOAT))
-i8 = _reader(_BYTE, types.float32, lambda b, x: b.sitofp(x, _FLOAT))
-low4 = _reader(_BYTE, types.float32, lambda b, x: b.sitofp(b.and_(b.zext(x, _WORD), _WORD(15)), _FLOAT))
-high4 = _reader(_BYTE, types.float32, lambda b, x: b.sitofp(b.lshr(b.zext(x, _WORD), _WORD(4)), _FLOAT))
-whole = _reader(_LONG, types.int64, lambda b, x: x)
-real = _reader(ir.DoubleType(), types.float32, lambda b, x: b.fptrunc(x, _FLOAT))
+f32: Reader = _reader(_FLOAT, types.float32, lambda b, x: x)
+bf16: Reader = _reader(_HALF, types.float32, _from_bf16)
+f16: Reader = _reader(_HALF, types.float32, lambda b, x: b.fpext(b.bitcast(x, ir.HalfType()), _FLOAT))
+i8: Reader = _reader(_BYTE, types.float32, lambda b, x: b.sitofp(x, _FLOAT))
+whole: Callable[[int, int], int] = _reader(_LONG, types.int64, lambda b, x: x)
+real: Reader = _reader(ir.DoubleType(), types.float32, lambda b, x: b.fptrunc(x, _FLOAT))
 
-put_f32 = _writer(_FLOAT, types.float32, lambda b, x: x)
-put_bf16 = _writer(_HALF, types.float32, _to_bf16)
-put_f16 = _writer(_HALF, types.float32, lambda b, x: b.bitcast(b.fptrunc(x, ir.HalfType()), _HALF))
-put_whole = _writer(_LONG, types.int64, lambda b, x: x)
+put_f32: Writer = _writer(_FLOAT, types.float32, lambda b, x: x)
+put_bf16: Writer = _writer(_HALF, types.float32, _to_bf16)
+put_f16: Writer = _writer(_HALF, types.float32, lambda b, x: b.bitcast(b.fptrunc(x, ir.HalfType()), _HALF))
+put_whole: Callable[[int, int, int], None] = _writer(_LONG, types.int64, lambda b, x: x)
 
 
 def _caller(count: int) -> Any:
-    """An intrinsic (address of machine code, numbers): calls code that takes `count` integers and gives nothing back."""
+    """An intrinsic (address of machine code, numbers): calls code that takes `count` integers and returns nothing."""
 
     @intrinsic
     def call(_: Any, code: Any, numbers: Any) -> Any:
@@ -93,12 +94,11 @@ def _caller(count: int) -> Any:
     return call
 
 
-call3, call5 = _caller(3), _caller(5)
+call3: Callable[[int, tuple[int, int, int]], None] = _caller(3)
+call5: Callable[[int, tuple[int, int, int, int, int]], None] = _caller(5)
 
 
-@intrinsic
-def stand_alone(_: Any) -> Any:
-    """Said in a function, it is never written into those that call it: a fifth of the time to compile a step."""
+def _stand_alone(_: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.function.attributes.add("noinline")
@@ -107,9 +107,7 @@ def stand_alone(_: Any) -> Any:
     return types.void(), generate
 
 
-@intrinsic
-def power_of_two(_: Any, exponent: Any) -> Any:
-    """2 to an integer power (int32) as float32, by its bits."""
+def _power_of_two(_: Any, exponent: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(builder.shl(builder.add(args[0], _WORD(127)), _WORD(23)), _FLOAT)
@@ -117,8 +115,7 @@ def power_of_two(_: Any, exponent: Any) -> Any:
     return types.float32(types.int32), generate
 
 
-@intrinsic
-def _counted(_: Any, address: Any) -> Any:
+def _add_one(_: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         place = builder.inttoptr(args[0], _LONG.as_pointer())
         return builder.atomic_rmw("add", place, _LONG(1), "seq_cst")
@@ -126,17 +123,14 @@ def _counted(_: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
-@intrinsic
-def _count(_: Any, address: Any) -> Any:
+def _look(_: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.load_atomic(builder.inttoptr(args[0], _LONG.as_pointer()), "acquire", 8)
 
     return types.int64(types.int64), generate
 
 
-@intrinsic
-def _pause(_: Any) -> Any:
-    """Tell the core that its thread waits, so that what else runs on it runs better."""
+def _rest(_: Any) -> Any:
     machine = platform.machine().lower()
     name = {"x86_64": "llvm.x86.sse2.pause", "amd64": "llvm.x86.sse2.pause"}.get(machine)
 
@@ -150,7 +144,23 @@ def _pause(_: Any) -> Any:
     return types.void(), generate
 
 
+# Said in a function, it is not written into those that call it, which takes less time to compile.
+stand_alone: Callable[[], None] = intrinsic(_stand_alone)
+# 2 to an integer power (int32) as float32, by its bits.
+power_of_two: Callable[[Any], float] = intrinsic(_power_of_two)
+_counted: Callable[[int], int] = intrinsic(_add_one)
+_count: Callable[[int], int] = intrinsic(_look)
+# Tells the core that its thread waits, so that what else runs on it runs better.
+_pause: Callable[[], None] = intrinsic(_rest)
 _give_way = types.ExternalFunction("SwitchToThread" if os.name == "nt" else "sched_yield", types.int32())
+
+
+def single(x: float) -> float:
+    """A constant in float32: what is written as a number is a double, and so would be all that it meets."""
+    return np.float32(x)  # type: ignore[return-value]  # numba's float
+
+
+ZERO, ONE, LOWEST = single(0), single(1), single(-np.inf)
 
 
 @njit(**FAST)

@@ -9,8 +9,17 @@ from numba import cfunc
 
 from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.memory import MATHS
-from microglia.execution.cpu.packed import columns_int4, columns_int8, rows_int4, rows_int8
-from microglia.execution.cpu.streams import columns_bf16, columns_f16, columns_f32, rows_bf16, rows_f16, rows_f32
+from microglia.execution.cpu.packed import columns_int4, rows_int4
+from microglia.execution.cpu.streams import (
+    columns_bf16,
+    columns_f16,
+    columns_f32,
+    columns_int8,
+    rows_bf16,
+    rows_f16,
+    rows_f32,
+    rows_int8,
+)
 
 
 def compiled(kind: int, by_columns: bool, sources: str) -> Any:

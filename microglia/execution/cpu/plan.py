@@ -1,4 +1,4 @@
-"""The tables of a model, as its decode step reads them: where each of its arrays lies. Nothing is copied but vectors."""
+"""The tables of a model, as its decode step reads them: where each array lies. Nothing is copied but vectors."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +12,7 @@ from microglia.anatomy.projection import oriented
 from microglia.errors import UnsupportedModelError
 from microglia.execution.cpu import code
 from microglia.execution.cpu import tables as t
+from microglia.execution.cpu.quantise import quantised
 
 KINDS = {torch.float32: t.F32, torch.bfloat16: t.BF16, torch.float16: t.F16}
 NORMS = {"rms": t.RMS, "layer": t.LAYER}
@@ -25,12 +26,14 @@ def bits(x: float) -> int:
 
 
 class Plan:
-    """What a step knows of a model: `layers` (L, fields), `head` fields of the whole, and what all of it points to.
+    """What a step knows of a model: `layers` (L, fields), `whole` fields of the model, and what all of it points to.
 
-    It stays right as long as `signature` is the model's: as long as no weight was moved or written.
+    bits: 8 or 4 to multiply by rounded copies of the weights, None for the model's own. It stays right as long as
+    `signature` is the model's: as long as no weight was moved or written.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, bits: int | None = None) -> None:
+        self.bits = bits
         self.computation: Computation = computation(anatomy)
         self.signature = signature(anatomy.lm)
         self.held: list[Any] = []
@@ -57,16 +60,15 @@ class Plan:
         return self.address(found), len(found), int(kept.sum())
 
     def columns(self, index: int, field: int) -> int:
-        """The address of a projection of a layer whose matrix lies in columns, transposed now unless it does already."""
+        """The address of a projection whose matrix lies in columns, transposed now unless it does already."""
         table = self.projections[index, field]
         if not table[t.BY_COLUMNS]:
             layer = self.computation.layers[index]
             projection = layer.o if field == t.OUTPUT else layer.down
             stored = oriented(projection.module).detach().T.contiguous()
-            self.held.append(stored)
-            table[t.CODE] = code.multiply(KINDS[stored.dtype], True)
-            table[[t.BY_COLUMNS, t.BASE, t.STEP]] = 1, stored.data_ptr(), stored.stride(0) * stored.element_size()
-            table[t.LENGTH] = stored.shape[1]
+            if self.bits is None:
+                self.held.append(stored)
+            self._store(table, stored, by_columns=True)
         return int(table.ctypes.data)
 
     def _projection(self, projection: Projection) -> Table:
@@ -78,16 +80,25 @@ class Plan:
                 f"a weight of strides {weight.stride()} was given, but one of its dimensions must lie without gaps; "
                 "make it contiguous"
             )
-        size, outputs = weight.element_size(), slice(projection.first, projection.first + projection.outputs)
-        table[[t.CODE, t.BY_COLUMNS]] = code.multiply(KINDS[weight.dtype], by_columns), int(by_columns)
-        table[t.STEP] = weight.stride(1 if by_columns else 0) * size
-        table[t.BASE] = self.address(weight[outputs])
-        self.held.pop()  # the model's own
-        table[t.LENGTH] = projection.outputs if by_columns else weight.shape[1]
+        outputs = slice(projection.first, projection.first + projection.outputs)
+        stored = weight[outputs]
+        self._store(table, stored.T if by_columns else stored, by_columns=by_columns)
         bias: Any = module.bias
         table[t.BIAS] = self.address(None if bias is None else bias.detach()[outputs].float().clone())
         self.held.append(table)
         return table
+
+    def _store(self, table: Table, stored: Tensor, *, by_columns: bool) -> None:
+        """Say where the rows of a matrix lie: those given, or rounded copies."""
+        kind, scales = KINDS[stored.dtype], None
+        if self.bits is not None:
+            rounded = quantised(stored, self.bits)
+            kind, stored, scales = (t.INT8 if rounded.bits == 8 else t.INT4), rounded.numbers, rounded.scales
+            self.held.append(stored)
+        table[[t.CODE, t.BY_COLUMNS]] = code.multiply(kind, by_columns), int(by_columns)
+        table[[t.BASE, t.STEP]] = stored.data_ptr(), stored.stride(0) * stored.element_size()
+        table[t.LENGTH] = stored.shape[1] * (2 if kind == t.INT4 else 1)
+        table[t.SCALES] = self.address(scales)
 
     def _norm(self, norm: Norm | None) -> int:
         if norm is None:

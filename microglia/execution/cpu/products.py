@@ -7,30 +7,27 @@ its inputs, each thread makes a sum of its own, and whoever reads the result add
 
 from typing import NamedTuple
 
-import numpy as np
 from numba import njit
 
 from microglia.execution.cpu import tables as t
-from microglia.execution.cpu.memory import FAST, call3, call5, f32, put_f32, put_whole, real, stand_alone, whole
-
-ZERO = np.float32(0)
+from microglia.execution.cpu.memory import FAST, ZERO, call3, call5, f32, put_f32, put_whole, real, stand_alone, whole
 
 
 class Runs(NamedTuple):
-    """`count` runs at an address, of units of `size` numbers, `total` units in all."""
+    """So many runs at an address, of units of `size` numbers, `total` units in all."""
 
     at: int
-    count: int
+    number: int
     total: int
     size: int
 
 
 class Vectors(NamedTuple):
-    """`count` vectors to multiply, `step` bytes apart from the address x on, and where their results belong."""
+    """So many vectors to multiply, `step` bytes apart from the address x on, and where their results belong."""
 
     x: int
     step: int
-    count: int
+    number: int
     out: int
     out_step: int
 
@@ -59,7 +56,7 @@ def ordered(job: int, base: int, step: int, length: int, vectors: Vectors) -> in
     put_whole(job, t.JOB_SCALES, 0)
     put_whole(job, t.JOB_X, vectors.x)
     put_whole(job, t.JOB_X_STEP, vectors.step)
-    put_whole(job, t.JOB_COUNT, vectors.count)
+    put_whole(job, t.JOB_COUNT, vectors.number)
     put_whole(job, t.JOB_OUT, vectors.out)
     put_whole(job, t.JOB_OUT_STEP, vectors.out_step)
     return job
@@ -71,7 +68,7 @@ def listed(runs: Runs, share: Share) -> int:
     stand_alone()
     first, last = bounds(runs.total * runs.size, share)
     seen, count = 0, 0
-    for r in range(runs.count):
+    for r in range(runs.number):
         start, length = whole(runs.at, 2 * r) * runs.size, whole(runs.at, 2 * r + 1) * runs.size
         for i in range(max(first - seen, 0), min(last - seen, length)):
             put_whole(share.scratch, count, start + i)
@@ -87,7 +84,7 @@ def chosen(count: int, share: Share, vectors: Vectors, threshold: float) -> int:
     left = 0
     for k in range(count):
         i = whole(share.scratch, k)
-        for row in range(vectors.count):
+        for row in range(vectors.number):
             if abs(f32(vectors.x + row * vectors.step, i)) > threshold:
                 put_whole(share.scratch, left, i)
                 left += 1
@@ -110,7 +107,7 @@ def _by_rows(projection: int, vectors: Vectors, outputs: Runs, share: Share) -> 
     job, code, bias = _job(projection, vectors, share), whole(projection, t.CODE), whole(projection, t.BIAS)
     first, last = bounds(outputs.total * outputs.size, share)
     seen = 0
-    for r in range(outputs.count):
+    for r in range(outputs.number):
         start, length = whole(outputs.at, 2 * r) * outputs.size, whole(outputs.at, 2 * r + 1) * outputs.size
         a, b = start + max(first - seen, 0), start + min(last - seen, length)
         seen += length
@@ -118,7 +115,7 @@ def _by_rows(projection: int, vectors: Vectors, outputs: Runs, share: Share) -> 
             continue
         call3(code, (job, a, b))
         if bias != 0:
-            for i in range(vectors.count):
+            for i in range(vectors.number):
                 out = vectors.out + i * vectors.out_step
                 for j in range(a, b):
                     put_f32(out, j, f32(out, j) + f32(bias, j))
@@ -133,10 +130,10 @@ def _by_columns(projection: int, vectors: Vectors, inputs: Runs, outputs: Runs, 
     count = listed(inputs, share)
     if threshold > ZERO:
         count = chosen(count, share, vectors, threshold)
-    for r in range(outputs.count):
+    for r in range(outputs.number):
         first = whole(outputs.at, 2 * r) * outputs.size
         last = first + whole(outputs.at, 2 * r + 1) * outputs.size
-        for row in range(vectors.count):
+        for row in range(vectors.number):
             out = vectors.out + row * vectors.out_step
             for j in range(first, last):
                 put_f32(out, j, f32(bias, j) if bias != 0 and share.thread == 0 else ZERO)
@@ -150,7 +147,7 @@ def product(projection: int, vectors: Vectors, inputs: Runs, outputs: Runs, shar
     if whole(projection, t.BY_COLUMNS) == 0:
         _by_rows(projection, vectors, outputs, share)
         return 1
-    own = Vectors(vectors.x, vectors.step, vectors.count, vectors.out + share.thread * part, vectors.out_step)
+    own = Vectors(vectors.x, vectors.step, vectors.number, vectors.out + share.thread * part, vectors.out_step)
     _by_columns(projection, own, inputs, outputs, share)
     return share.threads
 

@@ -1,4 +1,4 @@
-"""One request's steps: its buffers, its cache, the decision it runs with, and the tables that say where all of it is."""
+"""One request's steps: its buffers, its cache, its decision, and the tables that say where all of it is."""
 
 from collections.abc import Sequence
 from typing import Any

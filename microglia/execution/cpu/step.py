@@ -6,16 +6,27 @@ threads; what is large is shared, and five times a layer all wait for each other
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
 from microglia.execution.cpu import tables as t
 from microglia.execution.cpu.attention import attend, rotations
 from microglia.execution.cpu.functions import activated, normed, tanh
-from microglia.execution.cpu.memory import FAST, MATHS, bf16, f16, f32, meet, put_f32, put_whole, real, stand_alone, whole
+from microglia.execution.cpu.memory import (
+    FAST,
+    LOWEST,
+    MATHS,
+    ZERO,
+    bf16,
+    f16,
+    f32,
+    meet,
+    put_f32,
+    put_whole,
+    real,
+    stand_alone,
+    whole,
+)
 from microglia.execution.cpu.products import Runs, Share, Vectors, bounds, product, summed
-
-ZERO, ONE = np.float32(0), np.float32(1)
 
 
 @njit(**FAST)
@@ -187,7 +198,7 @@ def _likeliest(plan: int, share: Share, met: int) -> int:
     batch, vocabulary, best = whole(plan, t.BATCH), whole(plan, t.VOCABULARY), whole(plan, t.BEST)
     first, last = bounds(vocabulary, share)
     for row in range(batch):
-        out, token, top = whole(plan, t.LOGITS) + 4 * row * vocabulary, first, np.float32(-np.inf)
+        out, token, top = whole(plan, t.LOGITS) + 4 * row * vocabulary, first, LOWEST
         for i in range(first, last):
             if f32(out, i) > top:
                 token, top = i, f32(out, i)

@@ -6,17 +6,14 @@ neighbouring rows 8, four distant ones 20 to 25.
 
 from typing import Any
 
-import numpy as np
 from numba import njit
 
 from microglia.execution.cpu import tables as t
-from microglia.execution.cpu.memory import FAST, bf16, f16, f32, put_f32, whole
-
-ZERO = np.float32(0)
+from microglia.execution.cpu.memory import FAST, ZERO, bf16, f16, f32, i8, put_f32, whole
 
 
-def rows_of(load: Any) -> Any:
-    """The product along rows of numbers that `load` reads."""
+def rows_of(load: Any, scaled: bool = False) -> Any:
+    """The product along rows of numbers that `load` reads. scaled: every row has a scale."""
 
     @njit(**FAST)
     def four(a: int, b: int, c: int, d: int, length: int, x: int, out: int, apart: int) -> None:
@@ -80,12 +77,21 @@ def rows_of(load: Any) -> Any:
                 for j in range(length):
                     s += load(base + r * step, j) * f32(whole(job, t.JOB_X) + i * x_step, j)
                 put_f32(whole(job, t.JOB_OUT) + i * out_step, r, s)
+        if scaled:
+            for i in range(whole(job, t.JOB_COUNT)):
+                out = whole(job, t.JOB_OUT) + i * out_step
+                for r in range(first, last):
+                    put_f32(out, r, f32(out, r) * f32(whole(job, t.JOB_SCALES), r))
 
     return rows
 
 
-def columns_of(load: Any) -> Any:
-    """The product down columns of numbers that `load` reads."""
+def columns_of(load: Any, scaled: bool = False) -> Any:
+    """The product down columns of numbers that `load` reads. scaled: every stored row, so every input, has a scale."""
+
+    @njit(**FAST)
+    def factor(job: int, x: int, i: int) -> float:
+        return f32(x, i) * f32(whole(job, t.JOB_SCALES), i) if scaled else f32(x, i)
 
     @njit(**FAST)
     def columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
@@ -98,14 +104,16 @@ def columns_of(load: Any) -> Any:
             a, b, c, d = base + h * step, base + i * step, base + m * step, base + n * step
             for row in range(vectors):
                 x, out = whole(job, t.JOB_X) + row * x_step, whole(job, t.JOB_OUT) + row * out_step
-                s, e, u, v = f32(x, h), f32(x, i), f32(x, m), f32(x, n)
+                s, e = factor(job, x, h), factor(job, x, i)
+                u, v = factor(job, x, m), factor(job, x, n)
                 for j in range(first, last):
                     given = (s * load(a, j) + e * load(b, j)) + (u * load(c, j) + v * load(d, j))
                     put_f32(out, j, f32(out, j) + given)
         for k in range(4 * quarter, count):
             h = whole(inputs, k)
             for row in range(vectors):
-                out, s = whole(job, t.JOB_OUT) + row * out_step, f32(whole(job, t.JOB_X) + row * x_step, h)
+                out = whole(job, t.JOB_OUT) + row * out_step
+                s = factor(job, whole(job, t.JOB_X) + row * x_step, h)
                 for j in range(first, last):
                     put_f32(out, j, f32(out, j) + s * load(base + h * step, j))
 
@@ -113,4 +121,5 @@ def columns_of(load: Any) -> Any:
 
 
 rows_f32, rows_bf16, rows_f16 = rows_of(f32), rows_of(bf16), rows_of(f16)
+rows_int8, columns_int8 = rows_of(i8, scaled=True), columns_of(i8, scaled=True)
 columns_f32, columns_bf16, columns_f16 = columns_of(f32), columns_of(bf16), columns_of(f16)

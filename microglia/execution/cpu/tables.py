@@ -1,4 +1,4 @@
-"""What stands where in the tables that a step reads: rows of 64-bit integers, addresses and bits of doubles among them."""
+"""What stands where in the tables that a step reads: rows of 64-bit integers, some of them addresses or doubles."""
 
 # How numbers are stored.
 F32, BF16, F16, INT8, INT4 = range(5)
@@ -12,8 +12,8 @@ SILU, TANH_GELU, GELU, RELU = range(4)
 # none; below which size an input does not count.
 CODE, BY_COLUMNS, BASE, STEP, LENGTH, SCALES, BIAS, THRESHOLD, PROJECTION = range(9)
 
-# What such code is given: the matrix as above; how many vectors, where the first is and how many bytes further the next;
-# where their results belong.
+# What such code is given: the matrix as above; how many vectors, where the first is and how many bytes further the
+# next; where their results belong.
 (
     JOB_BASE,
     JOB_STEP,
@@ -79,7 +79,7 @@ FREQUENCIES, FREQUENCY_COUNT, ROTARY_FACTOR, ROTARY = range(4)
 ) = range(39)
 UNIT = 4
 
-# The model and the request. *_OF: places of the first thread's own buffers, others' are PRIVATE_STEP bytes further each.
+# The model and the request. *_OF: places of the first thread's own buffers, PRIVATE_STEP bytes from those of the next.
 # *_PARTS: sums of the first thread, (B, *_WIDTH) float32; others' follow.
 (
     LAYERS,
