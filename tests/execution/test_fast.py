@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from microglia.attach import attached
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution import Decision, Fast, Request
+from microglia.execution.cpu import code
 from microglia.execution.cpu.team import Team
 from microglia.generation import generate
 from tests.tiny import positions, tiny_model, tiny_prompts, tiny_tokenizer, uneven, wild
@@ -136,6 +139,34 @@ def test_fewer_bits_are_a_model_of_rounded_weights(bits):
     torch.testing.assert_close(steps["ours"], steps["rounded"], atol=3e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_small_inputs_are_left_out_for_each_token(family, rows):
+    """As a model in which they are set to zero. Rows share the inputs that any of them needs, so here they are equal."""
+    model, truth = tiny_model(family), tiny_model(family)
+    ids, mask = tiny_prompts(9)
+    tokens = torch.randint(2, 97, (1, 6), generator=torch.Generator().manual_seed(5))
+    thresholds = [{"q": 0.3, "k": 0.5, "v": 0.4, "o": 0.2, "up": 0.6, "down": 0.1}, {"gate": 0.4, "down": 0.2}]
+    if family == "gpt2":
+        thresholds = [{"q": 0.3, "k": 0.3, "v": 0.3, "o": 0.2, "up": 0.6, "down": 0.1}, {"down": 0.2}]
+    if family == "phi3":
+        thresholds = [{"q": 0.3, "k": 0.3, "v": 0.3, "o": 0.2, "gate": 0.6, "up": 0.6, "down": 0.1}, {"down": 0.2}]
+    fast = Fast(model, thresholds=thresholds)
+    ours = logits_of(model, ids.repeat(rows, 1), mask.repeat(rows, 1), tokens.repeat(rows, 1), fast)
+    out = truth(ids, use_cache=True)
+    for layer, own in zip(fast.plan.computation.layers, thresholds, strict=True):
+        for name, threshold in own.items():
+            place = getattr(layer, name).module
+            path = next(path for path, module in model.named_modules() if module is place)
+            module = truth.get_submodule(path)
+            if not module._forward_pre_hooks:
+                module.register_forward_pre_hook(lambda _, x, least=threshold: (x[0] * (x[0].abs() > least),))
+    after = []
+    for token in tokens.split(1, 1):
+        out = truth(token, past_key_values=out.past_key_values, use_cache=True)
+        after.append(out.logits[:, -1])
+    torch.testing.assert_close(ours[:, 1:], torch.stack(after, 1).expand(rows, -1, -1), atol=5e-5, rtol=1e-4)
+
+
 def test_a_weight_that_lies_transposed_is_read_as_it_lies():
     model = tiny_model("llama")
     truth = answer(model, None, "fast")
@@ -204,6 +235,17 @@ def test_a_pruned_cache_is_smaller():
             model(ids, past_key_values=cache, use_cache=True)
             sizes.append([layer.keys.shape[1] for layer in cache.layers])
     assert sizes == [[4, 4], [3, 2]]
+
+
+def test_all_that_the_code_is_made_of_is_in_its_fingerprint():
+    """Else an edit would run the code of before it, out of numba's cache."""
+    folder, seen, todo = Path(code.__file__).parent, set(), ["step", "multiply"]
+    while todo:
+        seen.add(name := todo.pop())
+        text = (folder / f"{name}.py").read_text()
+        found = re.findall(r"microglia\.execution\.cpu(?:\.(\w+) import| import (\w+))", text)
+        todo += [one for pair in found for one in pair if one and one not in seen]
+    assert seen == {*code.SOURCES}
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

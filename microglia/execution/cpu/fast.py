@@ -15,7 +15,7 @@ from microglia.anatomy import Anatomy, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request
 from microglia.execution.captured.rope import rotaries
-from microglia.execution.cpu.plan import Plan, signature
+from microglia.execution.cpu.plan import Plan, Thresholds, signature
 from microglia.execution.cpu.request import Steps
 from microglia.units import HeadSite, Site
 
@@ -29,6 +29,8 @@ class Fast(Execution):
     machine, whatever the model, and kept on disk by numba.
 
     bits: 8 or 4 to read copies of the weights that are rounded to so many; None for the model's own.
+    thresholds: of every layer, by projection (q, k, v, o, gate, up, down): an input no larger is left out for this very
+        token (TEAL, arXiv 2408.14690). Such projections are transposed, which takes their bytes once more.
     """
 
     name: ClassVar[str] = "fast"
@@ -36,7 +38,7 @@ class Fast(Execution):
     shares: ClassVar[bool] = False
     calls_layers: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module, *, bits: int | None = None) -> None:
+    def __init__(self, model: nn.Module, *, bits: int | None = None, thresholds: Sequence[Thresholds] = ()) -> None:
         if bits not in (None, 4, 8):
             raise ConfigError(f"bits={bits} was given; choose 4 or 8, or None for the model's own weights")
         if importlib.util.find_spec("numba") is None:
@@ -45,8 +47,13 @@ class Fast(Execution):
                 "microglia[cpu] or use execution='compact'"
             )
         self.anatomy = Anatomy(model)
+        if thresholds and len(thresholds) != len(self.anatomy.layers):
+            raise ConfigError(
+                f"thresholds of {len(thresholds)} layers were given, but the model has {len(self.anatomy.layers)}; "
+                "give one mapping for each layer"
+            )
         self.rotaries = rotaries(self.anatomy.lm)
-        self.plan = Plan(self.anatomy, bits)
+        self.plan = Plan(self.anatomy, bits, thresholds)
         self.present: Steps | None = None
 
     @classmethod
@@ -81,7 +88,7 @@ class Fast(Execution):
         for rotary in self.rotaries:
             rotary.check(int(request.mask.sum(1).max()), request.new_tokens)
         if self.plan.signature != signature(self.anatomy.lm):
-            self.plan = Plan(self.anatomy, self.plan.bits)
+            self.plan = Plan(self.anatomy, self.plan.bits, self.plan.thresholds)
         steps = Steps(self.plan, self.anatomy, request)
         with ExitStack() as stack:
             lm = self.anatomy.lm

@@ -130,6 +130,16 @@ def _look(_: Any, address: Any) -> Any:
     return types.int64(types.int64), generate
 
 
+def _fetch(_: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name, kind = "llvm.prefetch.p0", ir.FunctionType(ir.VoidType(), [_BYTE.as_pointer(), _WORD, _WORD, _WORD])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        builder.call(function, [builder.inttoptr(args[0], _BYTE.as_pointer()), _WORD(0), _WORD(3), _WORD(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
 def _rest(_: Any) -> Any:
     machine = platform.machine().lower()
     name = {"x86_64": "llvm.x86.sse2.pause", "amd64": "llvm.x86.sse2.pause"}.get(machine)
@@ -148,6 +158,8 @@ def _rest(_: Any) -> Any:
 stand_alone: Callable[[], None] = intrinsic(_stand_alone)
 # 2 to an integer power (int32) as float32, by its bits.
 power_of_two: Callable[[Any], float] = intrinsic(_power_of_two)
+# Asks for the 64 bytes at an address, which will be read soon.
+fetch: Callable[[int], None] = intrinsic(_fetch)
 _counted: Callable[[int], int] = intrinsic(_add_one)
 _count: Callable[[int], int] = intrinsic(_look)
 # Tells the core that its thread waits, so that what else runs on it runs better.

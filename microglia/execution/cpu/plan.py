@@ -1,6 +1,6 @@
 """The tables of a model, as its decode step reads them: where each array lies. Nothing is copied but vectors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from microglia.execution.cpu.quantise import quantised
 KINDS = {torch.float32: t.F32, torch.bfloat16: t.BF16, torch.float16: t.F16}
 NORMS = {"rms": t.RMS, "layer": t.LAYER}
 ACTIVATIONS = {"silu": t.SILU, "tanh_gelu": t.TANH_GELU, "gelu": t.GELU, "relu": t.RELU}
+FIELDS = {"q": t.QUERY, "k": t.KEY, "v": t.VALUE, "o": t.OUTPUT, "gate": t.GATE, "up": t.UP, "down": t.DOWN}
+Thresholds = Mapping[str, float]  # by projection, of a layer
 Table = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -28,12 +30,13 @@ def bits(x: float) -> int:
 class Plan:
     """What a step knows of a model: `layers` (L, fields), `whole` fields of the model, and what all of it points to.
 
-    bits: 8 or 4 to multiply by rounded copies of the weights, None for the model's own. It stays right as long as
+    bits: 8 or 4 to multiply by rounded copies of the weights, None for the model's own. thresholds: of every layer,
+    below which size an input of a projection does not count; see `Fast`. It stays right as long as
     `signature` is the model's: as long as no weight was moved or written.
     """
 
-    def __init__(self, anatomy: Anatomy, bits: int | None = None) -> None:
-        self.bits = bits
+    def __init__(self, anatomy: Anatomy, bits: int | None = None, thresholds: Sequence[Thresholds] = ()) -> None:
+        self.bits, self.thresholds = bits, thresholds
         self.computation: Computation = computation(anatomy)
         self.signature = signature(anatomy.lm)
         self.held: list[Any] = []
@@ -64,8 +67,9 @@ class Plan:
         table = self.projections[index, field]
         if not table[t.BY_COLUMNS]:
             layer = self.computation.layers[index]
-            projection = layer.o if field == t.OUTPUT else layer.down
-            stored = oriented(projection.module).detach().T.contiguous()
+            projection = getattr(layer, next(name for name, at in FIELDS.items() if at == field))
+            outputs = slice(projection.first, projection.first + projection.outputs)
+            stored = oriented(projection.module).detach()[outputs].T.contiguous()
             if self.bits is None:
                 self.held.append(stored)
             self._store(table, stored, by_columns=True)
@@ -115,12 +119,14 @@ class Plan:
         row[[t.WINDOW, t.SCALING, t.SOFTCAP]] = layer.window or 0, bits(layer.scaling), bits(layer.softcap or 0)
         row[t.ROTARY_AT] = -1 if layer.rotary is None else layer.rotary
         row[t.ACTIVATION] = ACTIVATIONS[layer.activation]
-        fields = (t.QUERY, t.KEY, t.VALUE, t.OUTPUT, t.GATE, t.UP, t.DOWN)
-        parts = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
-        for field, projection in zip(fields, parts, strict=True):
+        for name, field in FIELDS.items():
+            projection = getattr(layer, name)
             if projection is not None:
                 self.projections[index, field] = self._projection(projection)
                 row[field] = self.projections[index, field].ctypes.data
+        for name, threshold in (self.thresholds[index] if self.thresholds else {}).items():
+            row[FIELDS[name]] = self.columns(index, FIELDS[name])
+            self.projections[index, FIELDS[name]][t.THRESHOLD] = bits(threshold)
         first = t.NORM_ATTENTION
         row[first : first + len(layer.norms)] = [self._norm(norm) for norm in layer.norms]
         row[[t.HEAD_RUNS, t.HEAD_RUN_COUNT, t.HEADS_KEPT]] = self.runs(heads.heads)

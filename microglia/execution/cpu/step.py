@@ -1,8 +1,8 @@
 """The decode step: one function from the last tokens to the logits, on every thread at once.
 
 Each thread keeps the hidden states for itself and computes what is small (norms, residuals) as often as there are
-threads; what is large is shared, and five times a layer all wait for each other. What is called once is written into its
-caller: every level of functions is compiled with all that it calls, and four levels took twice the time.
+threads; what is large is shared, and five times a layer all wait for each other. What is called once is written into
+its caller: every level of functions is compiled with all that it calls, and four levels took twice the time.
 """
 
 from typing import Any
