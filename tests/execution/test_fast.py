@@ -141,7 +141,7 @@ def test_fewer_bits_are_a_model_of_rounded_weights(bits):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_small_inputs_are_left_out_for_each_token(family, rows):
-    """As a model in which they are set to zero. Rows share the inputs that any of them needs, so here they are equal."""
+    """As a model in which they are set to zero. Rows share the inputs that any of them needs: here equal ones."""
     model, truth = tiny_model(family), tiny_model(family)
     ids, mask = tiny_prompts(9)
     tokens = torch.randint(2, 97, (1, 6), generator=torch.Generator().manual_seed(5))
