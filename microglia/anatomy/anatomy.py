@@ -85,15 +85,15 @@ class Layer:
     @property
     def contributions(self) -> tuple[nn.Module, nn.Module]:
         """The modules whose outputs go to the residual stream: attention and MLP, or the norms after them."""
-        if self.family.after is None:
+        if not self.family.norms_after:
             return self.halves
-        first, second = (self.module.get_submodule(name) for name in self.family.after)
+        first, second = (self.module.get_submodule(name) for name in self.family.norms_after)
         return first, second
 
     def norms_around(self, half: int) -> list[nn.Module]:
         """The norms before and after attention (0) or the MLP (1), which nothing else needs."""
         family = self.family
-        names = [family.norms[half], *([family.after[half]] if family.after else [])]
+        names = [family.norms[half], *family.norms_after[half : half + 1]]
         return [self.module.get_submodule(name) for name in names]
 
     @property

@@ -36,7 +36,7 @@ Execution = Annotated[
         metavar="<name>",
         callback=lambda name: RENAMED.get(name, name),
         help="dense: not pruned. masked: pruned, but no time is saved. compact: pruned heads are sliced out. captured: "
-        "compact, in captured steps (CUDA graphs). Or one of your own.",
+        "compact, in captured steps (CUDA graphs). fast: compact, in steps of our own on a CPU. Or one of your own.",
     ),
 ]
 Raw = Annotated[bool, "The prompt is complete: put no template around it."]

@@ -217,8 +217,8 @@ def test_each_script_calls_its_verb(name):
         ("evaluate --model-path RUN --dataset gsm8k --data-dir TINY", "there is no file"),
         ("evaluate --model-path RUN --output-dir RUN/README.md", "nothing can be written to"),
         (
-            "evaluate --model-path RUN --path fast --limit 1",
-            "execution='fast' is unknown; choose captured, compact, dense or masked",
+            "evaluate --model-path RUN --path quick --limit 1",
+            "execution='quick' is unknown; choose captured, compact, fast, dense or masked",
         ),
         ("evaluate --model-path RUN --device quantum", "device='quantum' cannot be used here"),
         ("evaluate --model-path RUN --dtype int3", "Invalid value for '--dtype': 'int3' is not one of 'float32'"),

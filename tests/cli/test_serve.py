@@ -91,8 +91,8 @@ def test_a_key_from_a_file_that_ends_in_a_line_break_matches(checkpoint):
         ("x --max-batch 0", "max_batch=0 was given; it must be at least 1"),
         ("x --grace nan", "grace=nan was given; it must be a number of seconds, 0 or more"),
         ("x --grace -1", "grace=-1.0 was given; it must be a number of seconds, 0 or more"),
-        ("x --execution nope", "execution='nope' is unknown; choose captured, compact, dense or masked"),
-        ("x --path nope", "execution='nope' is unknown; choose captured, compact, dense or masked"),
+        ("x --execution nope", "execution='nope' is unknown; choose captured, compact, fast, dense or masked"),
+        ("x --path nope", "execution='nope' is unknown; choose captured, compact, fast, dense or masked"),
         ("x --batch-by luck", "'--batch-by': 'luck' is not one of 'settings', 'decision', 'mask'"),
     ],
 )

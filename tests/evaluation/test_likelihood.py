@@ -69,8 +69,10 @@ def test_what_cannot_be_scored_is_refused():
     model = tiny_model("llama")
     with pytest.raises(DataError, match=r"have 300 tokens, but the model's context is 256"):
         likelihoods(model, [([5] * 200, [6] * 101)])
-    with pytest.raises(ConfigError, match=r"execution='fast' is unknown; choose captured, compact, dense or masked"):
-        likelihoods(model, PAIRS, execution="fast")
+    with pytest.raises(
+        ConfigError, match=r"execution='quick' is unknown; choose captured, compact, fast, dense or masked"
+    ):
+        likelihoods(model, PAIRS, execution="quick")
     with pytest.raises(ConfigError, match=r"execution='captured' scores no texts; choose compact, dense or masked"):
         likelihoods(model, PAIRS, execution="captured")
 

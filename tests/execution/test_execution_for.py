@@ -3,13 +3,13 @@
 import pytest
 
 from microglia.errors import ConfigError
-from microglia.execution import EXECUTIONS, Captured, Compact, Dense, Masked, execution_for
+from microglia.execution import EXECUTIONS, Captured, Compact, Dense, Fast, Masked, execution_for
 from microglia.generation import generate
 from tests.tiny import tiny_model, tiny_tokenizer, uneven, wild
 
 PROMPTS = ["what is 3+4?", "7*8-2=", "a"]
 PLAIN = {"max_new_tokens": 10, "eos_token_id": None}
-KINDS = {"dense": Dense, "masked": Masked, "compact": Compact, "captured": Captured}
+KINDS = {"dense": Dense, "masked": Masked, "compact": Compact, "captured": Captured, "fast": Fast}
 
 
 def test_every_execution_has_its_name():
@@ -31,7 +31,7 @@ def test_an_execution_is_made_for_a_model_by_its_name(name):
 def test_an_unknown_execution_is_refused():
     with pytest.raises(ConfigError) as caught:
         execution_for("graph", tiny_model("llama"))
-    assert str(caught.value) == "execution='graph' is unknown; choose captured, compact, dense or masked"
+    assert str(caught.value) == "execution='graph' is unknown; choose captured, compact, fast, dense or masked"
 
 
 @pytest.mark.parametrize("make", [uneven, wild], ids=["shared", "rows"])
@@ -42,8 +42,9 @@ def test_executions_that_prune_write_the_same_and_dense_writes_what_no_pruner_wr
     untouched = generate(model, tokenizer, PROMPTS, **PLAIN)
     assert results["compact"].tokens.equal(results["masked"].tokens)
     assert results["captured"].tokens.equal(results["masked"].tokens)
+    assert results["fast"].tokens.equal(results["masked"].tokens)
     assert results["dense"].tokens.equal(untouched.tokens)
     assert not results["masked"].tokens.equal(untouched.tokens)
     assert results["dense"].keep == untouched.keep == []
-    for name in ("compact", "captured"):
+    for name in ("compact", "captured", "fast"):
         assert all(a.equal(b) for a, b in zip(results[name].keep, results["masked"].keep, strict=True))

@@ -78,7 +78,7 @@ def test_gates_are_what_zeros_written_by_hand_are(family, rows):
 
             handles.append(site.layer.down.register_forward_pre_hook(zero))
             continue
-        names = site.layer.family.after or (site.layer.family.attention_name, site.layer.family.mlp_name)
+        names = site.layer.family.norms_after or (site.layer.family.attention_name, site.layer.family.mlp_name)
         for half, name in enumerate(names):
 
             def drop(_, inputs, output, half=half, keep=keep):

@@ -120,5 +120,7 @@ def test_requests_that_share_a_batch_keep_their_answers(served, library):
 
 
 def test_an_unknown_execution_is_refused_before_anything_is_served():
-    with pytest.raises(ConfigError, match="execution='graph' is unknown; choose captured, compact, dense or masked"):
+    with pytest.raises(
+        ConfigError, match="execution='graph' is unknown; choose captured, compact, fast, dense or masked"
+    ):
         tiny_pruned("graph")
