@@ -13,12 +13,11 @@ class Family:
 
     causal, decoder: classes of the language model and of its stack of layers. attention, mlp: how a layer's two halves
     store their projections. attention_name, mlp_name: of the halves in a layer. norms: of a layer, before attention and
-    before the MLP. norms_after: through which attention's and the MLP's outputs go before they are added to the residual
-    stream, where there are such. norm_offset: what is added to a norm's weight. softcap: whether attention caps its
-    scores where its config says so. steps: whether a layer is nothing but norms, rotary embedding, attention and MLP,
-    see `computation`. export_as: the family whose classes an export loads with (Phi-3 taken apart is Mistral).
-    modelling: the file of `microglia.export` that an export's code is made of. gguf: whether llama.cpp's architecture
-    `deci` computes it.
+    before the MLP. norms_after: of what attention and the MLP give, before it is added to the residual stream, where
+    there are such. norm_offset: what is added to a norm's weight. softcap: whether attention caps its scores where its
+    config says so. steps: whether a layer is nothing but norms, rotary embedding, attention and MLP, see `computation`.
+    export_as: the family whose classes an export loads with (Phi-3 taken apart is Mistral). modelling: the file of
+    `microglia.export` that an export's code is made of. gguf: whether llama.cpp's architecture `deci` computes it.
     """
 
     causal: str
