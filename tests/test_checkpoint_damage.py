@@ -134,7 +134,7 @@ DAMAGES = {
     "unit unknown": (lambda f: edit(f, sites=[{**site_of(), "unit": "claw"}]), r"units='claw' is unknown; choose head"),
     "value wrong": (
         lambda f: edit(f, policy="oracle"),
-        r"policy='oracle' is unknown; choose agents, mixture, codebook, static, signal or predictor",
+        r"policy='oracle' is unknown; choose agents, mixture, codebook, static, signal, layers or predictor",
     ),
     "signal unknown": (lambda f: edit(f, signals=["x"]), r"signals='x' is unknown; choose norm, entropy, "),
     "signals for two": (lambda f: edit(f, policy="signal"), r"signals='norm,entropy' is not one signal"),

@@ -1,7 +1,7 @@
 """The static baseline of the agents: one free logit per unit and no input, with the same loss, steps and data."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from microglia.pruner import Fill, Pruner
 from microglia.tasks.base import Task
 from microglia.training.config import TrainingConfig
 from microglia.training.loop import RunFolder, TrainingResult, train
-from microglia.units import Arrangement, find_sites
+from microglia.units import find_sites
 
 LEARNING_RATE = 0.1  # of a free logit per unit; that of an MLP would leave it where it began
 
@@ -35,17 +35,10 @@ def baseline_config(config: TrainingConfig, **changes: Any) -> TrainingConfig:
     )
 
 
-def new_static_baseline(
-    model: nn.Module,
-    gate: Gate | None = None,
-    fill: Fill = "zero",
-    *,
-    units: Sequence[str] = ("head",),
-    arrangement: Arrangement = Arrangement(),
-) -> Pruner:
+def new_static_baseline(model: nn.Module, gate: Gate | None = None, fill: Fill = "zero") -> Pruner:
     """A static baseline for a model, before training: every unit kept."""
-    policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model, units, arrangement)])
-    return Pruner(policy, gate or Gate(), fill=fill, units=tuple(units), arrangement=arrangement)
+    policy = StaticPolicy.all_kept([site.geometry for site in find_sites(model)])
+    return Pruner(policy, gate or Gate(), fill=fill)
 
 
 def train_in_memory(
