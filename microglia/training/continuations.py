@@ -49,16 +49,15 @@ def continuations(
     temperature: float = 0.0,
     seed: int = 0,
     batch_size: int = 32,
-    cache_dir: Path | str | None = None,
     progress: Progress | None = None,
 ) -> list[Continuation]:
     """What the dense model writes after complete prompts (as `render_prompt` makes them), in their order.
 
     temperature: 0 is greedy; above it tokens are drawn from the whole distribution, and what a prompt gets depends on
-    the prompt and the seed, not on its batch. cache_dir: where continuations are kept, None for microglia's cache;
-    what is there, by the model's weights, settings and the prompt's ids, is not written again, so whoever was
-    interrupted goes on. `progress(done, total)` is called after every batch. In several processes each writes its
-    share. Raises ConfigError for a temperature or limit that cannot be, DataError for a prompt that does not fit.
+    the prompt and the seed, not on its batch. They are kept in microglia's cache (`store.cache_folder`): what is there,
+    by the model's weights, settings and the prompt's ids, is not written again, so whoever was interrupted goes on.
+    `progress(done, total)` is called after every batch. In several processes each writes its share. Raises ConfigError
+    for a temperature or limit that cannot be, DataError for a prompt that does not fit.
     """
     check_range("max_new_tokens", max_new_tokens, 1, 2**20)
     check_range("temperature", temperature, 0, 100)
@@ -69,7 +68,7 @@ def continuations(
     ends = sorted(end_tokens(lm, tokenizer))
     settings = {"weights": weights_checksum(lm), "max_new_tokens": max_new_tokens, "temperature": temperature}
     settings |= {"ends": ends, "seed": seed if temperature else 0}
-    path = Path(cache_dir or store.cache_folder("continuations")) / f"{digest(settings)}.jsonl"
+    path = store.cache_folder("continuations") / f"{digest(settings)}.jsonl"
     keys = [digest(row) for row in ids]
     known = processes.agreed(lambda: _read(path))
     missing = {key: index for index, key in reversed([*enumerate(keys)]) if key not in known}

@@ -18,7 +18,9 @@ PROMPTS = ["abc", "a", "hello!", "xy", "what?is?this?"]
 
 
 def written(model, folder, prompts=PROMPTS, **options):
-    return continuations(model, tiny_tokenizer(), prompts, cache_dir=folder, **{"max_new_tokens": 12, **options})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MICROGLIA_CACHE", str(folder))
+        return continuations(model, tiny_tokenizer(), prompts, **{"max_new_tokens": 12, **options})
 
 
 def test_greedy_ones_are_those_of_generate(family, tmp_path):
@@ -51,7 +53,7 @@ def test_nothing_is_taken_from_other_circumstances(tmp_path, change):
     else:
         options = {"max_new_tokens": 9} if change == "length" else {"temperature": 3.0}
     again = written(model, tmp_path, **options)
-    assert len([*tmp_path.glob("*.jsonl")]) == 2
+    assert len([*tmp_path.rglob("*.jsonl")]) == 2
     assert (change == "weights") or again != first
 
 
@@ -67,7 +69,7 @@ def test_an_interrupted_one_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         written(model, tmp_path, batch_size=2)
-    (path,) = tmp_path.glob("*.jsonl")
+    (path,) = tmp_path.rglob("*.jsonl")
     path.write_bytes(path.read_bytes() + b'{"prompt": "cut sho')
     made.clear()
     done = []
