@@ -40,7 +40,7 @@ def origin(folder: Path | str) -> dict[str, Any]:
 
 def kept(sha256: str) -> Path | None:
     """The model that was made from the file with this checksum."""
-    candidates = (cache_folder("models")).glob(f"*-{sha256[:DIGITS]}")
+    candidates = cache_folder("models").glob(f"*-{sha256[:DIGITS]}")
     return next((folder for folder in sorted(candidates) if origin(folder).get("sha256") == sha256), None)
 
 

@@ -37,6 +37,7 @@ class Fast(Execution):
     scores: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     calls_layers: ClassVar[bool] = False
+    recovers: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module, *, bits: int | None = None, thresholds: Sequence[Thresholds] = ()) -> None:
         if bits not in (None, 4, 8):
