@@ -52,11 +52,11 @@ fetch: setup ## fetch pretrained models into the cache: make fetch MODEL="smollm
 # The whole way on a pretrained model in few steps: it shows that everything works, not what pruning is worth.
 LLM := $(or $(MODEL),smollm2)
 LLM_RUN := runs/llm/$(LLM)
-LLM_DATA := --dataset arithmetic
+LLM_DATA := --dataset prompts
 llm: fetch ## fetch a pretrained model, train agents on it for a few steps, judge them and ask it; MODEL=smollm2
 	@echo "llm: microglia train, evaluate, generate with $(LLM), in $(LLM_RUN)"
-	@$(BIN)/microglia train --model $(LLM) $(LLM_DATA) --keep-ratio 0.8 --max-steps 8 --batch-size 4 --limit 32 --eval-limit 8 --output-dir $(LLM_RUN)
-	@$(BIN)/microglia evaluate --model-path $(LLM_RUN) $(LLM_DATA) --limit 8 --max-new-tokens 64 --output-dir $(LLM_RUN)/judged
+	@$(BIN)/microglia train --model $(LLM) $(LLM_DATA) --keep-ratio 0.8 --max-steps 8 --batch-size 4 --limit 32 --eval-limit 8 --continuation-tokens 48 --output-dir $(LLM_RUN)
+	@$(BIN)/microglia evaluate --model-path $(LLM_RUN) $(LLM_DATA) --limit 8 --max-new-tokens 48 --output-dir $(LLM_RUN)/judged
 	@$(BIN)/microglia generate "What is the capital of France?" --model-path $(LLM_RUN) --keep-ratio 0.9 --max-new-tokens 48
 
 test: setup ## run the tests, a process per core; warnings are errors
@@ -109,7 +109,8 @@ wheel: setup ## build the wheel, install it in an empty environment and let it a
 	@cd / && env -u PYTHONPATH HF_HUB_OFFLINE=1 $(CURDIR)/build/wheel/env/bin/python -c "from microglia import MicrogliaPruningSystem; \
 		print(MicrogliaPruningSystem().generate('Tom has 3 apples and buys 4 more. How many apples does Tom have?', 40))"
 	@cd / && env -u PYTHONPATH $(CURDIR)/build/wheel/env/bin/python -c "from importlib.resources import files; \
-		assert all((files('microglia.report') / name).is_file() for name in ('page.html', 'page.css')), 'the wheel lacks the page'"
+		assert all((files('microglia.report') / name).is_file() for name in ('page.html', 'page.css')), 'the wheel lacks the page'; \
+		assert files('microglia.tasks').joinpath('shipped.jsonl').is_file(), 'the wheel lacks the prompts'"
 
 # The newest versions are those of constraints.txt, which `make test` tests with.
 LOWEST := build/lowest/.installed
