@@ -10,7 +10,7 @@ from torch import Tensor
 
 from microglia.errors import ConfigError, check_range
 
-BLOCK = 64  # channels: a run of so many is read at the memory's speed, single ones at two thirds of it
+BLOCK = 64  # channels: runs of so many are read at the memory's speed, scattered ones are not
 
 
 @dataclass(frozen=True, eq=False)

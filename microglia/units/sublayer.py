@@ -1,8 +1,7 @@
 """The attention and the MLP of a layer as units: each is the case in which none of its heads, or channels, is kept.
 
-A sublayer that is gone costs no projection, no norm, no keys and values. Its first two layers carry a model (without
-the MLP of layer 0 alone SmolLM2 says the same token in 5 % of the places) and its last one speaks for it, so their
-sublayers are protected unless the arrangement says otherwise.
+A sublayer that is gone costs no projection, no norm, no keys and values. The first two layers carry a model and the
+last one speaks for it, so their sublayers are protected unless the arrangement says otherwise.
 """
 
 from collections.abc import Iterator, Sequence
