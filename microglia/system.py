@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,7 +16,7 @@ from microglia.anatomy import Anatomy, causal_lm, input_device
 from microglia.checkpoint import Checkpoint, check_writable
 from microglia.criteria import Calibration, get_criterion, ordered_channels
 from microglia.criteria.start import start_from
-from microglia.errors import CheckpointError, ConfigError, DataError, MicrogliaError
+from microglia.errors import CheckpointError, DataError, MicrogliaError
 from microglia.evaluation.setup import Setup
 from microglia.execution import Execution, execution_for, kind_of
 from microglia.experiments.calibrate import Aim, calibrate, questions_used, unused_examples
@@ -118,7 +118,7 @@ class MicrogliaPruningSystem:
         """
         task = get_task(dataset_name)
         given = {"epochs": num_epochs, "alpha": alpha_schedule and tuple(alpha_schedule)}
-        config = _training_config({**options, **{name: value for name, value in given.items() if value is not None}})
+        config = TrainingConfig.of({**options, **{name: value for name, value in given.items() if value is not None}})
         config = with_target(config, self.model, task)
         if output_dir is not None:
             check_writable(output_dir)
@@ -261,10 +261,9 @@ class MicrogliaPruningSystem:
         trained decision.
         """
         if prompts is not None:
-            sites = self.pruner.sites(self.model)
+            geometries = [site.geometry for site in self.pruner.sites(self.model)]
             read = read_prompts(self.model, self.tokenizer, self._rendered(list(prompts)), self.pruner)
-            geometries, costs = [site.geometry for site in sites], step_costs(self.model, sites)
-            self.pruner = self.pruner.with_budget(read.logits, geometries, costs=costs)
+            self.pruner = self.pruner.with_budget(read.logits, geometries, costs=self.costs())
             self._used |= question_keys(prompts)
         self.pruner = self.pruner.with_threshold(0.0).at(ratio, byte_share=byte_share)
         self.promise = {}  # was for another threshold
@@ -373,10 +372,7 @@ class MicrogliaPruningSystem:
         if config.target != "model":
             return setup.calibrated(pruner)
         written = continued(causal_lm(self.model), self.tokenizer, task, examples, config)
-        weights = torch.tensor([len(answer) for answer in written["answer"]]).float()
-        sites = pruner.sites(self.model)
-        costs = step_costs(self.model, sites)
-        return pruner.with_budget(setup.logits(pruner), [site.geometry for site in sites], weights, costs=costs)
+        return setup.calibrated(pruner, [len(answer) for answer in written["answer"]])
 
     def _execution(self, execution: str | Execution) -> Execution:
         """One of each kind for the present model: what it captured serves all later requests."""
@@ -397,10 +393,3 @@ class MicrogliaPruningSystem:
 def _keep_ratios(keep: Sequence[Tensor], prompts: int) -> list[float]:
     """Share of kept heads per prompt; 1 when the model stayed dense."""
     return keep_ratio(keep).tolist() if keep else [1.0] * prompts
-
-
-def _training_config(options: dict[str, Any]) -> TrainingConfig:
-    known = [f.name for f in fields(TrainingConfig)]
-    if unknown := sorted(options.keys() - set(known)):
-        raise ConfigError(f"training has no option {', '.join(unknown)}; choose from {', '.join(known)}")
-    return TrainingConfig(**options)

@@ -233,7 +233,9 @@ def test_a_pass_beside_another_threads_pass_is_refused_and_does_not_disturb_it()
 
 def test_an_unknown_execution_is_refused():
     model = tiny_model("llama")
-    with pytest.raises(ConfigError, match="execution='half' is unknown; choose captured, compact, dense or masked"):
+    with pytest.raises(
+        ConfigError, match="execution='half' is unknown; choose captured, compact, fast, dense or masked"
+    ):
         attached(model, uneven(model), "half").__enter__()
     with attached(model, uneven(model)):  # nothing was left behind
         step_logits(model, IDS, MASK, ANSWER)

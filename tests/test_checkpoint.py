@@ -82,7 +82,7 @@ def test_every_family_comes_back_from_the_disk_the_same(family, tmp_path):
 
 MAKERS = {
     "static": partial(StaticPolicy.random, seed=3),
-    "mixture": partial(CodebookPolicy, MixturePolicy, hidden_dim=3),
+    "mixture": partial(MixturePolicy, hidden_dim=3),
     "codebook": partial(CodebookPolicy, hidden_dim=3),
     "predictor": partial(PredictorPolicy, hidden_dim=5, signals=("entropy",)),
     "signal": lambda geometries: SignalPolicy("entropy"),

@@ -165,7 +165,7 @@ DAMAGES = {
     ),
     "calibration weights short": (
         calibrated(of_0=torch.ones(2, 8), of_1=torch.ones(2, 8), of_weights=torch.ones(3)),
-        r"calibration\.weights has shape \(3,\), not \(2,\)",
+        r"calibration\.0 has shape \(2, 8\), not \(3, 8\); calibration\.1 has shape \(2, 8\), not \(3, 8\)",
     ),
     "calibration weights alone": (calibrated(of_weights=torch.ones(3)), r"calibration\.0 is missing"),
     "calibration weights zero": (

@@ -240,7 +240,7 @@ def test_prompts_that_cannot_be_read_are_refused(prompts, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"execution": "scenic"}, "execution='scenic' is unknown; choose captured, compact, dense or masked"),
+        ({"execution": "scenic"}, "execution='scenic' is unknown; choose captured, compact, fast, dense or masked"),
         ({"assistant_model": tiny_model("llama")}, "assistant_model reads the prompt in parts or with guesses"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens reads the prompt in parts or with guesses"),
         ({"prefill_chunk_size": 3}, "prefill_chunk_size reads the prompt in parts or with guesses"),

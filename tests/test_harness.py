@@ -213,8 +213,10 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(judged, folder, system):
 
     with pytest.raises(ConfigError, match=r"nothing to decide on.*execution=dense"):
         judged("microglia", {"checkpoint": system}, "read")
-    with pytest.raises(ConfigError, match=r"execution='fast' is unknown; choose captured, compact, dense or masked"):
-        MicrogliaLM(system, execution="fast")
+    with pytest.raises(
+        ConfigError, match=r"execution='quick' is unknown; choose captured, compact, fast, dense or masked"
+    ):
+        MicrogliaLM(system, execution="quick")
     with pytest.raises(ConfigError, match=r"batch_size='auto' was given; give a number"):
         MicrogliaLM(system, batch_size="auto")
     with pytest.raises(MicrogliaError, match=r"there is no checkpoint folder"):

@@ -160,8 +160,8 @@ def test_what_a_user_gets_wrong_is_said_in_a_sentence(system, folder, tmp_path):
         system.generate([])
     with pytest.raises(DataError, match=r"but the model's context is 2048"):
         system.generate("x" * 2100)
-    with pytest.raises(ConfigError, match=r"execution='fast' is unknown"):
-        system.generate("1 + 1", execution="fast")
+    with pytest.raises(ConfigError, match=r"execution='quick' is unknown"):
+        system.generate("1 + 1", execution="quick")
     with pytest.raises(ConfigError, match=r"keep_ratio=0.5 was given, but there are no prompts to calibrate"):
         system.generate("1 + 1", keep_ratio=0.5)
     (tmp_path / "file").write_text("in the way")

@@ -69,9 +69,7 @@ class Loading:
     """The base model, and how it is loaded."""
 
     panel: ClassVar = "Model"
-    model: Annotated[
-        str | None, "Hub id, local folder, GGUF file, or a name that `microglia models` lists.", "the checkpoint's"
-    ] = None
+    model: Annotated[str | None, "Hub id, folder, GGUF file or known name.", "the checkpoint's"] = None
     device: Annotated[str | None, "Device: cpu, cuda, cuda:1, …", "cuda if there is one"] = None
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, "Type of the weights.", "float32 on a CPU, else as stored"
@@ -111,9 +109,7 @@ class TaskOptions:
 
     panel: ClassVar = "Task"
     dataset: Annotated[str, f"Task: {', '.join(TASKS)} (your own file)."] = "arithmetic"
-    data_dir: Annotated[
-        Path | None, "Folder with its files, or a file; of prompts several sources, by commas.", "the hub"
-    ] = None
+    data_dir: Annotated[Path | None, "Its folder or file; of prompts several.", "the hub"] = None
     shots: Annotated[int, typer.Option(min=0, help="Solved examples at the start of every prompt.")] = 0
     question_field: Annotated[str | None, "Field of a jsonl file with the question.", "question"] = None
     answer_field: Annotated[str | None, "Field of a jsonl file with the answer.", "answer"] = None
@@ -169,7 +165,7 @@ class PrunerOptions:
     panel: ClassVar = "Pruner"
     policy: Annotated[
         str,
-        "agents (an MLP per site), layers (one per layer for all its units), mixture (of learned masks), or your own.",
+        "agents, layers, mixture or codebook.",
     ] = "agents"
     hidden_dim: Annotated[
         int | None,
@@ -177,7 +173,7 @@ class PrunerOptions:
             min=1, help="Hidden size of an MLP, or the number of masks of a mixture.", show_default="128; 16 masks"
         ),
     ] = None
-    units: Annotated[str, "What may go, by commas: head, channel (of the MLPs, in blocks), sublayer."] = "head"
+    units: Annotated[str, "What may go: head, channel, sublayer."] = "head"
     signals: Annotated[
         str | None,
         "Statistics of the prompt that the policy reads, by commas: norm, entropy and conflict of heads, activation "

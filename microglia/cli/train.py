@@ -18,7 +18,7 @@ from microglia.training.config import TrainingConfig
 SETTINGS = "train.yaml"
 SHOWN = (
     *("model", "dataset", "data_dir", "output_dir", "policy", "units", "target", "recovery", "keep_ratio", "bytes"),
-    *("num_epochs", "max_steps", "limit", "batch_size", "learning_rate", "seed", "resume"),
+    *("max_steps", "limit", "batch_size", "learning_rate", "resume"),
 )
 ONCE = {"alpha_min", "alpha_max", "scope", "norm", "resume"}  # what no file of settings repeats
 Training = Annotated[TrainingConfig, Fields(names={"epochs": "num_epochs", "byte_share": "bytes"}, panel="Training")]
@@ -45,9 +45,7 @@ def train(
 
     microglia train --output-dir checkpoints
 
-    microglia train --model Qwen/Qwen2.5-3B-Instruct --dataset gsm8k --num-epochs 1 --keep-ratio 0.75
-
-    microglia train --model Qwen/Qwen2.5-0.5B-Instruct --dataset prompts --data-dir mine.txt,shipped --recovery 16
+    microglia train --model smollm2 --dataset prompts --keep-ratio 0.8 --recovery 16
     """
     from microglia import processes
     from microglia.results import TrainingRun

@@ -73,9 +73,10 @@ class Setup:
         """How many tokens each example's worked answer has, which is what its prompt counts for where time counts."""
         return [len(ids) for ids in worked_answers(self.tokenizer, self.examples)]
 
-    def calibrated(self, pruner: Pruner) -> Pruner:
-        """The pruner with a budget from these prompts, weighted by the tokens of their worked answers."""
-        sites, weights = pruner.sites(self.model), torch.tensor(self.answer_tokens).float()
+    def calibrated(self, pruner: Pruner, answer_tokens: Sequence[int] | None = None) -> Pruner:
+        """The pruner with a budget from these prompts, which count by the tokens of their answers or of the worked ones."""
+        weights = torch.tensor(self.answer_tokens if answer_tokens is None else answer_tokens).float()
+        sites = pruner.sites(self.model)
         geometries, costs = [site.geometry for site in sites], step_costs(self.model, sites)
         return pruner.with_budget(self.logits(pruner), geometries, weights, costs=costs)
 

@@ -20,7 +20,7 @@ NUMBER = re.compile(
 CALL = r"[A-Za-z]\w*\([^()=\n]*\)"
 IN_WORDS = r"(?:of|times|plus|minus)\b"
 UNIT = rf"(?:\s?(?!x[\s\d]|{IN_WORDS})/?[A-Za-z%]+)"
-OPERAND = rf"(?>[\s(\[{{$€£]*-?(?:{CALL}|\d[\d,.]*{UNIT}{{0,3}}|[A-Za-z]\b)[\s)\]}}$]*)"
+OPERAND = rf"(?>[\s(\[{{$€£]{{0,9}}-?(?:{CALL}|\d[\d,.]*{UNIT}{{0,3}}|[A-Za-z]\b)[\s)\]}}$]{{0,9}})"
 OPERATOR = rf"(?:[-+*/^x×÷·]|{IN_WORDS}|\\(?:times|cdot|div)|(?<=\d)(?=\())"
 ARITHMETIC = re.compile(rf"(?<![\w.,])(?:{OPERAND}(?:{OPERATOR}{OPERAND}){{1,20}}|{CALL}\s*)=")
 # "the answer is", "Final answer:", "**Answer**: ", "the answer would be"

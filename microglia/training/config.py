@@ -1,8 +1,8 @@
 """The options of a training run: one frozen value, checked here and saved as JSON beside the result."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from microglia.errors import ConfigError, check_choice
@@ -61,9 +61,7 @@ class TrainingConfig:
         tuple[float, float], "Scale of the logistic noise on the gates' logits at the start and at the end."
     ] = (1.0, 0.0)
     keep_ratio: Annotated[float | None, "Target share of units; replaces alpha."] = None
-    byte_share: Annotated[
-        float | None, "Target share of a dense decode step's bytes; replaces alpha and the target share of units."
-    ] = None
+    byte_share: Annotated[float | None, "Target share of a step's bytes instead."] = None
     ramp: Annotated[
         float, "Share of the steps over which the target falls from 1; 0 applies it from the first step."
     ] = 0.5
@@ -73,10 +71,8 @@ class TrainingConfig:
     ] = "token"
     target: Annotated[
         str | None,
-        "What answers shall be: model (what the dense model says, over continuations that it writes: prompts are "
-        "enough), gold (worked answers), or over worked answers a mixture: the weight of what the dense model says, "
-        "0.5 say.",
-        "gold on the reasoner, else model",
+        "model (what the dense model says; prompts are enough), gold (worked answers), or the weight of the former.",
+        "model; gold on the reasoner",
     ] = None
     continuation_tokens: Annotated[int, "Longest continuation that the dense model writes."] = 128
     continuation_temperature: Annotated[float, "Temperature at which it writes; 0 is greedy."] = 0.0
@@ -84,9 +80,7 @@ class TrainingConfig:
     start: Annotated[str | None, "Criterion by whose ranks the policy starts, norm say.", "every unit kept alike"] = (
         None
     )
-    recovery: Annotated[
-        int, "Rank of what changes in the model's layers while it writes pruned answers; 0 changes nothing."
-    ] = 0
+    recovery: Annotated[int, "Rank of the recovery; 0 for none."] = 0
     recovery_start: Annotated[float, "Share of the steps after which the recovery trains as well."] = 0.0
     recovery_learning_rate: Annotated[float, "Learning rate of the recovery."] = 1e-3
     lora: Annotated[
@@ -106,6 +100,14 @@ class TrainingConfig:
     gradient_checkpointing: Annotated[bool, "Recompute activations in the backward pass to save memory."] = False
     bf16: Annotated[bool, "Mixed precision; decisions and losses stay float32."] = False
     shard: Annotated[bool, "Divide the layers of the base model among the processes of torchrun (FSDP2)."] = False
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "TrainingConfig":
+        """From options by name. Raises ConfigError for one that there is not."""
+        known = [f.name for f in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise ConfigError(f"training has no option {', '.join(unknown)}; choose from {', '.join(known)}")
+        return cls(**options)
 
     @property
     def target_share(self) -> float | None:

@@ -24,7 +24,7 @@ from tests.tiny_folder import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 # Fields of TrainingConfig whose option has another name, and those that go.
-NAMES = {"epochs": "num_epochs", "gate": "estimator"}
+NAMES = {"epochs": "num_epochs", "gate": "estimator", "byte_share": "bytes"}
 GONE = {"scope", "fill"}
 SHORT = "--max-steps 2 --limit 4 --batch-size 2 --eval-limit 2 --hidden-dim 16".split()
 
@@ -228,7 +228,7 @@ def test_each_script_calls_its_verb(name):
         ("train --model TINY --output-dir RUN --limit 4 --max-steps 2", "already holds checkpoints of a run"),
         ("train --model TINY --output-dir NEW --resume", "holds no run to resume"),
         ("train --model TINY --output-dir NEW --schedule zigzag", "'--schedule': 'zigzag' is not one of 'linear'"),
-        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents, mixture or codebook"),
+        ("train --model TINY --policy gru", "policy='gru' is unknown; choose agents, mixture, codebook or layers"),
         ("train --model TINY --num-heads 3", "num_heads=3 was given, but the model has 8 heads"),
         ("train --model TINY --alpha 0.1,much", "alpha=0.1,much was given; give one number, or start and end as"),
         ("train --model TINY --features colour", "signals='colour' is unknown"),

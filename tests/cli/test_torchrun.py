@@ -38,7 +38,7 @@ def test_two_processes_say_once_what_one_says(tmp_path):
         place = ["--model_path", tmp_path / "one", "--output_dir", folder / "results", *EVALUATE.split()]
         result = only_json(script("evaluate", *place, launcher=launcher))
         answers = json.loads((folder / "results" / "answers-arithmetic.json").read_text())
-        assert len((folder / "results" / "records.jsonl").read_text().splitlines()) == 5
+        assert len((folder / "results" / "records.jsonl").read_text().splitlines()) == 11
         numbers = {name: training["last"][name] for name in ("task", "keep_ratio", "train_loss")}
         found.append((numbers, answers, {**result["pruned"], "seconds": 0}))
     (one, *exact), (two, *again) = found

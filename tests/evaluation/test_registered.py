@@ -61,7 +61,7 @@ def test_a_kind_of_unit_and_a_policy(mlps):  # noqa: F811
     assert sorted(a.keep_ratio for a in results["compact"].answers) != [1, 1, 1]
     summary = results["compact"].summary(setup.answers(None))
     assert 0 < summary.sparsity < 1
-    assert [len(row) for row in summary.heads["kept"]] == [1, 1]
+    assert [len(row) for row in summary.heads["mlp_kept"]] == [1, 1]
 
 
 def test_an_execution(monkeypatch):

@@ -81,7 +81,7 @@ def test_every_default_factor_can_be_changed() -> None:
         ),
         ("beta", "much", "beta='much' was given; it must be a number"),
         ("fill", 0, "fill=0 was given; it must be a word"),
-        ("policy", "gru", "policy='gru' is unknown; choose agents, mixture or codebook"),
+        ("policy", "gru", "policy='gru' is unknown; choose agents, mixture, codebook or layers"),
         ("lora", "later", "lora='later' is unknown; choose one of"),
     ],
 )

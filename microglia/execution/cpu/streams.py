@@ -16,8 +16,8 @@ from microglia.execution.cpu.memory import FAST, ZERO, bf16, f16, f32, fetch, i8
 AHEAD, BLOCK = 2, 128
 
 
-def rows_of(load: Any, scaled: bool = False) -> Any:
-    """The product along rows of numbers that `load` reads. scaled: every row has a scale."""
+def _several(load: Any) -> tuple[Any, Any]:
+    """Four rows times one vector, and two rows times four, of numbers that `load` reads."""
 
     @njit(**FAST)
     def four(a: int, b: int, c: int, d: int, length: int, x: int, out: int, apart: int) -> None:
@@ -58,6 +58,13 @@ def rows_of(load: Any, scaled: bool = False) -> Any:
         put_f32(out + out_step, apart, m)
         put_f32(out + 2 * out_step, apart, n)
         put_f32(out + 3 * out_step, apart, p)
+
+    return four, two
+
+
+def rows_of(load: Any, scaled: bool = False) -> Any:
+    """The product along rows of numbers that `load` reads. scaled: every row has a scale."""
+    four, two = _several(load)
 
     @njit(**FAST)
     def rows(job: int, first: int, last: int) -> None:
