@@ -74,7 +74,7 @@ class Setup:
         return [len(ids) for ids in worked_answers(self.tokenizer, self.examples)]
 
     def calibrated(self, pruner: Pruner, answer_tokens: Sequence[int] | None = None) -> Pruner:
-        """The pruner with a budget from these prompts, which count by the tokens of their answers or of the worked ones."""
+        """The pruner with a budget from these prompts, weighted by the tokens of their answers (None: worked ones)."""
         weights = torch.tensor(self.answer_tokens if answer_tokens is None else answer_tokens).float()
         sites = pruner.sites(self.model)
         geometries, costs = [site.geometry for site in sites], step_costs(self.model, sites)
