@@ -64,9 +64,7 @@ def test_two_processes_end_with_the_weights_of_one(pair, tmp_path, name):
     first, second = (load_file(pair / f"{name}-{rank}.safetensors") for rank in (0, 1))
     assert all(second[key].equal(x) for key, x in first.items())
     far = {key: (first[key] - x).abs() for key, x in alone.items()}
-    if (
-        name == "bf16"
-    ):  # in other groups 16 bits round otherwise, and Adam makes whole steps of tiny gradients
+    if name == "bf16":  # in other groups 16 bits round otherwise, and Adam makes whole steps of tiny gradients
         assert torch.cat([x.flatten() for x in far.values()]).quantile(0.99) < 1e-4
     else:
         assert max(float(x.max()) for x in far.values()) < 1e-4, far
