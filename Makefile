@@ -119,7 +119,7 @@ $(LOWEST): pyproject.toml constraints.txt scripts/lowest_versions.py
 	@rm -rf build/lowest
 	@"$(PYTHON)" -m venv build/lowest
 	@$(BIN)/python scripts/lowest_versions.py > build/lowest/constraints.txt
-	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e ".[serve]" pytest pytest-xdist hypothesis openai httpx2 jsonschema
+	@build/lowest/bin/python -m pip install -qq --disable-pip-version-check -c build/lowest/constraints.txt -e ".[serve,cpu]" pytest pytest-xdist hypothesis openai httpx2 jsonschema
 	@touch $@
 
 lowest: setup $(LOWEST) ## test the core with the lowest versions that pyproject.toml allows

@@ -1,6 +1,6 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip: what `make lowest` tests with.
 
-With those of the extra `serve`. torch is left as constraints.txt has it: older versions come on PyPI only with
+With those of the extras `serve` and `cpu`. torch is left as constraints.txt has it: older versions come on PyPI only with
 gigabytes of libraries for GPUs. So are the tools that the tests need.
 """
 
@@ -16,7 +16,8 @@ TOOLS = {"pytest", "pytest-xdist", "hypothesis", "openai", "httpx2", "jsonschema
 def lowest() -> list[str]:
     """`name==version` of every dependency, in the order of pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = project["dependencies"] + project["optional-dependencies"]["serve"]
+    extras = project["optional-dependencies"]
+    asked = project["dependencies"] + extras["serve"] + extras["cpu"]
     bounds = [re.fullmatch(r"([\w-]+)>=([\d.]+),<[\d.]+", text) for text in asked]
     pins = [f"{bound[1]}=={bound[2]}" for bound in bounds if bound is not None and bound[1] not in AS_PINNED]
     if len(pins) + len(AS_PINNED) != len(bounds):
