@@ -1,7 +1,7 @@
 """Print the lowest versions that pyproject.toml allows, as constraints for pip: what `make lowest` tests with.
 
-With those of the extras `serve` and `cpu`. torch is left as constraints.txt has it: older versions come on PyPI only with
-gigabytes of libraries for GPUs. So are the tools that the tests need.
+With those of the extras `serve` and `cpu`. torch is left as constraints.txt has it: older versions come on PyPI only
+with gigabytes of libraries for GPUs. So are the tools that the tests need.
 """
 
 import re

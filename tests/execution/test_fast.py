@@ -143,7 +143,7 @@ def test_fewer_bits_are_a_model_of_rounded_weights(bits):
 def test_small_inputs_are_left_out_for_each_token(family, rows):
     """As a model in which they are set to zero. Rows share the inputs that any of them needs: here equal ones."""
     model, truth = tiny_model(family), tiny_model(family)
-    for one in (model, truth):  # sdpa leaves out Gemma 2's softcap in older transformers
+    for one in (model, truth):  # sdpa of older transformers leaves out the softcap of Gemma 2
         one.set_attn_implementation("eager")
     ids, mask = tiny_prompts(9)
     tokens = torch.randint(2, 97, (1, 6), generator=torch.Generator().manual_seed(5))
