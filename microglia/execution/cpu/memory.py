@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 # Sums may be taken in another order, as vectors; infinities and NaN stay what they are.
 MATHS: dict[str, Any] = {"fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"}}
 FAST: dict[str, Any] = {**MATHS, "nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-SPINS = 20_000  # looks at a counter before a waiting thread gives its core to others: about as long as a layer takes
+SPINS = 2_000  # looks before a waiting thread gives its core to others: with 20,000 a busy machine takes three times as long
 Reader = Callable[[int, int], float]
 Writer = Callable[[int, int, float], None]
 _BYTE, _HALF, _WORD, _LONG, _FLOAT = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()

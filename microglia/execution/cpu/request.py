@@ -102,7 +102,7 @@ class Steps:
         grouped = keep.reshape(len(keep), geometry.kv_heads, -1)
         slots = np.where(grouped.any(-1), grouped.any(-1).cumsum(-1) - 1, -1)  # (B, G)
         rows, heads = np.nonzero(np.broadcast_to(keep.any(0), keep.shape))
-        groups = heads // geometry.queries_per_group
+        groups = geometry.group_of(torch.from_numpy(heads)).numpy()
         own = np.where(keep[rows, heads], slots[rows, groups], -1)
         units = np.ascontiguousarray(np.stack([rows, heads, groups, own], axis=1), dtype=np.int64)
         row = self.layers[index]
