@@ -3,6 +3,7 @@
 So a model compiles what it needs and no more, and the step none of it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from numba import cfunc
@@ -26,48 +27,54 @@ def compiled(kind: int, by_columns: bool, sources: str) -> Any:
 
     Each is written out: numba compiles whatever a function names, and its cache knows no function that is data.
     """
+    if by_columns:
+        return cfunc("void(int64, int64, int64, int64, int64)", cache=True, **MATHS)(_down_columns(sources)[kind])
+    return cfunc("void(int64, int64, int64)", cache=True, **MATHS)(_along_rows(sources)[kind])
 
-    def f32_rows(job: int, first: int, last: int) -> None:
+
+def _along_rows(sources: str) -> tuple[Callable[[int, int, int], None], ...]:
+    def f32(job: int, first: int, last: int) -> None:
         if len(sources) > 0:
             rows_f32(job, first, last)
 
-    def f32_columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
-        if len(sources) > 0:
-            columns_f32(job, inputs, count, first, last)
-
-    def bf16_rows(job: int, first: int, last: int) -> None:
+    def bf16(job: int, first: int, last: int) -> None:
         if len(sources) > 0:
             rows_bf16(job, first, last)
 
-    def bf16_columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
-        if len(sources) > 0:
-            columns_bf16(job, inputs, count, first, last)
-
-    def f16_rows(job: int, first: int, last: int) -> None:
+    def f16(job: int, first: int, last: int) -> None:
         if len(sources) > 0:
             rows_f16(job, first, last)
 
-    def f16_columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
-        if len(sources) > 0:
-            columns_f16(job, inputs, count, first, last)
-
-    def int8_rows(job: int, first: int, last: int) -> None:
+    def int8(job: int, first: int, last: int) -> None:
         if len(sources) > 0:
             rows_int8(job, first, last)
 
-    def int8_columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
-        if len(sources) > 0:
-            columns_int8(job, inputs, count, first, last)
-
-    def int4_rows(job: int, first: int, last: int) -> None:
+    def int4(job: int, first: int, last: int) -> None:
         if len(sources) > 0:
             rows_int4(job, first, last)
 
-    def int4_columns(job: int, inputs: int, count: int, first: int, last: int) -> None:
+    return f32, bf16, f16, int8, int4
+
+
+def _down_columns(sources: str) -> tuple[Callable[[int, int, int, int, int], None], ...]:
+    def f32(job: int, inputs: int, count: int, first: int, last: int) -> None:
+        if len(sources) > 0:
+            columns_f32(job, inputs, count, first, last)
+
+    def bf16(job: int, inputs: int, count: int, first: int, last: int) -> None:
+        if len(sources) > 0:
+            columns_bf16(job, inputs, count, first, last)
+
+    def f16(job: int, inputs: int, count: int, first: int, last: int) -> None:
+        if len(sources) > 0:
+            columns_f16(job, inputs, count, first, last)
+
+    def int8(job: int, inputs: int, count: int, first: int, last: int) -> None:
+        if len(sources) > 0:
+            columns_int8(job, inputs, count, first, last)
+
+    def int4(job: int, inputs: int, count: int, first: int, last: int) -> None:
         if len(sources) > 0:
             columns_int4(job, inputs, count, first, last)
 
-    by_rows = (f32_rows, bf16_rows, f16_rows, int8_rows, int4_rows)
-    down_columns = (f32_columns, bf16_columns, f16_columns, int8_columns, int4_columns)
-    signature = "void(int64, int64, int64, int64, int64)" if by_columns else "void(int64, int64, int64)"
-    return cfunc(signature, cache=True, **MATHS)((down_columns if by_columns else by_rows)[kind])
+    return f32, bf16, f16, int8, int4
