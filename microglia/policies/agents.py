@@ -53,16 +53,11 @@ class MicrogliaAgent(Agent):
         return logits
 
 
-class MaskMixture(Agent):
-    """`softmax(Linear(features, masks)) · (masks, units)`: a prompt's logits lie between those of a few learned masks.
+class Masks(Agent):
+    """A few masks of learned logits: `weights · (masks, units)`."""
 
-    Experts and their gate as in Jacobs et al. 1991 (Adaptive Mixtures of Local Experts), each expert one constant mask.
-    """
-
-    def __init__(self, *, units: int, features: int, masks: int) -> None:
+    def __init__(self, *, units: int, masks: int) -> None:
         super().__init__()
-        self.router = nn.Linear(features, masks)
-        nn.init.normal_(self.router.weight, std=2 * features**-0.5)  # prompts differ from the start, so masks can too
         self.masks = nn.Parameter(torch.empty(masks, units))
         self.start_from(torch.full((units,), KEEP_AT_START))
 
@@ -70,10 +65,26 @@ class MaskMixture(Agent):
     def start_from(self, logits: Tensor) -> None:
         self.masks.copy_((logits / MASK_SCALE).expand_as(self.masks))
 
+    def forward(self, weights: Tensor) -> Tensor:
+        """What every mask counts for in each prompt, (B, K) with a sum of 1 → its logits (B, U)."""
+        logits: Tensor = weights @ self.masks * MASK_SCALE
+        return logits
+
+
+class MaskMixture(Masks):
+    """`softmax(Linear(features, masks)) · (masks, units)`: a prompt's logits lie between those of a few learned masks.
+
+    Experts and their gate as in Jacobs et al. 1991 (Adaptive Mixtures of Local Experts), each expert one constant mask.
+    """
+
+    def __init__(self, *, units: int, features: int, masks: int) -> None:
+        super().__init__(units=units, masks=masks)
+        self.router = nn.Linear(features, masks)
+        nn.init.normal_(self.router.weight, std=2 * features**-0.5)  # prompts differ from the start, so masks can too
+
     def forward(self, features: Tensor) -> Tensor:
         """Standardised features (B, F) → logits (B, U)."""
-        mixture: Tensor = self.router(features).softmax(-1) @ self.masks
-        return mixture * MASK_SCALE
+        return super().forward(self.router(features).softmax(-1))
 
 
 class LearnedPolicy(Policy):
@@ -128,6 +139,10 @@ class LearnedPolicy(Policy):
         standardised: Tensor = self.statistics[index](features)
         return standardised
 
+    def joined(self, features: Sequence[Tensor]) -> Tensor:
+        """Standardised features of all sites side by side, (B, F)."""
+        return torch.cat([self.standardised(index, x) for index, x in enumerate(features)], -1)
+
 
 @POLICIES.register("agents")
 class AgentPolicy(LearnedPolicy):
@@ -161,5 +176,5 @@ class MixturePolicy(LearnedPolicy):
         return MaskMixture(units=units, features=all_features, masks=self.hidden_dim)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        every = torch.cat([self.standardised(index, x) for index, x in enumerate(features)], -1)
+        every = self.joined(features)
         return [agent(every) for agent in self.agents]

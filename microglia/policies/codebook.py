@@ -8,31 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from microglia.gate import straight_through
-from microglia.policies.agents import KEEP_AT_START, MASK_SCALE, Agent, LearnedPolicy
+from microglia.policies.agents import MASK_SCALE, Agent, LearnedPolicy, Masks
 from microglia.policies.base import POLICIES
 from microglia.signals import feature_size
 from microglia.units import Geometry
 
 ROUTER_SCALE = 2.0  # standard deviation of the router's scores at the start: prompts differ, none is beyond doubt
 ROUNDS = 20  # of k-means; it is at rest long before
-
-
-class Masks(Agent):
-    """One site's side of the codebook: `choice · (masks, units)`."""
-
-    def __init__(self, *, units: int, masks: int) -> None:
-        super().__init__()
-        self.masks = nn.Parameter(torch.empty(masks, units))
-        self.start_from(torch.full((units,), KEEP_AT_START))
-
-    @torch.no_grad()
-    def start_from(self, logits: Tensor) -> None:
-        self.masks.copy_((logits / MASK_SCALE).expand_as(self.masks))
-
-    def forward(self, choice: Tensor) -> Tensor:
-        """Which mask each prompt has, one-hot (B, K) → its logits (B, U)."""
-        logits: Tensor = choice @ self.masks * MASK_SCALE
-        return logits
 
 
 @POLICIES.register("codebook")
@@ -66,7 +48,7 @@ class CodebookPolicy(LearnedPolicy):
     def fit_statistics(self, features: Sequence[Tensor]) -> None:
         super().fit_statistics(features)
         if all(bool((site == site[:1]).all()) for site in self.masks):  # else the router has learned which is whose
-            self._start_from_clusters(self._joined(features))
+            self._start_from_clusters(self.joined(features))
 
     @torch.no_grad()
     def _start_from_clusters(self, every: Tensor) -> None:
@@ -84,17 +66,14 @@ class CodebookPolicy(LearnedPolicy):
 
     def choices(self, features: Sequence[Tensor]) -> Tensor:
         """Which mask each of B prompts gets, (B,), from the features of every site, (B, F) each."""
-        choices: Tensor = self.router(self._joined(features)).argmax(-1)
+        choices: Tensor = self.router(self.joined(features)).argmax(-1)
         return choices
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        scores = self.router(self._joined(features))
+        scores = self.router(self.joined(features))
         hard = F.one_hot(scores.argmax(-1), self.hidden_dim).to(scores.dtype)
         choice = straight_through(scores.softmax(-1), hard)
         return [site(choice) for site in self.agents]
-
-    def _joined(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat([self.standardised(index, x) for index, x in enumerate(features)], -1)
 
 
 def clusters(points: Tensor, count: int) -> Tensor:

@@ -4,8 +4,8 @@ A permutation of a layer's channels changes nothing, so blocks are cut from any 
 holds channels that matter and others, ordered by their statistics those that matter alike.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from microglia.anatomy import Layer, swap
+from microglia.anatomy import Layer
 from microglia.anatomy.geometry import rank, round_up
-from microglia.anatomy.projection import features, sliced
+from microglia.anatomy.projection import features
 from microglia.errors import ConfigError, UnsupportedModelError
 from microglia.units.arrangement import BLOCK, Arrangement
 from microglia.units.costs import UnitCosts
-from microglia.units.site import ProjectedSite, check_rows
+from microglia.units.site import ProjectedSite, check_rows, limited
 
 FEWEST = 8  # blocks that a layer has at least, where its channels can be divided so
 
@@ -137,32 +137,20 @@ class ChannelSite(ProjectedSite):
 
     # --- gates and cuts -----------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
-        """keep (B, U) or (1, U). fill (B, U, D) stands in for what a pruned block of D channels would have given."""
+    def gate(self, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
         block_of, left = self.block_of.to(keep.device), None if fill is None else self.joined(fill)[:, None]
 
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = inputs[0]
             check_rows(self, len(x), len(keep))
-            factor = keep[:, block_of][:, None].to(
-                x
-            )  # (B, 1, I); here, since gates are put on where nothing is learned
-            if where is not None:
-                factor = torch.where(where[..., None], factor, torch.ones_like(factor))
+            # (B, 1, I), made here: gates are put on where no gradient is kept.
+            factor = limited(keep[:, block_of][:, None].to(x), where)
             return (x * factor if left is None else x * factor + (1 - factor) * left.to(x), *inputs[1:])
 
-        handle = self.output.register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return hook
 
     def cut(self, stack: ExitStack, keep: Tensor, cache: Cache | None) -> None:
-        index, mlp = self.channels_of(keep), self.holder
-        for one in self.layer.family.mlp.cuts(self.geometry.channels, index):
-            smaller = sliced(getattr(mlp, one.projection), one, f"{self.name}.{one.projection}", self.run)
-            swap(stack, mlp, one.projection, smaller)
+        self.cut_out(stack, self.layer.family.mlp.cuts(self.geometry.channels, self.channels_of(keep)), self.run)
 
     def cut_rows(self, stack: ExitStack, keep: Tensor, cache: Cache | None) -> None:
         """What any row keeps is read once for all of them; each row's own gates act on it."""

@@ -6,7 +6,7 @@ projections, read once for all rows, and attention over a `(B, k, T, D)` cache o
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from microglia.anatomy import HeadGeometry, Layer, RowShape, View, replaced_attention, stock_attention, swap
-from microglia.anatomy.projection import sliced
 from microglia.errors import MicrogliaError
 from microglia.units.costs import UnitCosts
 from microglia.units.kv import keep_kv_heads, take_rows
-from microglia.units.site import ProjectedSite, check_rows
+from microglia.units.site import ProjectedSite, check_rows, limited
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +52,15 @@ class HeadSite(ProjectedSite):
     def split(self, x: Tensor) -> Tensor:
         return self.geometry.split(x)
 
-    @contextmanager
-    def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
-        """keep (B, H) or (1, H). fill (B, H, D) stands in for what a pruned head would have written."""
-        hook = _gate_hook(self, keep, where, fill)
-        handle = self.output.register_forward_pre_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def gate(self, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            heads = self.split(inputs[0])  # (B, T, H, D)
+            check_rows(self, len(heads), len(keep))
+            factor = limited(keep[:, None, :, None].to(heads), where)
+            heads = heads * factor if fill is None else heads * factor + (1 - factor) * fill[:, None].to(heads)
+            return (self.joined(heads), *inputs[1:])
+
+        return hook
 
     def cut(self, stack: ExitStack, keep: Tensor, cache: Cache | None) -> None:
         kept = self.geometry.kept_by(keep)
@@ -73,11 +72,7 @@ class HeadSite(ProjectedSite):
             )
         heads = keep.nonzero().flatten()
         groups = self.geometry.by_group(keep).any(-1).nonzero().flatten()
-        layout, block = self.layer.family.attention, self.geometry.head_dim
-        for one in layout.cuts(self.geometry, heads, groups):
-            projection = getattr(self.attention, one.projection)
-            smaller = sliced(projection, one, f"{self.name}.{one.projection}", block)
-            swap(stack, self.attention, one.projection, smaller)
+        self.cut_out(stack, self.layer.family.attention.cuts(self.geometry, heads, groups), self.geometry.head_dim)
         self.rewrite(stack, kept)
         if cache is not None:
             keep_kv_heads(stack, cache, self.layer.index, groups)
@@ -108,8 +103,7 @@ class HeadSite(ProjectedSite):
         def add(_: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return (output[0] + bias, *output[1:])
 
-        # After attention as a whole: the cut puts another output projection in.
-        # And before what gates attention as a whole.
+        # After attention as a whole, since the cut puts another output projection in; before what gates all of it.
         stack.callback(self.attention.register_forward_hook(add, prepend=True).remove)
 
     # --- cost ---------------------------------------------------------------------------------------------------------
@@ -138,19 +132,6 @@ class HeadSite(ProjectedSite):
         if keep is None:
             return self.geometry.width
         return self.geometry.row_shape(keep).heads.shape[-1] * self.geometry.head_dim
-
-
-def _gate_hook(site: HeadSite, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        heads = site.geometry.split(inputs[0])  # (B, T, H, D)
-        check_rows(site, len(heads), len(keep))
-        gate = keep[:, None, :, None].to(heads)
-        if where is not None:
-            gate = torch.where(where[:, :, None, None], gate, torch.ones_like(gate))
-        heads = heads * gate if fill is None else heads * gate + (1 - gate) * fill[:, None].to(heads)
-        return (heads.flatten(-2), *inputs[1:])
-
-    return hook
 
 
 def _row_attention(site: HeadSite, shape: RowShape) -> Callable[..., tuple[Tensor, None]]:

@@ -1,8 +1,8 @@
 """The units of one kind in one layer: how many there are, how they are gated and cut out, and what they cost."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from microglia.anatomy import Anatomy, Layer
-from microglia.anatomy.projection import cut_bytes, features, plain
+from microglia.anatomy import Anatomy, Layer, swap
+from microglia.anatomy.projection import Cut, cut_bytes, features, plain, sliced
 from microglia.errors import MicrogliaError
 from microglia.registry import Registry
 from microglia.units.arrangement import Arrangement
@@ -150,6 +150,25 @@ class ProjectedSite(Site):
         """The module that holds the projections: attention or MLP."""
 
     @abstractmethod
+    def gate(self, keep: Tensor, where: Tensor | None, fill: Tensor | None) -> Callable[..., Any]:
+        """The hook before `output` that multiplies its input by keep, see `gated`."""
+
+    @contextmanager
+    def gated(self, keep: Tensor, *, where: Tensor | None = None, fill: Tensor | None = None) -> Iterator[None]:
+        """keep (B, U) or (1, U). fill (B, U, D) stands in for what a pruned unit would have given."""
+        handle = self.output.register_forward_pre_hook(self.gate(keep, where, fill))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def cut_out(self, stack: ExitStack, cuts: Iterable[Cut], run: int) -> None:
+        """Until `stack` closes, only what `cuts` name is left of the projections; copied in runs of so many."""
+        for one in cuts:
+            smaller = sliced(getattr(self.holder, one.projection), one, f"{self.name}.{one.projection}", run)
+            swap(stack, self.holder, one.projection, smaller)
+
+    @abstractmethod
     def cut_sizes(self, keep: Tensor) -> Iterator[tuple[nn.Module, int, bool]]:
         """Of every projection at keep (1, U): itself, its kept rows or columns, and whether these are inputs."""
 
@@ -182,6 +201,13 @@ class ProjectedSite(Site):
     def joined(self, parts: Tensor) -> Tensor:
         """The other way round as `split`: (..., U, D) → (..., U·D)."""
         return parts.flatten(-2)
+
+
+def limited(factor: Tensor, where: Tensor | None) -> Tensor:
+    """A factor (B, 1, …) for every position, 1 outside `where` (B, T)."""
+    if where is None:
+        return factor
+    return torch.where(where.reshape(*where.shape, *[1] * (factor.dim() - 2)), factor, torch.ones_like(factor))
 
 
 def check_rows(site: Site, rows: int, decisions: int) -> None:

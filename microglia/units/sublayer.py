@@ -19,7 +19,7 @@ from microglia.anatomy.projection import linear_flops, tensor_bytes
 from microglia.errors import ConfigError
 from microglia.units.arrangement import Arrangement
 from microglia.units.kv import drop_kv
-from microglia.units.site import Geometry, Site, check_rows
+from microglia.units.site import Geometry, Site, check_rows, limited
 
 HALVES = ("head", "channel")  # the kinds of units that live in a layer's attention, unit 0, and in its MLP, unit 1
 
@@ -74,9 +74,7 @@ class SublayerSite(Site):
         def gate(half: int, _: nn.Module, inputs: Any, output: Any) -> Any:
             written = output[0] if isinstance(output, tuple) else output  # (B, T, hidden)
             check_rows(self, len(written), len(keep))
-            factor = keep[:, None, half, None].to(written)
-            if where is not None:
-                factor = torch.where(where[..., None], factor, torch.ones_like(factor))
+            factor = limited(keep[:, None, half, None].to(written), where)
             return (written * factor, *output[1:]) if isinstance(output, tuple) else written * factor
 
         with ExitStack() as stack:
