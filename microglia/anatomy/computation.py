@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from microglia.anatomy.anatomy import Anatomy, Layer
 from microglia.anatomy.geometry import HeadGeometry
 from microglia.anatomy.layouts import Fused, Separate
+from microglia.anatomy.projection import features
 from microglia.errors import UnsupportedModelError
 
 Activation = Literal["silu", "tanh_gelu", "gelu", "relu"]
@@ -136,7 +137,7 @@ def _layer(anatomy: Anatomy, layer: Layer, kinds: list[str | None]) -> LayerComp
     family, module = layer.family, layer.module
     attention: Any = layer.attention
     up, down = [getattr(layer.mlp, name) for name in family.mlp.up], getattr(layer.mlp, family.mlp.down)
-    channels = _inputs(down)
+    channels = features(down, of_inputs=True)
     gate = Projection(up[0], 0, channels) if family.mlp.packed or len(up) > 1 else None
     rotary = None
     if _rotary_module(anatomy.stack) is not None:
@@ -164,7 +165,7 @@ def _layer(anatomy: Anatomy, layer: Layer, kinds: list[str | None]) -> LayerComp
 def _attention(layer: Layer) -> tuple[Projection, Projection, Projection, Projection]:
     layout, heads, attention = layer.family.attention, layer.heads, layer.attention
     output = getattr(attention, layout.o)
-    o = Projection(output, 0, _outputs(output))
+    o = Projection(output, 0, features(output, of_inputs=False))
     if isinstance(layout, Fused):
         module = getattr(attention, layout.qkv)
         sizes = (heads.width, heads.kv_width, heads.kv_width)
@@ -172,16 +173,8 @@ def _attention(layer: Layer) -> tuple[Projection, Projection, Projection, Projec
         return q, k, v, o
     assert isinstance(layout, Separate)
     modules = [getattr(attention, name) for name in (layout.q, layout.k, layout.v)]
-    q, k, v = (Projection(module, 0, _outputs(module)) for module in modules)
+    q, k, v = (Projection(module, 0, features(module, of_inputs=False)) for module in modules)
     return q, k, v, o
-
-
-def _inputs(module: Any) -> int:
-    return int(module.nx if isinstance(module, Conv1D) else module.in_features)
-
-
-def _outputs(module: Any) -> int:
-    return int(module.nf if isinstance(module, Conv1D) else module.out_features)
 
 
 def _norm(module: Any, anatomy: Anatomy) -> Norm:

@@ -73,11 +73,16 @@ def float_weight(projection: nn.Module) -> Tensor:
         return oriented(inner, weight)
 
 
+def stored_tensors(tensor: Any) -> list[Tensor]:
+    """The plain tensors that a tensor is made of: several where torchao quantised it."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [part for name in tensor.__tensor_flatten__()[0] for part in stored_tensors(getattr(tensor, name))]
+    return [tensor]
+
+
 def tensor_bytes(tensor: Any) -> int:
     """Bytes that a tensor stores; of a quantised one, of the tensors that it is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return int(tensor.numel() * tensor.element_size())
+    return sum(part.numel() * part.element_size() for part in stored_tensors(tensor))
 
 
 def cut_bytes(projection: nn.Module, kept: int, *, of_inputs: bool) -> int:

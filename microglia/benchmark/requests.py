@@ -80,7 +80,7 @@ def fixed_prompts(
     count: int = PROMPTS,
     seed: int = 0,
 ) -> list[TimedPrompt]:
-    """So many of the prompts, drawn once by the seed, one from each stretch of lengths: short and long ones alike.
+    """So many of the prompts, drawn once by the seed, one from each range of lengths: short and long ones alike.
 
     answer_tokens: of each prompt's answer, at least 2 of which are written. Raises DataError for no prompt, or one that
     the context does not hold with its answer.
@@ -92,12 +92,12 @@ def fixed_prompts(
         )
     lm = causal_lm(model)
     order = sorted(range(len(prompts)), key=lambda i: (answer_tokens[i], len(prompts[i])))
-    stretches = [part for part in np.array_split(order, min(count, len(prompts))) if len(part)]
+    ranges = [part for part in np.array_split(order, min(count, len(prompts))) if len(part)]
     drawn = np.random.default_rng(seed)
     room = context_length(lm) or 2**31
     chosen = []
-    for stretch in stretches:
-        index = int(drawn.choice(stretch))
+    for part in ranges:
+        index = int(drawn.choice(part))
         ids = encode_prompts(lm, tokenizer, [prompts[index]], 0)["input_ids"]
         chosen.append(TimedPrompt(ids, max(2, min(int(answer_tokens[index]), room - ids.shape[1]))))
     return chosen
@@ -166,9 +166,7 @@ class _Requests:
             keep.extend(pruner.keep(pruner.policy(features), [site.geometry for site in sites]))
 
         took = self.clock(decide)
-        means = values.values.get("mean_output")
-        fill = None if means is None else [means.get(site.index) for site in sites]
-        return Decision(keep, fill), took
+        return Decision(keep, values.means(sites)), took
 
     def _write(self, out: Any, tokens: int) -> None:
         cache = out.past_key_values

@@ -49,6 +49,14 @@ def final(stem: str, sha256: str) -> Path:
     return cache_folder("models") / f"{stem}-{sha256[:DIGITS]}"
 
 
+def not_written(place: Path, error: OSError) -> MicrogliaError:
+    """What to raise where the cache takes nothing more."""
+    return MicrogliaError(
+        f"{place} cannot be written ({error.strerror or error}); make room there, or name another folder in "
+        "MICROGLIA_CACHE"
+    )
+
+
 @contextmanager
 def made(stem: str, sha256: str, about: Mapping[str, Any]) -> Iterator[Path]:
     """A folder to write a model into; when the block ends without an error it gets a source.json that says `about` and
@@ -68,10 +76,7 @@ def made(stem: str, sha256: str, about: Mapping[str, Any]) -> Iterator[Path]:
             os.replace(place, outdated)
         os.replace(building, place)
     except OSError as error:
-        raise MicrogliaError(
-            f"{place} cannot be written ({error.strerror or error}); make room there, or name another folder in "
-            "MICROGLIA_CACHE"
-        ) from error
+        raise not_written(place, error) from error
     finally:
         for folder in (building, outdated):
             shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from microglia.cache import cache_folder
-from microglia.catalogue.cache import alone, checksum, kept
+from microglia.catalogue.cache import alone, checksum, kept, not_written
 from microglia.catalogue.known import KNOWN, KnownModel
 from microglia.errors import MicrogliaError, check_choice, first_line
 
@@ -74,10 +74,7 @@ def _file(name: str, known: KnownModel, update: Progress) -> Path:
             failures.append(str(error))
             continue
         except OSError as error:
-            raise MicrogliaError(
-                f"{place} cannot be written ({error.strerror or error}); make room there, or name another folder in "
-                "MICROGLIA_CACHE"
-            ) from error
+            raise not_written(place, error) from error
         if (found := checksum(came)) != known.sha256:
             shutil.rmtree(place)
             raise MicrogliaError(

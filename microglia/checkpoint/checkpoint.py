@@ -19,7 +19,6 @@ from microglia.checkpoint.config import MicrogliaConfig, is_lora
 from microglia.checkpoint.files import ADAPTER, AGENTS, CARD, CONFIG, read_all, read_config, replace_all
 from microglia.checkpoint.format_1 import renamed
 from microglia.errors import CheckpointError, ConfigError, first_line
-from microglia.policies import Policy
 from microglia.pruner import Pruner
 from microglia.recovery import Recovery
 
@@ -87,10 +86,8 @@ class Checkpoint:
         if not path.is_dir():
             path = _download(str(folder), revision, token)
         config, contents = _read(path)
-        data, where = contents.pop(AGENTS), str(path / AGENTS)
-        policy, recovery, calibration = _parts(config, data, where)
+        pruner, calibration = _parts(config, contents.pop(AGENTS), str(path / AGENTS))
         weights = calibration.pop(WEIGHTS, None)
-        pruner = config.pruner(policy, recovery, _orders(config, data, where))
         if calibration:
             pruner = pruner.with_budget(list(calibration.values()), config.geometries, weights)
         return cls(pruner, config, contents or None)
@@ -163,13 +160,13 @@ def _read(folder: Path) -> tuple[MicrogliaConfig, dict[str, bytes]]:
                 raise  # else another checkpoint has come in between: read that
 
 
-def _parts(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, Recovery | None, dict[str, Tensor]]:
-    """Policy, recovery and calibration from the bytes of a safetensors file: logits by site, perhaps weights."""
+def _parts(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Pruner, dict[str, Tensor]]:
+    """Pruner and calibration from the bytes of a safetensors file: logits by site, perhaps weights."""
     try:
         tensors = parse_safetensors(data)
     except SafetensorError as error:
         raise CheckpointError(f"{where} is not safetensors ({first_line(error)}); copy it again") from error
-    tensors = {name: x for name, x in tensors.items() if not name.startswith(ORDER)}
+    orders = {name: tensors.pop(name) for name in [*tensors] if name.startswith(ORDER)}
     names = [f"{CALIBRATION}{i}" for i in range(len(config.sites))]
     calibration = {name: tensors.pop(name) for name in (*names, WEIGHTS) if name in tensors}
     recovery = _recovery({name: tensors.pop(name) for name in [*tensors] if name.startswith(RECOVERY)}, config, where)
@@ -190,7 +187,8 @@ def _parts(config: MicrogliaConfig, data: bytes, where: str) -> tuple[Policy, Re
         raise CheckpointError(f"{where} does not fit {CONFIG}: {'; '.join(problems)}; copy or save both again")
     policy = config.new_policy()
     policy.load_state_dict(tensors)
-    return policy.eval(), recovery, {name: x.float() for name, x in calibration.items()}
+    pruner = config.pruner(policy.eval(), recovery, _orders(orders, config, where))
+    return pruner, {name: x.float() for name, x in calibration.items()}
 
 
 def _recovery(tensors: Mapping[str, Tensor], config: MicrogliaConfig, where: str) -> Recovery | None:
@@ -202,9 +200,8 @@ def _recovery(tensors: Mapping[str, Tensor], config: MicrogliaConfig, where: str
         raise CheckpointError(f"{where} does not fit {CONFIG}: {error}") from error
 
 
-def _orders(config: MicrogliaConfig, data: bytes, where: str) -> list[Tensor] | None:
-    """The order of every layer's channels from the bytes of a safetensors file; None where they stand as they are."""
-    found = {name: x for name, x in parse_safetensors(data).items() if name.startswith(ORDER)}
+def _orders(found: Mapping[str, Tensor], config: MicrogliaConfig, where: str) -> list[Tensor] | None:
+    """The order of every layer's channels; None where they stand as they are."""
     channels = [site.geometry["channels"] for site in config.sites if site.unit == "channel"]
     wanted = {f"{ORDER}{i}": count for i, count in enumerate(channels)} if found else {}
     problems = [

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
 
+from microglia.errors import ConfigError, MicrogliaError
 from microglia.registry import Registry
-from microglia.units import Site
+from microglia.units import HeadSite, Site
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ class Execution(ABC):
     @abstractmethod
     def apply(self, sites: Sequence[Site], decision: Decision, cache: Cache | None) -> AbstractContextManager[None]:
         """While inside, the sites are pruned as decided. `cache` is the prompt's; what it loses is gone for good."""
+
+
+def check_heads_only(sites: Sequence[Site], who: str) -> None:
+    """Raise ConfigError, in the name of who cannot prune anything else, for other units than heads."""
+    if other := {site.unit for site in sites if not isinstance(site, HeadSite)}:
+        raise ConfigError(
+            f"{who} prune attention heads, but units={', '.join(sorted(other))!r} was given; use execution='compact'"
+        )
+
+
+def check_hard(site: Site, keep: Tensor, who: str) -> None:
+    """Raise MicrogliaError, in the name of who cuts units out, for keeps other than 0 and 1."""
+    if not bool(((keep == 0) | (keep == 1)).all()):
+        raise MicrogliaError(f"{site.name} got soft keeps; {who} needs keeps of 0 or 1, use Gate(mode='hard')")
 
 
 EXECUTIONS: Registry[type[Execution]] = Registry("execution")

@@ -6,8 +6,7 @@ from typing import ClassVar
 
 from transformers.cache_utils import Cache
 
-from microglia.errors import MicrogliaError
-from microglia.execution.base import EXECUTIONS, Decision, Execution
+from microglia.execution.base import EXECUTIONS, Decision, Execution, check_hard
 from microglia.gate import rows_agree
 from microglia.units import Site, gone
 
@@ -23,10 +22,7 @@ class Compact(Execution):
         """Leaving restores the model bit for bit. Raises MicrogliaError for keeps other than 0 and 1."""
         with ExitStack() as stack:
             for site, keep in zip(sites, decision.keep, strict=True):
-                if not bool(((keep == 0) | (keep == 1)).all()):
-                    raise MicrogliaError(
-                        f"{site.name} got soft keeps; compaction needs keeps of 0 or 1, use Gate(mode='hard')"
-                    )
+                check_hard(site, keep, "compaction")
                 if bool((keep > 0).all()) or gone(site, keep):
                     continue  # nothing is pruned here, or everything with its sublayer
                 fill = decision.fill_of(site)

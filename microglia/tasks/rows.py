@@ -82,3 +82,11 @@ def hub_rows(repository: str, name: str | None, split: str, instead: str) -> lis
             f"{repository} could not be loaded from the Hugging Face hub ({type(error).__name__}: {error}); "
             f"go online, or give --data-dir (data_dir=) a folder with {instead}"
         ) from error
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises DataError for one that cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); mend that or give another file") from error

@@ -10,6 +10,7 @@ from functools import lru_cache
 from importlib import resources
 
 from microglia.errors import check_choice
+from microglia.tasks.base import Example
 
 KINDS = ("question", "rewriting", "chat", "code", "list")
 SPLITS = ("train", "validation", "test")
@@ -27,6 +28,12 @@ def shipped_prompts(split: str) -> list[ShippedPrompt]:
     """The prompts of a split, kinds mixed, always in the same order. Raises ConfigError for an unknown split."""
     check_choice("split", split, SPLITS)
     return [ShippedPrompt(row["kind"], row["prompt"]) for row in _rows() if row["split"] == split]
+
+
+def shipped_examples(split: str, task: str) -> list[Example]:
+    """The prompts of a split as examples of a task, with nothing to say about what is right."""
+    prompts = enumerate(shipped_prompts(split))
+    return [Example(f"{task}/{split}/{index}", row.prompt, "", "", 0, row.kind) for index, row in prompts]
 
 
 @lru_cache(maxsize=1)

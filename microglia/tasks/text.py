@@ -10,7 +10,8 @@ from typing import ClassVar
 
 from microglia.errors import ConfigError, DataError
 from microglia.tasks.base import Example, Task
-from microglia.tasks.shipped import SPLITS, shipped_prompts
+from microglia.tasks.rows import read_text
+from microglia.tasks.shipped import SPLITS, shipped_examples
 
 SUFFIXES = (".txt", ".md")
 PASSAGE = 1600  # characters, some 350 tokens of English: half to read, half to score
@@ -34,10 +35,7 @@ class TextTask(Task):
         if self.shots:
             raise ConfigError(f"shots={self.shots} was given, but the text task has no solved examples; leave it out")
         if data_dir is None:
-            return [
-                Example(f"text/{split}/{index}", row.prompt, "", "", 0, row.kind)
-                for index, row in enumerate(shipped_prompts(split))
-            ]
+            return shipped_examples(split, self.name)
         if split != "test":
             raise ConfigError(f"split={split!r} was given, but text files are not divided; leave it out, which is test")
         place = Path(data_dir)
@@ -49,10 +47,7 @@ class TextTask(Task):
 
 
 def _passages(path: Path, place: Path) -> list[Example]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text ({error}); mend that or give another file") from error
+    text = read_text(path)
     name = str(path.relative_to(place)) if path != place else path.name
     return [
         Example(f"text/{name}/{index}", before, after, "", 0, name, whole=True)

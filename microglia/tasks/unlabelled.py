@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from microglia.errors import ConfigError, DataError
 from microglia.tasks.base import Example, Task, split_off
-from microglia.tasks.rows import first_file, read_rows
-from microglia.tasks.shipped import SPLITS, shipped_prompts
+from microglia.tasks.rows import first_file, read_rows, read_text
+from microglia.tasks.shipped import SPLITS, shipped_examples
 
 SHIPPED = "shipped"
 SUFFIXES = (".jsonl", ".txt")
@@ -51,10 +51,7 @@ def _of_source(source: str, split: str) -> list[Example]:
     from microglia.tasks import TASKS, get_task
 
     if source == SHIPPED:
-        return [
-            Example(f"{SHIPPED}/{split}/{index}", row.prompt, "", "", 0, row.kind)
-            for index, row in enumerate(shipped_prompts(split))
-        ]
+        return shipped_examples(split, SHIPPED)
     name, _, place = source.partition("=")
     if name in TASKS and name != PromptsTask.name:
         examples = get_task(name).load(split, data_dir=place or None)
@@ -83,10 +80,7 @@ def _of_files(place: Path, split: str) -> list[Example]:
 
 def _texts(path: Path) -> list[str]:
     if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text ({error}); mend that or give another file") from error
+        lines = read_text(path).splitlines()
     else:
         lines = [row["prompt"] for row in read_rows(path, ("prompt",))]
     return [line.strip() for line in lines if line.strip()]

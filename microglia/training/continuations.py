@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from microglia import processes, store
 from microglia.anatomy import causal_lm
+from microglia.anatomy.projection import stored_tensors
 from microglia.cache import cache_folder
 from microglia.errors import DataError, check_range
 from microglia.generation import generate
@@ -129,16 +130,9 @@ def weights_checksum(model: nn.Module) -> str:
     digest = hashlib.sha256(type(causal_lm(model)).__name__.encode())
     for name, tensor in sorted(causal_lm(model).state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        for part in _stored(tensor):
+        for part in stored_tensors(tensor):
             digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
-
-
-def _stored(tensor: Any) -> list[Tensor]:
-    """The plain tensors that a tensor is made of: several where torchao quantised it."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return [part for name in tensor.__tensor_flatten__()[0] for part in _stored(getattr(tensor, name))]
-    return [tensor]
 
 
 def digest(value: Any) -> str:

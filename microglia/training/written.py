@@ -20,6 +20,7 @@ from microglia.execution import Decision, Masked
 from microglia.passes import Batch, answer_states, read_prompt, rows_of
 from microglia.pruner import Pruner
 from microglia.training.loss import token_losses
+from microglia.units import Site
 
 # Tokens of answers at once: some 3 GB of activations in float32 on SmolLM2; a GPU has more memory and slow launches.
 TOKENS_AT_ONCE = {"cpu": 2048, "cuda": 16384}
@@ -45,7 +46,7 @@ def written(lm: nn.Module, batch: Batch, pruner: Pruner, weights: Tensor, kl_wei
     with torch.no_grad(), attached(lm, pruner, "dense") as trace, headless(lm) as first:
         cache = read_prompt(lm, batch.prompt, batch.prompt_mask).past_key_values
     recovery = [] if pruner.recovery is None else [p for p in pruner.recovery.parameters() if p.requires_grad]
-    work = _Work(lm, batch, pruner, weights, kl_weight, trace, cache, first[-1][:, -1])
+    work = _Work(lm, batch, pruner, weights, kl_weight, trace, pruner.sites(lm), cache, first[-1][:, -1])
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in (*trace.keep, *recovery))
     loss, task, kl = _Summed.apply(work, len(trace.keep), wanted, *trace.keep, *recovery)
     return Written(loss, task, kl, trace)
@@ -61,6 +62,7 @@ class _Work:
     weights: Tensor
     kl_weight: float
     trace: Trace
+    sites: Sequence[Site]
     cache: Any
     first: Tensor
 
@@ -99,8 +101,7 @@ class _Work:
         with ExitStack() as stack:
             if self.pruner.recovery is not None:
                 stack.enter_context(self.pruner.recovery.applied(self.lm, merged=False))
-            sites = self.pruner.sites(self.lm)
-            stack.enter_context(Masked().apply(sites, Decision([k[rows] for k in keep], fill)))
+            stack.enter_context(Masked().apply(self.sites, Decision([k[rows] for k in keep], fill)))
             return stack.pop_all()
 
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microglia.anatomy import Anatomy, View, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request
+from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_heads_only
 from microglia.execution.captured.attention import KINDS
 from microglia.execution.captured.buckets import buckets
 from microglia.execution.captured.buffers import END_TOKENS
@@ -119,11 +119,7 @@ class Captured(Execution):
         return self.steps[key]
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        if other := {site.unit for site in sites if not isinstance(site, HeadSite)}:
-            raise ConfigError(
-                f"captured steps prune attention heads, but units={', '.join(sorted(other))!r} was given; use "
-                "execution='compact'"
-            )
+        check_heads_only(sites, "captured steps")
 
     def check_generation(self, config: GenerationConfig) -> None:
         ends = config.eos_token_id

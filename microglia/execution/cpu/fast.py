@@ -13,11 +13,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microglia.anatomy import Anatomy, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request
+from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_heads_only
 from microglia.execution.captured.rope import rotaries
 from microglia.execution.cpu.plan import Plan, Thresholds, signature
 from microglia.execution.cpu.request import Steps
-from microglia.units import HeadSite, Site
+from microglia.units import Site
 
 
 @EXECUTIONS.register("fast")
@@ -67,11 +67,7 @@ class Fast(Execution):
         return self.plan.extra_bytes
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        if other := {site.unit for site in sites if not isinstance(site, HeadSite)}:
-            raise ConfigError(
-                f"fast steps prune attention heads, but units={', '.join(sorted(other))!r} was given; use "
-                "execution='compact'"
-            )
+        check_heads_only(sites, "fast steps")
 
     def check_generation(self, config: GenerationConfig) -> None:
         if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from microglia.anatomy import Anatomy, HeadGeometry
 from microglia.errors import MicrogliaError
-from microglia.execution.base import Decision, Request
+from microglia.execution.base import Decision, Request, check_hard
 from microglia.execution.captured.kv import StaticHeads
 from microglia.execution.cpu import code
 from microglia.execution.cpu import tables as t
@@ -121,10 +121,7 @@ class Steps:
         """Continue with a decision: what is left out is no longer read, and the cache keeps kept groups only."""
         for site, keep in zip(sites, decision.keep, strict=True):
             assert isinstance(site, HeadSite)
-            if not bool(((keep == 0) | (keep == 1)).all()):
-                raise MicrogliaError(
-                    f"{site.name} got soft keeps; a fast step needs keeps of 0 or 1, use Gate(mode='hard')"
-                )
+            check_hard(site, keep, "a fast step")
             if bool((keep > 0).all()):
                 continue
             self._decide(site, (keep > 0).expand(len(self.tokens), -1), decision.fill_of(site))
