@@ -8,7 +8,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from microglia.pruner import Pruner
 from microglia.tasks.base import Example
 from microglia.tasks.prompts import example_prompt, prompt_ids, worked_answers
 
-if TYPE_CHECKING:
-    from datasets import Dataset
+Row = dict[str, list[int]]  # token ids of a `prompt` and of its `answer`
 
 
 @dataclass(frozen=True)
@@ -54,25 +53,21 @@ class Batch:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], template: str, max_length: int | None
-) -> "Dataset":
-    """Token ids of prompt and answer per example, and their total length. Examples that do not fit are an error."""
-    from datasets import Dataset  # here, since importing it takes seconds
-
-    rows: dict[str, list[Any]] = {
-        "prompt": prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples]),
-        "answer": worked_answers(tokenizer, examples),
-    }
-    rows["length"] = [len(p) + len(a) for p, a in zip(rows["prompt"], rows["answer"], strict=True)]
-    for example, length in zip(examples, rows["length"], strict=True):
+) -> list[Row]:
+    """Token ids of prompt and answer per example. Examples that do not fit are an error."""
+    prompts = prompt_ids(tokenizer, [example_prompt(tokenizer, e, template) for e in examples])
+    answers = worked_answers(tokenizer, examples)
+    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+        length = len(prompt) + len(answer)
         if max_length is not None and length > max_length:
             raise DataError(
                 f"example {example.id} has {length} tokens with its answer, but the model's context is {max_length}; "
                 "leave it out"
             )
-    return Dataset.from_dict(rows)
+    return [{"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, answers, strict=True)]
 
 
-def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, Tensor]:
     """Rows of `prompt` and `answer` ids → one Batch as a dict of tensors (what a Trainer moves to the device)."""
     prompt, prompt_mask = padded([row["prompt"] for row in rows], left=True)
     answer, answer_mask = padded([row["answer"] for row in rows], left=False)

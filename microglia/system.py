@@ -372,7 +372,7 @@ class MicrogliaPruningSystem:
         if config.target != "model":
             return setup.calibrated(pruner)
         written = continued(causal_lm(self.model), self.tokenizer, task, examples, config)
-        return setup.calibrated(pruner, [len(answer) for answer in written["answer"]])
+        return setup.calibrated(pruner, [len(row["answer"]) for row in written])
 
     def _execution(self, execution: str | Execution) -> Execution:
         """One of each kind for the present model: what it captured serves all later requests."""

@@ -86,9 +86,9 @@ class Calibration:
     def batches(self) -> list[Batch]:
         """The examples in order, `batch_size` at a time, on the model's device."""
         if not any(example.answer for example in self.examples):  # prompts alone: the dense model writes the answers
-            rows = list(continued(self.lm, self.tokenizer, self.task, self.examples, TrainingConfig()))
+            rows = continued(self.lm, self.tokenizer, self.task, self.examples, TrainingConfig())
         else:
-            rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm)))
+            rows = encode(self.tokenizer, self.examples, self.task.template, context_length(self.lm))
         if bare := [e.id for e, row in zip(self.examples, rows, strict=True) if len(row["answer"]) < 2]:
             raise DataError(f"example {bare[0]} has no answer to calibrate on; give every example a worked answer")
         parts = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]

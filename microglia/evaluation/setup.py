@@ -87,7 +87,7 @@ class Setup:
         Made as inference makes it: prompts are read with every unit, answers with those that are kept.
         """
         lm = causal_lm(self.model)
-        rows = list(encode(self.tokenizer, self.examples, self.task.template, context_length(lm)))
+        rows = encode(self.tokenizer, self.examples, self.task.template, context_length(lm))
         losses = list[float]()
         for start in range(0, len(rows), self.batch_size):
             batch = batch_of(rows[start : start + self.batch_size], input_device(lm))

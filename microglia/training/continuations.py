@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,12 @@ from microglia.anatomy.projection import stored_tensors
 from microglia.cache import cache_folder
 from microglia.errors import DataError, check_range
 from microglia.generation import generate
+from microglia.passes import Row
 from microglia.settings import end_tokens
 from microglia.tasks.base import Example, Task
 from microglia.tasks.prompts import check_characters, example_prompt, prompt_ids
 from microglia.training.config import TrainingConfig
 from microglia.training.progress import bar
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Progress = Callable[[int, int], None]
 
@@ -105,10 +103,8 @@ def continued(
     config: TrainingConfig,
     *,
     quiet: bool = True,
-) -> "Dataset":
+) -> list[Row]:
     """Token ids of every example's prompt and of the dense model's continuation, as `passes.encode` gives answers."""
-    from datasets import Dataset  # here, since importing it takes seconds
-
     prompts = [example_prompt(tokenizer, example, task.template) for example in examples]
     with bar("dense model writes", quiet=quiet) as progress:
         written = continuations(
@@ -120,9 +116,7 @@ def continued(
             seed=config.seed,
             progress=progress,
         )
-    rows = {"prompt": [c.prompt_ids for c in written], "answer": [c.answer_ids for c in written]}
-    rows["length"] = [len(c.prompt_ids) + len(c.answer_ids) for c in written]  # type: ignore[misc]
-    return Dataset.from_dict(rows)
+    return [{"prompt": c.prompt_ids, "answer": c.answer_ids} for c in written]
 
 
 def weights_checksum(model: nn.Module) -> str:

@@ -21,7 +21,7 @@ from microglia.anatomy import causal_lm, context_length, input_device
 from microglia.checkpoint import write_atomically
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.models import REASONER, source_of
-from microglia.passes import batch_of, collate, encode
+from microglia.passes import Row, batch_of, collate, encode
 from microglia.pruner import Pruner
 from microglia.reading import joined, read
 from microglia.recovery import Recovery
@@ -188,8 +188,8 @@ def with_target(config: TrainingConfig, model: nn.Module, task: Task) -> Trainin
 class _Data:
     """Encoded examples to train and to evaluate on."""
 
-    train: Any
-    evaluation: Any
+    train: list[Row]
+    evaluation: list[Row]
 
     @classmethod
     def load(
@@ -211,7 +211,7 @@ class _Data:
         if config.target == "model":
             every = [example for part in examples for example in part]
             rows = continued(lm, tokenizer, task, every, config, quiet=run.quiet)
-            train, evaluation = rows.select(range(len(examples[0]))), rows.select(range(len(examples[0]), len(every)))
+            train, evaluation = rows[: len(examples[0])], rows[len(examples[0]) :]
         else:
             train, evaluation = (encode(tokenizer, part, task.template, context_length(lm)) for part in examples)
         return cls(train, evaluation)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from microglia.anatomy import logits_of
 
-POSITIONS = 128  # at once in the output head: 25 MB of logits with a vocabulary of 50,000
+# At once in the output head: on a CPU 25 MB of logits with a vocabulary of 50,000; a GPU has memory and slow launches.
+POSITIONS = {"cpu": 128, "cuda": 1024}
 
 
 def answer_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -68,8 +69,9 @@ class _Chunked(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         losses: list[Tensor] = []
         gradients: list[Tensor] = []
-        for start in range(0, len(states), POSITIONS):
-            here = slice(start, start + POSITIONS)
+        most = POSITIONS.get(states.device.type, POSITIONS["cuda"])
+        for start in range(0, len(states), most):
+            here = slice(start, start + most)
             teacher = None if dense is None else logits_of(lm, dense[here]).float().log_softmax(-1)
             with torch.set_grad_enabled(wanted):
                 x = states[here].detach().requires_grad_(wanted)

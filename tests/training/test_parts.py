@@ -78,7 +78,6 @@ def test_training_text_is_what_generation_sees():
     assert tokenizer.decode(row["prompt"]) == "Question: What is 1 plus 2?\nAnswer:"
     assert tokenizer.decode(row["answer"][:-1]) == " result: 1 + 2 = 3\n#### 3"
     assert row["answer"][-1] == tokenizer.eos_token_id
-    assert row["length"] == len(row["prompt"]) + len(row["answer"])
 
 
 def test_an_example_that_does_not_fit_is_named():

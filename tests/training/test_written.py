@@ -31,7 +31,7 @@ WEIGHTS = TOKENS / TOKENS.sum()
 def small_groups(monkeypatch):
     """Several groups and several pieces of the output head."""
     monkeypatch.setitem(module.TOKENS_AT_ONCE, "cpu", 8)
-    monkeypatch.setattr(losses, "POSITIONS", 3)
+    monkeypatch.setattr(losses, "POSITIONS", {"cpu": 3, "cuda": 3})
 
 
 def moved(recovery):
