@@ -92,11 +92,15 @@ class Loading:
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
     def system(self, checkpoint: str | None, **changes: Any) -> Any:
-        """The system of a checkpoint, on another base model if one is given."""
+        """The system of a checkpoint, on another base model if one is given; without one, of the agents that ship."""
+        from microglia.checkpoint.shipped import shipped
+        from microglia.models import REASONER
         from microglia.system import MicrogliaPruningSystem
 
         if checkpoint is None:
-            raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
+            return MicrogliaPruningSystem.from_pretrained(
+                shipped(self.model or REASONER), **{**self.arguments(), **changes}
+            )
         return MicrogliaPruningSystem.from_pretrained(checkpoint, self.model, **{**self.arguments(), **changes})
 
 
