@@ -55,6 +55,7 @@ FLOORS = {
     "microglia.system": 17,
     "microglia.harness": 18,
     "microglia.cli": 18,
+    "microglia.__main__": 19,
 }
 ROOF = "microglia"
 LONGEST_FILE = 400
