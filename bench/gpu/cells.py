@@ -35,7 +35,7 @@ class Cell:
 def cells(options: Options) -> Iterator[Cell]:
     """All of them, with the names that `--only` and `--skip` take."""
     one, long = (1, 512), (16, 4096)
-    yield _decoding(options, "phi3-mini", *one, cap=70, library=(EAGER, COMPILED), kernels=True)
+    yield _decoding(options, "phi3-mini", *one, cap=70, library=(EAGER, COMPILED), ways=options.ways, kernels=True)
     if not options.smoke:  # nothing in it that its neighbours do not show
         yield _decoding(options, "phi3-mini", 8, 512, cap=35, library=(EAGER,), ways=options.ways)
     yield _decoding(options, "phi3-mini", *long, cap=65, library=(EAGER,), ways=options.ways, kernels=True)

@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from microglia.execution.captured.attention import KINDS
 from microglia.models import REASONER, reasoner_path
 
-# compile:attention:block, see microglia.execution.Captured; compile is `none` or a mode of torch.compile.
-WAYS = "default:products:4,default:stock:4"
-TINY_WAYS = "none:products:1,none:stock:1"
+# Ways of captured steps: compile:attention:block, see microglia.execution.Captured; compile is `none` or a mode of
+# torch.compile. The model's own attention is the oldest kind and comes last.
+WAYS = tuple(f"default:{kind}:4" for kind in reversed(KINDS))
+TINY_WAYS = tuple(f"none:{kind}:1" for kind in reversed(KINDS))
 BUDGET, SMOKE_BUDGET = 420.0, 60.0  # seconds
 
 
@@ -29,7 +31,7 @@ class Options:
     known: Path | None = None
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    ways: tuple[str, ...] = tuple(WAYS.split(","))
+    ways: tuple[str, ...] = WAYS
     weights: dict[str, Path] = field(default_factory=dict)
     layers: int | None = None
     steps: int = 16
@@ -47,7 +49,7 @@ def options(description: str | None, arguments: Sequence[str] | None = None) -> 
     parser.add_argument("--resume", type=Path, help="file of records to go on from, and to append to without --output")
     parser.add_argument("--only", type=_names, default=(), help="names of cells, joined by commas")
     parser.add_argument("--skip", type=_names, default=(), help="names of cells to leave out")
-    parser.add_argument("--ways", type=_names, help=f"ways of captured steps, {WAYS} unless this is given")
+    parser.add_argument("--ways", type=_names, help=f"ways of captured steps, {','.join(WAYS)} unless this is given")
     parser.add_argument(
         "--weights", action="append", default=[], metavar="NAME=FOLDER", type=_weights,
         help="a model with its own weights, as smollm2=FOLDER; a folder with a config.json alone gets random ones",
@@ -70,7 +72,7 @@ def options(description: str | None, arguments: Sequence[str] | None = None) -> 
 def _defaults(given: argparse.Namespace) -> dict[str, Any]:
     """What --smoke and --tiny mean, where nothing else is said."""
     if given.tiny:
-        return {"layers": 2, "steps": 2, "rounds": 1, "ways": tuple(TINY_WAYS.split(","))}
+        return {"layers": 2, "steps": 2, "rounds": 1, "ways": TINY_WAYS}
     if given.smoke:
         return {"budget": SMOKE_BUDGET, "layers": 2, "steps": 4, "rounds": 1, "cap": 15.0}
     return {}

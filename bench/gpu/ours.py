@@ -52,7 +52,7 @@ class Ours:
         decision = Decision(every if keep is None else keep)
         self.step.clear()
         self.step.prompt_read(self.mask)
-        switch = self.clock(lambda: self.step.decide(decision))
+        switch = self.clock(lambda: self._decide(decision))
         self.step.step()
 
         def steps() -> None:
@@ -60,6 +60,10 @@ class Ours:
                 self.step.step()
 
         return self.clock(steps) / self.steps, switch
+
+    def _decide(self, decision: Decision) -> None:
+        with self.execution.apply(self.sites, decision, self.step.cache):
+            pass  # the step keeps what it was given until the next decision
 
     def keep(self, ratio: float, *, rows: int = 1) -> list[Tensor]:
         """Random keeps (rows, U) of every site with this share of its units, in every row and layer the same."""

@@ -25,7 +25,7 @@ from microglia.record import read_records
 LEAST = 5.0  # seconds below which no cell is begun
 TABLE = 2.0  # seconds that are left for the table
 GRACE = 15.0  # seconds after which a cell that no alarm ended is ended from outside
-AGAIN = 10.0  # seconds to the next alarm, should a library have swallowed the first
+AGAIN = 3.0  # seconds to the next alarm: what is raised while Python collects garbage, say, is lost
 
 
 class Over(BaseException):
@@ -46,13 +46,15 @@ def run(options: Options, *, began: float) -> int:
         bench.records += read_records(options.known)
     programme = Programme(bench, until=began + options.budget)
     status = 0
-    try:
-        with told_to_end():
+    with told_to_end() as programme.ending:
+        try:
             programme.begin()
-    except (Stopped, KeyboardInterrupt):
-        bench.say("stopped: the programme was told to end")
-        status = 1
-    print(f"\n{printed(bench.rows(), bench.lines)}\n{time.monotonic() - began:.0f} s in all", flush=True)
+        except (Stopped, KeyboardInterrupt):
+            bench.say("stopped: the programme was told to end")
+            status = 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the table is printed, come what may
+        print(f"\n{printed(bench.rows(), bench.lines)}\n{time.monotonic() - began:.0f} s in all", flush=True)
     return status
 
 
@@ -62,6 +64,7 @@ class Programme:
     def __init__(self, bench: Bench, until: float) -> None:
         self.bench, self.until = bench, until
         self.passed = set(bench.options.skip)  # cells that another process need not look at
+        self.ending = Ending()
 
     def left(self) -> float:
         """Seconds in which something may still be measured."""
@@ -99,7 +102,7 @@ class Programme:
         self.passed.add(cell.name)
         failures, stuck = bench.failures, f"{cell.name}: ended from outside, {GRACE:.0f} s after its {cap:.0f}"
         try:
-            with watched(cap + GRACE, lambda: self.go_on(stuck)), limited(cap), bench.attempt(cell.name):
+            with watched(cap + GRACE, lambda: self.go_on(stuck)), self.ending.alarm(cap), bench.attempt(cell.name):
                 cell.measure(bench)
         except Over:
             bench.failed(f"{cell.name}: its {cap:.0f} s were over")
@@ -133,20 +136,34 @@ def usable(device: torch.device) -> bool:
     return True
 
 
-@contextmanager
-def limited(seconds: float) -> Iterator[None]:
-    """Raise Over inside after so many seconds."""
+class Ending:
+    """How work is ended from a signal's handler, again and again until it has ended. asked: whether all of it is."""
 
-    def over(signum: int, frame: FrameType | None) -> NoReturn:
-        raise Over
+    def __init__(self) -> None:
+        self.asked = False
 
-    before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), AGAIN)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def stop(self, signum: int, frame: FrameType | None) -> NoReturn:
+        """Of a signal to terminate."""
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
+        signal.signal(signal.SIGALRM, self.over)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
+        raise Stopped
+
+    def over(self, signum: int, frame: FrameType | None) -> NoReturn:
+        """Of an alarm."""
+        raise Stopped if self.asked else Over
+
+    @contextmanager
+    def alarm(self, seconds: float) -> Iterator[None]:
+        """Raise Over inside after so many seconds."""
+        signal.signal(signal.SIGALRM, self.over)
+        signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), AGAIN)
+        try:
+            yield
+        finally:
+            if not self.asked:
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 @contextmanager
@@ -162,13 +179,13 @@ def watched(seconds: float, act: Callable[[], object]) -> Iterator[None]:
 
 
 @contextmanager
-def told_to_end() -> Iterator[None]:
+def told_to_end() -> Iterator[Ending]:
     """While inside, a signal to terminate raises Stopped."""
-
-    def stop(signum: int, frame: FrameType | None) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the table is printed, come what may
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    yield
-    signal.signal(signal.SIGTERM, before)
+    ending = Ending()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    signal.signal(signal.SIGTERM, ending.stop)
+    try:
+        yield ending
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
