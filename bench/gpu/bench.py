@@ -98,6 +98,7 @@ class Bench:
 
     # --- models -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # whoever asks: weights made in inference mode could not be trained beside
     def model(self, name: str, folder: Path | None = None) -> Any:
         """The model of a shape, or of a folder, in memory; the one before goes, if it was another."""
         if self.held is None or self.held[0] != name:

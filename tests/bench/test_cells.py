@@ -90,6 +90,7 @@ def test_units_beside_heads_are_measured_or_refused_in_a_sentence(bench):
 
 def test_prompts_and_training_are_measured(bench):
     said, records = bench("phi3-mini prompts", "phi3-mini training")
+    assert "not measured," not in said
     (looking,) = [r for r in records if r.name == "gpu_looking"]
     assert {"dense_ms", "norms_and_deciding", "looking_and_deciding", "differs"} <= looking.extra.keys()
     (step,) = [r for r in records if r.name == "gpu_training_step"]
