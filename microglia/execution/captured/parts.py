@@ -7,7 +7,7 @@ captured one by one as prompts come to need them. It costs a launch for every la
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,11 +67,11 @@ class ByLayer:
 
     def on_host(self) -> "ByLayer":
         """The same on the host, in one copy."""
-        parts: list[Any] = [self.heads, self.channels, self.sublayers]
-        present = [part for part in parts if part is not None]
+        present = [part for part in (self.heads, self.channels, self.sublayers) if part is not None]
         copied = torch.cat([part.flatten() for part in present]).cpu().split([part.numel() for part in present])
-        ready = iter(copied)
-        return ByLayer(*(None if part is None else next(ready).view(part.shape) for part in parts))
+        ready = iter([x.view(part.shape) for x, part in zip(copied, present, strict=True)])
+        channels, sublayers = self.channels is not None, self.sublayers is not None
+        return ByLayer(next(ready), next(ready) if channels else None, next(ready) if sublayers else None)
 
     def gone(self, layer: int) -> tuple[bool, bool]:
         """Whether no row has the attention, and the MLP, of a layer."""
@@ -94,9 +94,9 @@ def parts_of(
     """The parts for a decision on the host. layout: of its channels. masked: everything is still computed."""
     every: list[tuple[range, tuple[bool, bool]]] = []
     for layers in buffers.blocks:
-        gone = [(False, False) if masked else keep.gone(layer) for layer in layers]
-        if any(map(any, gone)):
-            every += [(range(layer, layer + 1), lost) for layer, lost in zip(layers, gone, strict=True)]
+        lost = [(False, False) if masked else keep.gone(layer) for layer in layers]
+        if any(map(any, lost)):
+            every += [(range(layer, layer + 1), one) for layer, one in zip(layers, lost, strict=True)]
         else:
             every.append((layers, (False, False)))
     variants = buffers.variants(keep.heads, [layers for layers, _ in every], masked=masked)
