@@ -23,6 +23,7 @@ from microglia.execution.captured.graphs import Capture, Graph
 from microglia.execution.captured.kv import LayerCache, StaticKV
 from microglia.execution.captured.rope import Rotary
 from microglia.execution.captured.variants import DecisionBuffers, Variant
+from microglia.execution.captured.ways import timed, worth_trying
 from microglia.execution.captured.weights import CompactWeights
 from microglia.units import HeadSite
 
@@ -33,8 +34,7 @@ WARM_UP = 2  # runs before a capture: a compiler works in the first and may sett
 class StepModel:
     """What is the same for all batch sizes and lengths of a model.
 
-    block: neighbouring layers that share a bucket. products: attention as two products instead of the model's own; see
-    `attention`.
+    block: neighbouring layers that share a bucket. attention: one of `ways.KINDS`.
     """
 
     anatomy: Anatomy
@@ -44,7 +44,7 @@ class StepModel:
     rotaries: Sequence[Rotary]
     block: int
     compiler: Callable[..., Any] | None
-    products: bool
+    attention: str
 
     @property
     def lm(self) -> Any:
@@ -66,18 +66,17 @@ class CapturedStep:
         lm = model.lm
         bias = torch.zeros(batch, 1, model.anatomy.hidden_size, dtype=lm.dtype, device=lm.device) if fill else None
         self.decision = DecisionBuffers(model.sites, model.buckets, model.blocks, batch, bias)
-        self.layers = [
-            StepLayer(self.kv(site), stock_attention(site.attention), model.products) for site in model.sites
-        ]
+        self.layers = [StepLayer(self.kv(site), stock_attention(site.attention)) for site in model.sites]
         self.edges: list[Tensor] = []  # what goes into each block, and out of the last
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[tuple[int, Variant], Graph] = {}
         self.switches: dict[tuple[int, Variant], Graph] = {}
-        self.head, self.tail = capture.graph(), capture.graph()
+        self.ways: dict[Variant, dict[str, float]] = {}  # seconds of each way that was tried, the one taken first
         self.captures = 0
         self.dense = Variant("dense", model.buckets[0])
         self.variants = [self.dense] * len(model.blocks)
         self._record_first()
+        self.captures += 1
 
     @property
     def cache(self) -> Any:
@@ -149,13 +148,10 @@ class CapturedStep:
         May be called while a prompt waits: what a warm-up writes is written again by the step, and with every head kept
         a switch moves nothing.
         """
-        if (0, variant) in self.pieces:
+        if variant in self.ways:
             return
         self.decision.reset(variant)
-        with self.capture.recording(), self._as(variant):
-            for _ in range(WARM_UP):
-                self._cut_forward(variant, None)
-            self._cut_forward(variant, self.capture)
+        self._keep_fastest(variant, {})
         if variant.is_cut:
             with self.capture.recording():
                 for block in range(len(self.model.blocks)):
@@ -167,10 +163,63 @@ class CapturedStep:
                     self.switches[block, variant] = graph
         self.captures += 1
 
+    def _worth_trying(self, variant: Variant) -> tuple[str, ...]:
+        return worth_trying(self.model.attention, self.model.lm.device, self.buffers.batch, variant.bucket)
+
+    def _keep_fastest(self, variant: Variant, known: dict[str, list[Graph]]) -> None:
+        """Capture every block in each way of attention that is worth trying and not `known`; the fastest stays.
+
+        A way that fails, as where a compiler breaks, is passed over unless it was the last.
+        """
+        kinds, pieces = self._worth_trying(variant), dict(known)
+        for way in kinds:
+            if way in known:
+                continue
+            try:
+                with self.capture.recording(), self._as(variant, way):
+                    for _ in range(WARM_UP):
+                        self._cut_forward(variant, None)
+                    self._cut_forward(variant, self.capture)
+                pieces[way] = self._pieces_of(variant)
+            except Exception:
+                if way == kinds[-1] and not pieces:
+                    raise
+        seconds = {way: self._seconds(pieces[way]) if len(pieces) > 1 else 0.0 for way in pieces}
+        self.ways[variant] = dict(sorted(seconds.items(), key=lambda item: item[1]))
+        fastest = next(iter(self.ways[variant]))
+        self.pieces |= {(block, variant): graph for block, graph in enumerate(pieces[fastest])}
+
+    def _pieces_of(self, variant: Variant) -> list[Graph]:
+        return [self.pieces[block, variant] for block in range(len(self.model.blocks))]
+
+    def _seconds(self, pieces: Sequence[Graph]) -> float:
+        """How long the layers of a step take that reads the whole cache, however many tokens are in it now."""
+        position = self.cache.place.position
+        before = position.clone()
+        position.fill_(self.buffers.length - 1)  # a place that the step which comes to it writes again
+        try:
+            return timed(lambda: [piece.replay() for piece in pieces], position.device)
+        finally:
+            position.copy_(before)
+
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
+        kinds = self._worth_trying(self.dense)
+        for way in kinds:
+            try:
+                self._record(way)
+            except Exception:
+                if way == kinds[-1]:
+                    raise
+                continue
+            with torch.inference_mode():
+                self._keep_fastest(self.dense, {way: self._pieces_of(self.dense)})
+            return
+
+    def _record(self, way: str) -> None:
         buffers, compiler = self.buffers, self.model.compiler
-        with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+        self.head, self.tail = self.capture.graph(), self.capture.graph()
+        with self.capture.recording(), self._as(self.dense, way), ExitStack() as swaps:
             if compiler is not None:
                 head = self.model.lm.get_output_embeddings()
                 swap(swaps, head, "forward", compiler(head.forward))
@@ -186,7 +235,6 @@ class CapturedStep:
             buffers.choose()
             buffers.advance()
             self.tail.end()
-        self.captures += 1
 
     def _forward(self) -> Tensor:
         """Logits (B, V) of the model's own forward pass on the static tensors."""
@@ -224,8 +272,8 @@ class CapturedStep:
                 self.decision.set_rows(index, variant.bucket)
 
     @contextmanager
-    def _as(self, variant: Variant) -> Iterator[None]:
-        """While inside, the model's forward pass is a step of this variant."""
+    def _as(self, variant: Variant, way: str) -> Iterator[None]:
+        """While inside, the model's forward pass is a step of this variant, with attention made in this way."""
         with ExitStack() as swaps:
             if self.model.compiler is not None:  # one code for all layers, but one for every variant
                 import torch._dynamo.config as limits  # slow to import, and needed here only
@@ -238,14 +286,15 @@ class CapturedStep:
             for rotary in self.model.rotaries:
                 rotary.install(swaps)
             for site in self.model.sites:
-                self._install(swaps, site, variant)
+                self._install(swaps, site, variant, way)
             yield
 
-    def _install(self, stack: ExitStack, site: HeadSite, variant: Variant) -> None:
+    def _install(self, stack: ExitStack, site: HeadSite, variant: Variant, way: str) -> None:
         kv, attention, bucket, layer = self.kv(site), site.attention, variant.bucket, self.layers[site.index]
         kv.active = kv.first(bucket.groups)
         kv.rows = self.decision.rows_of(site.index, bucket) if variant.kind == "rows" else None
-        layer.gate = self.decision.keep[site.index] if variant.kind == "masked" else None
+        layer.way, layer.gate = way, self.decision.keep[site.index] if variant.kind == "masked" else None
+        layer.own = self.decision.own[site.index][:, : bucket.heads] if variant.kind == "rows" else None
         if variant.kind == "shared":
             site.rewrite(stack, site.geometry.kept(bucket.heads, bucket.groups))
             for name, module in self.model.weights[site.index].projections(bucket).items():
@@ -254,7 +303,7 @@ class CapturedStep:
             output = _WithBias(site.output, self.decision.bias[site.index])
             swap(stack, attention, site.layer.family.attention.o, output)
         compiled = self.model.compiler is not None
-        function = uncompiled() if compiled and not self.model.products else step_attention
+        function = uncompiled() if compiled and way == "stock" else step_attention
         swap(stack, attention, "config", with_attention(attention.config, function, step_layer=layer))
         if compiled:  # another number would make every layer another one for the compiler; see LayerCache
             swap(stack, attention, "layer_idx", 0)

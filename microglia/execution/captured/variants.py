@@ -56,6 +56,7 @@ class DecisionBuffers:
             self.groups = [zeros(batch, groups) for _ in sites]
             self.heads = [zeros(batch, heads) for _ in sites]
             self.kept = [torch.zeros_like(k) for k in self.keep]
+            self.own = [zeros(batch, heads) for _ in sites]  # heads as the kernel takes them, see `StepLayer`
             self.bias = None if bias is None else [torch.zeros_like(bias) for _ in sites]
 
     def slots_of(self, index: int, bucket: Bucket) -> SlotMap:
@@ -76,6 +77,7 @@ class DecisionBuffers:
         target.groups.copy_(source.groups)
         target.heads.copy_(source.heads)
         target.kept.copy_(source.kept)
+        self.own[index][:, : bucket.heads].copy_(torch.where(source.kept > 0, source.heads, -1))
 
     def write(self, keep: Tensor, fill: Sequence[Tensor | None] | None) -> None:
         """The gates (sites, B, H) of a decision, and what its pruned heads leave behind."""
