@@ -58,7 +58,7 @@ def test_what_fails_costs_its_own_part_only(bench, tmp_path, monkeypatch):
     def small(self, batch, length, **options):
         if batch == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        if self.model.products:
+        if self.model.attention == "products":
             raise RuntimeError("no such kernel\nand more")
         return step_for(self, batch, length, **options)
 

@@ -16,13 +16,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from microglia.anatomy import Anatomy, View, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_kinds
-from microglia.execution.captured.attention import KINDS
 from microglia.execution.captured.buckets import buckets
 from microglia.execution.captured.buffers import END_TOKENS
 from microglia.execution.captured.channels import Mlps
 from microglia.execution.captured.graphs import Capture, capture_for
 from microglia.execution.captured.rope import rotaries
 from microglia.execution.captured.step import CapturedStep, StepModel
+from microglia.execution.captured.ways import KINDS
 from microglia.execution.captured.weights import CompactWeights
 from microglia.registry import listed
 from microglia.units import ChannelSite, HeadSite, Site, SublayerSite, find_sites
@@ -47,7 +47,8 @@ class Captured(Execution):
         filled up to it.
     compiled: fuse the small operations of a layer before capturing: with torch.compile, in one of MODES, or with the
         compiler given.
-    attention: `stock` is the model's own, `products` reads keys and values on the whole device; see `attention`.
+    attention: `stock` is the model's own, `products` and `kernel` read keys and values on the whole device, see
+        `attention`; `auto` measures at every level which is fastest.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     kept_steps: how many pairs of batch size and length stay captured; the one used longest ago goes first.
 
@@ -70,7 +71,7 @@ class Captured(Execution):
         lowest: float = 0.5,
         lowest_channels: float = 0.25,
         compiled: bool | str | Callable[..., Any] = False,
-        attention: str = "stock",
+        attention: str = "auto",
         capture: Capture | None = None,
         kept_steps: int = 2,
     ) -> None:
@@ -93,7 +94,7 @@ class Captured(Execution):
             rotaries(anatomy.lm),
             block,
             _compiler(compiled),
-            attention == "products",
+            attention,
         )
         self.capture = capture or capture_for(anatomy.lm.device)
         self.kept_steps, self.steps = kept_steps, OrderedDict[tuple[int, int, bool], CapturedStep]()

@@ -7,7 +7,7 @@ the model is rewritten. Each block is captured once per variant (see `variants`)
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.anatomy import Anatomy, View, stock_attention, swap, with_attention
+from microglia.anatomy import Anatomy, View, stock_attention, swap
 from microglia.execution.base import Decision
-from microglia.execution.captured.attention import ADDED_MASK, StepLayer, step_attention, uncompiled
+from microglia.execution.captured.attention import ADDED_MASK, StepLayer
 from microglia.execution.captured.buckets import Bucket
 from microglia.execution.captured.buffers import CHECK, StaticBuffers
 from microglia.execution.captured.channels import ChannelBuffers, Layout, Mlps
 from microglia.execution.captured.cutter import Cutter
 from microglia.execution.captured.graphs import Capture, Graph
+from microglia.execution.captured.install import install
 from microglia.execution.captured.kv import StaticKV
 from microglia.execution.captured.parts import ByLayer, Part, parts_of
 from microglia.execution.captured.rope import Rotary
-from microglia.execution.captured.sublayers import Around, Compiler, put_around
+from microglia.execution.captured.sublayers import Compiler
 from microglia.execution.captured.variants import DecisionBuffers, Variant
+from microglia.execution.captured.ways import timed, worth_trying
 from microglia.execution.captured.weights import CompactWeights
 from microglia.units import ChannelSite, HeadSite, Site
 
@@ -38,8 +40,7 @@ WARM_UP = 2  # runs before a capture: a compiler works in the first and may sett
 class StepModel:
     """What is the same for all batch sizes and lengths of a model.
 
-    block: neighbouring layers that share a bucket. products: attention as two products instead of the model's own; see
-    `attention`.
+    block: neighbouring layers that share a bucket. attention: one of `ways.KINDS`.
     """
 
     anatomy: Anatomy
@@ -50,7 +51,7 @@ class StepModel:
     rotaries: Sequence[Rotary]
     block: int
     compiler: Compiler
-    products: bool
+    attention: str
 
     @property
     def lm(self) -> Any:
@@ -75,19 +76,18 @@ class CapturedStep:
         self.decision = DecisionBuffers(model.sites, model.buckets, model.blocks, batch, self.bias)
         self.channels: ChannelBuffers | None = None  # from the first decision about channels on
         self.scales = zeros(len(model.sites), 2, batch, 1, 1)  # whether each row has attention and MLP
-        self.layers = [
-            StepLayer(self.kv(site), stock_attention(site.attention), model.products) for site in model.sites
-        ]
+        self.layers = [StepLayer(self.kv(site), stock_attention(site.attention)) for site in model.sites]
         self.edges: list[Tensor] = []  # what goes into each layer, and out of the last
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[Part, Graph] = {}
         self.switches: dict[Part, Graph] = {}
         self.channel_switches: dict[tuple[range, int, int], Graph] = {}  # by layers, channels and run
-        self.head, self.tail = capture.graph(), capture.graph()
+        self.ways: dict[Variant, dict[str, float]] = {}  # of attention: seconds of those tried
         self.captures = 0
         self.dense = self._everywhere(self.decision.dense)
         self.parts = self.dense
         self._record_first()
+        self.captures += 1
 
     @property
     def cache(self) -> Any:
@@ -139,8 +139,7 @@ class CapturedStep:
         if keep.sublayers is not None:
             self.scales.copy_(keep.sublayers.transpose(1, 2)[..., None, None])
         self.parts = parts
-        for switch in self._switches(parts, layout):
-            switch.replay()
+        _replay(self._switches(parts, layout))
 
     def _layout(self, sites: Sequence[Site]) -> Layout | None:
         """How the channels of a decision lie in the MLPs, for which there are static tensors from now on."""
@@ -163,8 +162,7 @@ class CapturedStep:
     def step(self) -> None:
         """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
         self.head.replay()
-        for part in self.parts:
-            self.pieces[part].replay()
+        _replay(self.pieces[part] for part in self.parts)
         self.tail.replay()
         self.cache.place.length += 1
 
@@ -217,10 +215,8 @@ class CapturedStep:
         if not parts:
             return
         self.decision.reset(parts)
-        with self.capture.recording(), self._as(parts):
-            for _ in range(WARM_UP):
-                self._cut_forward(parts, None)
-            self._cut_forward(parts, self.capture)
+        for level in dict.fromkeys(part.variant.level for part in parts):
+            self._keep_fastest(level, [part for part in parts if part.variant.level == level], {})
         for part in parts:
             if part.variant.is_cut:
                 self.switches[part] = self._captured(functools.partial(self._switch, part))
@@ -236,10 +232,64 @@ class CapturedStep:
             graph.end()
             return graph
 
+    def _worth_trying(self, level: Variant) -> tuple[str, ...]:
+        """The ways of attention for a level: those that may be the fastest, or the one that was when it was new."""
+        if level in self.ways:
+            return tuple(self.ways[level])[:1]
+        return worth_trying(self.model.attention, self.model.lm.device, self.buffers.batch, level.bucket)
+
+    def _keep_fastest(self, level: Variant, parts: Sequence[Part], known: dict[str, list[Graph]]) -> None:
+        """Capture parts of a level in each way of attention that is worth trying and not `known`; the fastest stays.
+
+        A way that fails, as where a compiler breaks, is passed over unless it was the last.
+        """
+        kinds, pieces = self._worth_trying(level), dict(known)
+        for way in kinds:
+            if way in known:
+                continue
+            try:
+                with self.capture.recording(), self._as(parts, way):
+                    for _ in range(WARM_UP):
+                        self._cut_forward(parts, None)
+                    self._cut_forward(parts, self.capture)
+                pieces[way] = [self.pieces[part] for part in parts]
+            except Exception:
+                if way == kinds[-1] and not pieces:
+                    raise
+        seconds = {way: self._seconds(pieces[way]) if len(pieces) > 1 else 0.0 for way in pieces}
+        fastest = min(seconds, key=seconds.__getitem__)
+        self.ways.setdefault(level, dict(sorted(seconds.items(), key=lambda item: item[1])))
+        self.pieces |= dict(zip(parts, pieces[fastest], strict=True))
+
+    def _seconds(self, pieces: Sequence[Graph]) -> float:
+        """How long the layers of a step take that reads the whole cache, however many tokens are in it now."""
+        position = self.cache.place.position
+        before = position.clone()
+        position.fill_(self.buffers.length - 1)  # a place that the step which comes to it writes again
+        try:
+            return timed(lambda: _replay(pieces), position.device)
+        finally:
+            position.copy_(before)
+
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
+        level = self.decision.dense
+        kinds = self._worth_trying(level)
+        for way in kinds:
+            try:
+                self._record(way)
+            except Exception:
+                if way == kinds[-1]:
+                    raise
+                continue
+            with torch.inference_mode():
+                self._keep_fastest(level, self.dense, {way: [self.pieces[part] for part in self.dense]})
+            return
+
+    def _record(self, way: str) -> None:
         buffers, compiler = self.buffers, self.model.compiler
-        with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+        self.head, self.tail = self.capture.graph(), self.capture.graph()
+        with self.capture.recording(), self._as(self.dense, way), ExitStack() as swaps:
             if compiler is not None:
                 head = self.model.lm.get_output_embeddings()
                 swap(swaps, head, "forward", compiler(head.forward))
@@ -255,7 +305,6 @@ class CapturedStep:
             buffers.choose()
             buffers.advance()
             self.tail.end()
-        self.captures += 1
 
     def _forward(self) -> Tensor:
         """Logits (B, V) of the model's own forward pass on the static tensors."""
@@ -292,8 +341,8 @@ class CapturedStep:
                 self.decision.set_rows(index, variant.bucket)
 
     @contextmanager
-    def _as(self, parts: Sequence[Part]) -> Iterator[None]:
-        """While inside, the model's forward pass is a step with these parts."""
+    def _as(self, parts: Sequence[Part], way: str) -> Iterator[None]:
+        """While inside, the model's forward pass is a step with these parts, with attention made in this way."""
         with ExitStack() as swaps:
             if self.model.compiler is not None:  # one code for all layers, but one for every variant
                 import torch._dynamo.config as limits  # slow to import, and needed here only
@@ -307,58 +356,10 @@ class CapturedStep:
                 rotary.install(swaps)
             for layers, variant in parts:
                 for site in self.model.sites[layers.start : layers.stop]:
-                    if not variant.gone[0]:
-                        self._install_attention(swaps, site, variant)
-                    if not variant.gone[1]:
-                        self._install_mlp(swaps, site, variant)
+                    install(swaps, self, site, variant, way)
             yield
 
-    def _install_attention(self, stack: ExitStack, site: HeadSite, variant: Variant) -> None:
-        kv, attention, bucket, layer = self.kv(site), site.attention, variant.bucket, self.layers[site.index]
-        kv.active = kv.first(bucket.groups)
-        kv.rows = self.decision.rows_of(site.index, bucket) if variant.kind == "rows" else None
-        layer.gate = self.decision.keep[site.index] if variant.kind == "masked" else None
-        if variant.kind == "shared":
-            site.rewrite(stack, site.geometry.kept(bucket.heads, bucket.groups))
-            for name, module in self.model.weights[site.index].projections(bucket).items():
-                swap(stack, attention, name, module)
-        bias = None if self.decision.bias is None or variant.kind == "dense" else self.decision.bias[site.index]
-        self._install_output(stack, site, 0, variant, bias=bias)
-        compiled = self.model.compiler is not None
-        function = uncompiled() if compiled and not self.model.products else step_attention
-        swap(stack, attention, "config", with_attention(attention.config, function, step_layer=layer))
-        if compiled:  # another number would make every layer another one for the compiler; see LayerCache
-            swap(stack, attention, "layer_idx", 0)
 
-    def _install_mlp(self, stack: ExitStack, site: HeadSite, variant: Variant) -> None:
-        shape, channels = variant.mlp, self.channels
-        if shape is None or channels is None:
-            self._install_output(stack, site, 1, variant)
-            return
-        if shape.is_cut:
-            for name, module in self.model.mlps.weights[site.index].projections(shape.channels).items():
-                swap(stack, site.layer.mlp, name, module)
-        bias = None if channels.bias is None else channels.bias[site.index]
-        self._install_output(stack, site, 1, variant, gate=channels.gate(site.index, shape), bias=bias)
-
-    def _install_output(
-        self,
-        stack: ExitStack,
-        site: HeadSite,
-        half: int,
-        variant: Variant,
-        *,
-        gate: Tensor | None = None,
-        bias: Tensor | None = None,
-    ) -> None:
-        """What a decision puts around the output projection of attention (0) or MLP (1), or the norm after it."""
-        layer, family = site.layer, site.layer.family
-        scale, after = self.scales[site.index, half] if variant.scaled else None, family.norms_after
-        put_around(
-            stack,
-            layer.halves[half],
-            (family.attention.o, family.mlp.down)[half],
-            Around(gate=gate, bias=bias, scale=None if after else scale),
-        )
-        if after:
-            put_around(stack, layer.module, after[half], Around(scale=scale))
+def _replay(graphs: Iterable[Graph]) -> None:
+    for graph in graphs:
+        graph.replay()

@@ -44,9 +44,14 @@ class Variant:
         return self.kind in ("shared", "rows")
 
     @property
+    def level(self) -> "Variant":
+        """Its attention, beside MLPs and sublayers of the model's own."""
+        return Variant(self.kind, self.bucket)
+
+    @property
     def is_of_heads(self) -> bool:
         """Whether MLPs and sublayers are the model's own."""
-        return self.mlp is None and not any(self.gone) and not self.scaled
+        return self == self.level
 
 
 class DecisionBuffers:
@@ -72,6 +77,7 @@ class DecisionBuffers:
             self.groups = [zeros(batch, groups) for _ in sites]
             self.heads = [zeros(batch, heads) for _ in sites]
             self.kept = [torch.zeros_like(k) for k in self.keep]
+            self.own = [zeros(batch, heads) for _ in sites]  # heads as the kernel takes them, see `StepLayer`
             self.bias = None if bias is None else [torch.zeros_like(bias) for _ in sites]
 
     def slots_of(self, index: int, bucket: Bucket) -> SlotMap:
@@ -92,6 +98,7 @@ class DecisionBuffers:
         target.groups.copy_(source.groups)
         target.heads.copy_(source.heads)
         target.kept.copy_(source.kept)
+        self.own[index][:, : bucket.heads].copy_(torch.where(source.kept > 0, source.heads, -1))
 
     def write(self, keep: Tensor, fill: Sequence[Tensor | None] | None) -> None:
         """The gates (sites, B, H) of a decision, and what its pruned heads leave behind."""
