@@ -58,7 +58,7 @@ class SlotMap:
 
     groups: (…, B, g), the group in each slot. heads: (…, B, g·q), the query heads in order. kept: (…, B, g·q), which of
     them the decision keeps; the rest fills up. source, target: (…, B, M), groups to move and the slots that they move
-    to, counted over all rows: b·G + group.
+    to, counted as the cache stores them: group·B + b.
     """
 
     groups: Tensor
@@ -111,5 +111,6 @@ def slot_map(keep: Tensor, geometry: HeadGeometry, bucket: Bucket) -> SlotMap:
     source = torch.where(real, source, target)
     groups = torch.arange(count, device=keep.device).expand(staying.shape).scatter(-1, target, source)
     shape = geometry.filled(grouped, groups, bucket.queries)
-    first = torch.arange(keep.shape[-2], device=keep.device)[:, None] * geometry.kv_heads
-    return SlotMap(groups, shape.heads, shape.kept, first + source, first + target)
+    batch = keep.shape[-2]
+    row = torch.arange(batch, device=keep.device)[:, None]
+    return SlotMap(groups, shape.heads, shape.kept, source * batch + row, target * batch + row)

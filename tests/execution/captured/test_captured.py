@@ -121,7 +121,7 @@ class Silent:
         return self
 
 
-@pytest.mark.parametrize("attention", ["stock", "products"])
+@pytest.mark.parametrize("attention", ["stock", "products", "kernel"])
 def test_one_compiled_code_serves_all_layers(attention):
     """A variant costs one compilation, not one for each layer: what differs between layers is data.
 
@@ -148,23 +148,24 @@ def test_one_compiled_code_serves_all_layers(attention):
                 counts.append(len(graphs))
         compilations.append(counts)
         for part in graphs:
-            assert all(shape[1] in (bucket.groups, 8) for shape in part if shape[2] == 64)
-        assert any((3, bucket.groups, 64, 6) in part for part in graphs)
+            assert all(shape[0] in (bucket.groups, 8) for shape in part if shape[2] == 64)
+        assert any((bucket.groups, 3, 64, 6) in part for part in graphs)
     assert compilations[0] == compilations[1]
     pieces = [after - before for before, after in itertools.pairwise(compilations[0])]
     assert min(pieces) > 0
-    assert pieces == [1, 1] or attention == "stock"  # with products, a layer is one piece of code
+    assert pieces == [1, 1] or attention == "stock"  # in the other ways, a layer is one piece of code
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
-def test_attention_by_products_says_the_same(family, backend):
+@pytest.mark.parametrize("attention", ["products", "kernel"])
+def test_attention_in_other_ways_says_the_same(family, backend, attention):
     model = tiny_model(family, backend=backend)
     for pruner in (uneven(model), uneven(model, 3)):
-        captured = Captured(model, block=1, lowest=0.1, attention="products")
+        captured = Captured(model, block=1, lowest=0.1, attention=attention)
         assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
 
 
-@pytest.mark.parametrize("attention", ["stock", "products"])
+@pytest.mark.parametrize("attention", ["stock", "products", "kernel"])
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
     """At most twice its error against float32, over a few steps with given tokens."""
@@ -300,7 +301,7 @@ def test_what_a_captured_step_cannot_follow_is_refused():
     captured = Captured(model)
     with pytest.raises(MicrogliaError, match="the prompt was not read into the cache of this captured execution"):
         captured.apply([], Decision([]), cache=None).__enter__()
-    with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
+    with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock, products, kernel or auto"):
         Captured(model, attention="flash")
     with pytest.raises(
         ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"

@@ -1,0 +1,81 @@
+"""Triton's kernels against torch: interpreted where there is no GPU, on it where there is one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from microglia.execution.captured.decode import by_kernel
+
+triton = pytest.importorskip("triton", reason="kernels need Triton")
+CUDA = torch.cuda.is_available()
+
+
+@pytest.mark.skipif(CUDA or os.environ.get("TRITON_INTERPRET") == "1", reason="runs by itself")
+def test_interpreted():
+    """Triton asks for the variable when a kernel is defined, so the tests below run in a process that has it."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", __file__]
+    subprocess.run(command, env=environment, check=True)
+
+
+runs = pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_interpreted")
+
+
+@runs
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "groups", "size", "room", "position"),
+    [(2, 6, 6, 8, 130, 77), (3, 8, 2, 96, 200, 199), (1, 4, 4, 64, 64, 0), (2, 6, 3, 80, 300, 150)],
+)
+def test_attention_in_parts(batch, heads, groups, size, room, position, dtype, softcap):
+    if dtype == torch.bfloat16 and not CUDA:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    torch.manual_seed(0)
+    device = torch.device("cuda" if CUDA else "cpu")
+    mask = torch.zeros(batch, 1, 1, room)
+    mask[..., position + 1 :] = torch.finfo(dtype).min
+    mask[0, ..., : position // 2] = torch.finfo(dtype).min
+    keys, values = (torch.randn(groups, batch, room, size) for _ in range(2))
+    queries, place = heads // groups, torch.tensor([position])
+    mine = torch.stack([torch.randperm(2 * groups)[:groups] for _ in range(batch)])
+    own = (mine[..., None] * queries + torch.arange(queries)).flatten(1)
+    own[0, 0] = -1
+    for own_heads, count in ((None, heads), (own, 2 * heads)):
+        query = torch.randn(batch, count, 1, size)
+        given = [x.to(device, dtype) for x in (query, keys, values, mask)]
+        rest = place, own_heads, 0.3, softcap
+        moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in rest]
+        ours = by_kernel(*given, *moved).cpu().double()
+        truth = plainly(*[x.cpu().double() for x in given], *rest)
+        assert ours.shape == truth.shape == (batch, 1, count, size)
+        assert (ours - truth).abs().max() <= {4: 1e-5, 2: 4e-3 if dtype == torch.float16 else 3e-2}[dtype.itemsize]
+
+
+def plainly(query, keys, values, mask, position, own, scale, softcap):
+    """The same, row by row and head by head."""
+    output = torch.zeros(query.shape[0], 1, query.shape[1], query.shape[3], dtype=query.dtype)
+    for row in range(len(query)):
+        heads = range(query.shape[1]) if own is None else own[row].tolist()
+        for slot, head in enumerate(heads):
+            group = slot // (len(heads) // len(keys))
+            if head >= 0:
+                scores = keys[group, row] @ query[row, head, 0] * scale
+                scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+                output[row, 0, head] = (scores + mask[row, 0, 0]).softmax(-1) @ values[group, row]
+    return output
+
+
+@pytest.mark.skipif(CUDA or os.environ.get("TRITON_INTERPRET") == "1", reason="about what is made where no kernel runs")
+def test_without_a_kernel_the_same_is_made_of_products():
+    torch.manual_seed(0)
+    query, keys, values = torch.randn(2, 8, 1, 6), torch.randn(3, 2, 9, 6), torch.randn(3, 2, 9, 6)
+    mask, place = torch.zeros(2, 1, 1, 9), torch.tensor([8])
+    own = torch.tensor([[0, 1, 4, -1, 6, 7], [2, 3, -1, 5, 7, -1]])
+    torch.testing.assert_close(
+        by_kernel(query, keys, values, mask, place, own, 0.3, 0.0),
+        plainly(query, keys, values, mask, place, own, 0.3, 0.0),
+    )
