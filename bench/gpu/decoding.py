@@ -25,9 +25,9 @@ from microglia.units import find_sites
 class Decoding:
     """What is measured at one place.
 
-    ways: of captured steps; every level is measured in all of them, for the best one is not the same for all. keep:
-    shares of the units besides everything. units: kinds that are pruned, each to that share. library: variants of the
-    library. folder: of the model, if it is not a shape. kernels: whether to list what takes a step's time.
+    ways: of captured steps, each at every level. keep: shares of the units besides everything. units: kinds that are
+    pruned, each to that share. own_rows: whether rows also decide each for itself. library: variants of the library.
+    folder: of the model, if it is not a shape. kernels: whether to list what takes a step's time.
     """
 
     shape: str
@@ -36,6 +36,7 @@ class Decoding:
     ways: Sequence[str]
     keep: Sequence[float] = (0.75, 0.5)
     units: Sequence[str] = ("head",)
+    own_rows: bool = True
     library: Sequence[str] = ()
     folder: Path | None = None
     kernels: bool = False
@@ -73,7 +74,7 @@ class Decoding:
         """Name of a captured variant → share that it keeps. `compact` rows share a decision, `rows` have their own."""
         if self.units != ("head",):
             return {"dense": 1.0} | {f"{'+'.join(self.units)} {ratio}": ratio for ratio in self.keep}
-        kinds = ("compact", "rows") if self.batch > 1 else ("compact",)
+        kinds = ("compact", "rows") if self.own_rows and self.batch > 1 else ("compact",)
         return {"dense": 1.0} | {f"{kind} {ratio}": ratio for ratio in self.keep for kind in kinds}
 
     @torch.inference_mode()
@@ -108,8 +109,18 @@ class Decoding:
         speed = paired_ratio(dense, steps) if keep else Ratio(1.0, (1.0, 1.0))
         read, whole = ours.bytes(keep, shared=not own), ours.bytes(None)
         switch = summary([ms for _, ms in samples[name]]).median if keep else None
+        tried = ours.tried()
         extra = self.figures(speed, summary(dense).median, summary(steps).median, switch, ceiling(whole, read))
-        self.write(bench, self.key(lm, name, way), steps, bytes=read, byte_share=read / whole, first_s=first, **extra)
+        self.write(
+            bench,
+            self.key(lm, name, way),
+            steps,
+            bytes=read,
+            byte_share=read / whole,
+            first_s=first,
+            ways_ms=tried,
+            **extra,
+        )
 
     def figures(self, speed: Ratio, dense: float, ms: float, switch: float | None, best: float) -> dict[str, Any]:
         """What a variant gains over its own way's dense step, and what it could gain at most."""
@@ -139,7 +150,8 @@ class Decoding:
             "gpu_decode", time.median, "ms", key, p20=time.p20, p80=time.p80, n=time.n, roof_ms=roof,
             bandwidth_gbs=gbs, random_weights=drawn, **extra,
         )  # fmt: skip
-        print(f"  {key['variant']:<18} {time.median:8.3f} ms   {key['way']}", flush=True)
+        tried = ", ".join(f"{way} {ms:.3f}" for way, ms in extra["ways_ms"].items())
+        print(f"  {key['variant']:<18} {time.median:8.3f} ms   {key['way']}   {tried}", flush=True)
 
 
 def kernels(bench: Bench, key: dict[str, Any], burst: Callable[[], Any]) -> None:

@@ -32,7 +32,8 @@ def _steps(variants: Mapping[str, Sequence[Row]]) -> Iterator[str]:
                 line += f"   switch {extra['switch_ms']:.2f} ms"
             if extra.get("first_s"):
                 line += f"   first {extra['first_s']:.1f} s"
-            yield f"{line}   {extra.get('way', '')}".rstrip()
+            tried = ", ".join(f"{way} {ms:.2f}" for way, ms in extra.get("ways_ms", {}).items())
+            yield f"{line}   {extra.get('way', '')}   {tried}".rstrip()
 
 
 def _prompt(row: Row) -> str:

@@ -11,7 +11,7 @@ from bench.gpu.programme import run
 from microglia.execution import Captured
 from microglia.record import read_records
 
-ONE, ROWS, UNITS = "phi3-mini 1x512", "phi3-mini 8x512", "phi3-mini 1x512 head+channel"
+ONE, ROWS, UNITS = "phi3-mini 1x512", "phi3-mini 16x4096", "phi3-mini 1x512 head+channel"
 
 
 @pytest.fixture
@@ -51,8 +51,8 @@ def test_one_prompt_is_decoded_dense_and_pruned_in_every_way_and_by_the_library(
 
 def test_rows_decide_together_and_each_for_itself(bench):
     steps = decoded(bench(ROWS)[1])
-    shared, own = steps["compact 0.5", "none:stock:1"], steps["rows 0.5", "none:stock:1"]
-    assert shared.extra["bytes"] < own.extra["bytes"] < steps["dense", "none:stock:1"].extra["bytes"]
+    shared, own = steps["compact 0.5", "none:auto:1"], steps["rows 0.5", "none:auto:1"]
+    assert shared.extra["bytes"] < own.extra["bytes"] < steps["dense", "none:auto:1"].extra["bytes"]
 
 
 def test_a_cell_that_was_cut_goes_on_with_the_variants_that_it_lacks(bench):
@@ -66,18 +66,17 @@ def test_a_cell_that_was_cut_goes_on_with_the_variants_that_it_lacks(bench):
 
 
 def test_what_fails_costs_its_own_part_only(bench, monkeypatch):
-    """Out of memory in a way, a decision that cannot be captured: the rest is measured."""
     step_for = Captured.step_for
 
     def small(self, batch, length, **options):
-        if not self.model.products:
+        if self.model.attention == "kernel":
             raise torch.OutOfMemoryError("CUDA out of memory")
         return step_for(self, batch, length, **options)
 
     monkeypatch.setattr(Captured, "step_for", small)
     said, records = bench(ONE)
-    assert "phi3-mini 1 × 24, none:stock:1: not measured, out of memory\n" in said
-    assert {way for _, way in decoded(records)} == {"", "none:products:1"}
+    assert "phi3-mini 1 × 24, none:kernel:1: not measured, out of memory\n" in said
+    assert {way for _, way in decoded(records)} == {"", "none:auto:1"}
     assert "gpu_cell" not in {r.name for r in records}
 
 
@@ -107,7 +106,7 @@ def test_a_model_of_a_folder_has_its_own_weights(bench):
 def test_the_first_kinds_of_cells_fit_in_five_minutes_and_all_in_the_budget():
     every = list(cells(Options(weights={"smollm2": "a", "qwen2.5-coder-0.5b": "b"})))
     names = [cell.name for cell in every]
-    assert names[:4] == [ONE, ROWS, "phi3-mini 16x4096", UNITS]
+    assert names[:4] == [ONE, "phi3-mini 8x512", ROWS, UNITS]
     prompts = names.index("phi3-mini prompts")
     assert {"contextual", "smollm2 1x512", "qwen2.5-coder-0.5b 1x512"} == set(names[4:prompts])
     assert sum(cell.cap for cell in every[:prompts]) <= 300
