@@ -13,11 +13,15 @@ COMPILED = "hf static compiled"
 
 @dataclass(frozen=True)
 class Bar:
-    """One promise. value: what was measured, None where nothing was; at_most: whether less is better."""
+    """One promise. value: what was measured, None where nothing was; at_most: whether less is better.
+
+    unit: `×` for times as fast, `%` for shares, `steps` for a time in steps.
+    """
 
     what: str
     bar: float
     value: float | None
+    unit: str = "×"
     at_most: bool = False
 
     @property
@@ -26,9 +30,22 @@ class Bar:
             return "not measured"
         return "kept" if (self.value <= self.bar if self.at_most else self.value >= self.bar) else "MISSED"
 
+    @property
+    def asked(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.figure(self.bar)}"
+
+    @property
+    def measured(self) -> str:
+        return "" if self.value is None else self.figure(self.value)
+
+    def figure(self, value: float) -> str:
+        """A number in this bar's unit."""
+        if self.unit == "%":
+            return f"{value:.1%}"
+        return f"{value:.2f}{'×' if self.unit == '×' else f' {self.unit}'}"
+
     def __str__(self) -> str:
-        value = "" if self.value is None else f"{self.value:.3f}"
-        return f"{self.verdict:<12} {value:>7} (bar {'≤' if self.at_most else '≥'} {self.bar}) {self.what}"
+        return f"{self.verdict:<12} {self.measured:>10} ({self.asked}) {self.what}"
 
 
 def decoded(rows: Sequence[Row]) -> dict[tuple[Any, ...], dict[str, list[Row]]]:
@@ -76,16 +93,18 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
 
     one, eight, long = at(1, 512), at(8, 512), at(16, 4096)
     found = [
-        Bar("dense step, 1 × 512: times as fast as the library's compiled one", 1.3, speed(one, "dense", COMPILED)),
-        Bar("75% of the heads, 1 × 512: speed-up", 1.1, speed(one, "compact 0.75")),
-        Bar("75% of the heads, 16 × 4,096, shared: speed-up", 1.2, speed(long, "compact 0.75")),
-        Bar("75% of the heads, 16 × 4,096, each row its own: speed-up", 1.15, speed(long, "rows 0.75")),
-        Bar("75% of heads and channels, 1 × 512: speed-up", 1.25, speed(one, "head+channel 0.75")),
+        Bar("dense step against the library's compiled one, 1 × 512", 1.3, speed(one, "dense", COMPILED)),
+        Bar("75% of the heads, 1 × 512", 1.1, speed(one, "compact 0.75")),
+        Bar("75% of the heads, 16 × 4,096", 1.2, speed(long, "compact 0.75")),
+        Bar("75% of the heads, each row its own, 16 × 4,096", 1.15, speed(long, "rows 0.75")),
+        Bar("75% of heads and channels, 1 × 512", 1.25, speed(one, "head+channel 0.75")),
     ]
     for name in ("compact 0.75", "compact 0.5"):
-        of = f"{100 * float(name.split()[1]):.0f}% of the heads"
-        found += [Bar(f"{of}, {n} × 512: share of the ceiling", 0.9, share(v, name)) for n, v in ((1, one), (8, eight))]
-        found += [Bar(f"{of}, 1 × 512: switch, in steps", 1.0, steps_a_switch(one, name), at_most=True)]
+        of = f"{float(name.split()[1]):.0%} of the heads"
+        found += [
+            Bar(f"share of the ceiling, {of}, {n} × 512", 0.9, share(v, name), "%") for n, v in ((1, one), (8, eight))
+        ]
+        found += [Bar(f"switch to {of}, 1 × 512", 1.0, steps_a_switch(one, name), "steps", at_most=True)]
     return [*found, *_reading(rows), *_elsewhere()]
 
 
@@ -94,11 +113,11 @@ def _reading(rows: Sequence[Row]) -> Iterator[Bar]:
     whole = {"shape": "phi3-mini", "layers": 32, "tokens": 2048}
     found = [r for r in rows if r["name"] == "gpu_looking" and whole.items() <= r["extra"].items()]
     entropies, all_of_it = (found[-1]["value"], found[-1]["extra"]["looking_and_deciding"]) if found else (None, None)
-    yield Bar("entropies, of the time of a prompt", 0.02, entropies, at_most=True)
-    yield Bar("all looking and deciding, of the time of a prompt", 0.05, all_of_it, at_most=True)
+    yield Bar("entropies, added to reading a prompt", 0.02, entropies, "%", at_most=True)
+    yield Bar("all looking and deciding, added to reading a prompt", 0.05, all_of_it, "%", at_most=True)
 
 
 def _elsewhere() -> Iterator[Bar]:
     """What no cell measures yet."""
-    yield Bar("contextual, 50% of the bytes: speed-up", 1.3, None)
-    yield Bar("exact answers of SmolLM2 with lookup: speed-up", 1.5, None)
+    yield Bar("units chosen token by token, 50% of the bytes", 1.3, None)
+    yield Bar("the dense model's exact answers, drafted with lookup, SmolLM2", 1.5, None)

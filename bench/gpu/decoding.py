@@ -159,7 +159,9 @@ def kernels(bench: Bench, key: dict[str, Any], burst: Callable[[], Any]) -> None
     if bench.known("gpu_kernels", **key):
         return
     kind = "CUDA" if bench.device.type == "cuda" else "CPU"
-    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profile:
+    with torch.profiler.profile(
+        activities=[getattr(torch.profiler.ProfilerActivity, kind)], acc_events=True
+    ) as profile:
         burst()
     spent = "self_device_time_total" if kind == "CUDA" else "self_cpu_time_total"
     spent_in = [(e.key, e.count, getattr(e, spent) / 1e3) for e in profile.key_averages()]

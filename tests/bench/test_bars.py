@@ -29,13 +29,13 @@ def test_each_variant_counts_in_its_fastest_way():
         step("compact 0.75", 1.9, way="b", switch_ms=0.1),
     ]
     found = said(rows)
-    assert found["dense step, 1 × 512: times as fast as the library's compiled one"].value == pytest.approx(2.5 / 1.6)
-    speed = found["75% of the heads, 1 × 512: speed-up"]
+    assert found["dense step against the library's compiled one, 1 × 512"].value == pytest.approx(2.5 / 1.6)
+    speed = found["75% of the heads, 1 × 512"]
     assert (speed.value, speed.verdict) == (pytest.approx(1.28), "kept")
-    assert found["75% of the heads, 1 × 512: share of the ceiling"].value == pytest.approx(
+    assert found["share of the ceiling, 75% of the heads, 1 × 512"].value == pytest.approx(
         (1 - 1 / 1.28) / (1 - 1 / 1.5)
     )
-    switch = found["75% of the heads, 1 × 512: switch, in steps"]
+    switch = found["switch to 75% of the heads, 1 × 512"]
     assert (switch.value, switch.verdict) == (pytest.approx(0.8), "kept")
 
 
@@ -47,10 +47,10 @@ def test_a_bar_is_missed_from_either_side_or_not_measured():
         {"name": "gpu_looking", "value": 0.021, "extra": looking},
     ]
     verdicts = {what: bar.verdict for what, bar in said(rows).items()}
-    assert verdicts["75% of the heads, 16 × 4,096, each row its own: speed-up"] == "MISSED"
-    assert verdicts["entropies, of the time of a prompt"] == "MISSED"
-    assert verdicts["all looking and deciding, of the time of a prompt"] == "kept"
-    assert verdicts["75% of the heads, 1 × 512: speed-up"] == "not measured"
+    assert verdicts["75% of the heads, each row its own, 16 × 4,096"] == "MISSED"
+    assert verdicts["entropies, added to reading a prompt"] == "MISSED"
+    assert verdicts["all looking and deciding, added to reading a prompt"] == "kept"
+    assert verdicts["75% of the heads, 1 × 512"] == "not measured"
 
 
 def test_models_cut_short_keep_no_bar():
@@ -70,6 +70,6 @@ def test_the_table_of_the_first_run_says_what_was_read_from_it():
     table = printed(rows, ["a line"])
     assert "  compact 0.75           17.829 ms   bytes   6.148   ×0.571 of ×1.269  -354%   switch 26.13 ms" in table
     assert "entropies +6.3% [+5.9%, +6.9%], all looking and deciding +13.5%" in table
-    assert "kept           1.397 (bar ≥ 1.3) dense step, 1 × 512" in table
-    assert "MISSED         1.137 (bar ≥ 1.2) 75% of the heads, 16 × 4,096, shared" in table
+    assert "kept              1.40× (≥ 1.30×) dense step against" in table
+    assert "MISSED            1.14× (≥ 1.20×) 75% of the heads, 16 × 4,096" in table
     assert "\na line\n" in table

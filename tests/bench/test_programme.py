@@ -189,5 +189,5 @@ def test_the_command_runs_from_a_bare_checkout_and_ends_with_the_table_when_it_i
         said = process.communicate()[0]
     assert process.returncode == 1
     assert "phi3-mini, 2 layers, 1 × 24\n  dense " in said
-    assert "not measured         (bar ≥ 1.3) dense step" in said
+    assert "not measured            (≥ 1.30×) dense step" in said
     assert all(Path(record.command.split()[1]).name == "gpu.py" for record in read_records(file))
