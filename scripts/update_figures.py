@@ -214,7 +214,8 @@ def gpu_summary() -> str:
     return "\n".join(
         [
             f"**On a GPU** ({records[0]['device'].removesuffix(' (cuda)')}, bfloat16, Phi-3-mini's shape with random "
-            f"weights, {_commits(records)}), what is [measured](docs/results.md#on-a-gpu), against its bar, and what is not:",
+            f"weights, {_commits(records)}), what is [measured](docs/results.md#on-a-gpu), against its bar, "
+            "and what is not:",
             "",
             f"- **Kept:** {'; '.join(said['kept'])}.",
             f"- **Missed:** {'; '.join(said['MISSED'])}.",
@@ -233,9 +234,9 @@ def _gpu_run(records: list[dict[str, Any]]) -> str:
     first = records[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines = [
-        f"Milliseconds of a decode step on {first['device']}, bfloat16, random weights, medians; {versions}, {_commits(records)}. The "
-        "speed-up is over ours dense, each in the way of attention that is fastest for it; the share is that of the time "
-        "which the saved bytes allow to save.",
+        f"Milliseconds of a decode step on {first['device']}, bfloat16, random weights, medians; {versions}, "
+        f"{_commits(records)}. The speed-up is over ours dense, each in the way of attention that is fastest for it; the "
+        "share is that of the time which the saved bytes allow to save.",
         "",
         "| model | batch × context | step | ms | bytes alone | speed-up | ceiling | share | switch, ms |",
         "|---|---|---|---|---|---|---|---|---|",
