@@ -17,6 +17,8 @@ from microglia.execution.captured.channels import Layout, Mlps
 from microglia.execution.captured.variants import DecisionBuffers, Variant
 from microglia.units import ChannelSite, HeadSite, Site, SublayerSite
 
+WHOLE = False, False  # a layer that has lost neither attention nor MLP
+
 
 class Part(NamedTuple):
     """Neighbouring layers that are captured and replayed together, and what they are captured for."""
@@ -73,12 +75,11 @@ class ByLayer:
         channels, sublayers = self.channels is not None, self.sublayers is not None
         return ByLayer(next(ready), next(ready) if channels else None, next(ready) if sublayers else None)
 
-    def gone(self, layer: int) -> tuple[bool, bool]:
-        """Whether no row has the attention, and the MLP, of a layer."""
+    def gone(self) -> list[tuple[bool, bool]]:
+        """Of every layer, whether no row has its attention, and its MLP."""
         if self.sublayers is None:
-            return False, False
-        attention, mlp = (self.sublayers[layer] > 0).any(0).tolist()
-        return not attention, not mlp
+            return [WHOLE] * len(self.heads)
+        return [(not attention, not mlp) for attention, mlp in (self.sublayers > 0).any(1).tolist()]
 
     def scales(self, layers: range, *, masked: bool) -> bool:
         """Whether sublayers of these layers are multiplied by what rows decide. masked: also those that all decide."""
@@ -92,13 +93,13 @@ def parts_of(
     keep: ByLayer, buffers: DecisionBuffers, mlps: Mlps, layout: Layout | None, *, masked: bool = False
 ) -> list[Part]:
     """The parts for a decision on the host. layout: of its channels. masked: everything is still computed."""
+    lost = [WHOLE] * len(keep.heads) if masked else keep.gone()
     every: list[tuple[range, tuple[bool, bool]]] = []
     for layers in buffers.blocks:
-        lost = [(False, False) if masked else keep.gone(layer) for layer in layers]
-        if any(map(any, lost)):
-            every += [(range(layer, layer + 1), one) for layer, one in zip(layers, lost, strict=True)]
+        if any(any(lost[layer]) for layer in layers):
+            every += [(range(layer, layer + 1), lost[layer]) for layer in layers]
         else:
-            every.append((layers, (False, False)))
+            every.append((layers, WHOLE))
     variants = buffers.variants(keep.heads, [layers for layers, _ in every], masked=masked)
     parts = []
     for (layers, gone), heads in zip(every, variants, strict=True):
