@@ -235,8 +235,8 @@ def _gpu_run(records: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines = [
         f"Milliseconds of a decode step on {first['device']}, bfloat16, random weights, medians; {versions}, "
-        f"{_commits(records)}. Speed-ups are over ours dense, each in its fastest way of attention; the share is that of "
-        "the time which the saved bytes could save.",
+        f"{_commits(records)}. Speed-ups are over ours dense, each in its fastest way of attention; the share is that "
+        "of the time which the saved bytes could save.",
         "",
         "| model | batch × context | step | ms | bytes alone | speed-up | ceiling | share | switch, ms |",
         "|---|---|---|---|---|---|---|---|---|",

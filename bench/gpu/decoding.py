@@ -20,6 +20,9 @@ from microglia.benchmark.latency import Ratio, interleaved, paired_ratio, summar
 from microglia.errors import ConfigError
 from microglia.units import find_sites
 
+# How far logits may lie from those of masked execution, as a share of their norm.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -100,6 +103,9 @@ class Decoding:
         ratio = self.variants()[name]
         keep = None if name == "dense" else ours.keep(ratio, rows=self.batch if own else 1)
         first = ours.capture(keep) + (ours.first_s if name == "dense" else 0.0)
+        apart = ours.apart(keep) if self.batch == 1 or bench.options.smoke or bench.options.tiny else None
+        if apart is not None and not apart <= TOLERANCE[lm.dtype]:  # NaN is not
+            bench.failed(f"{self.place}, {way}, {name}: wrong, logits lie {apart:.2g} from those of masked execution")
         captures, burst = ours.execution.captures, partial(ours.burst, keep)
         samples = interleaved({"dense": work["dense"], name: burst}, bench.options.rounds)
         if ours.execution.captures != captures:
@@ -118,6 +124,7 @@ class Decoding:
             bytes=read,
             byte_share=read / whole,
             first_s=first,
+            apart=apart,
             ways_ms=tried,
             **extra,
         )

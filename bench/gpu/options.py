@@ -11,6 +11,7 @@ from microglia.models import REASONER, reasoner_path
 # Ways of captured steps: compile:attention:block, see microglia.execution.Captured; compile is `none` or a mode of
 # torch.compile. `auto` tries at every level what may be the fastest there.
 WAYS = ("default:auto:4",)
+SMOKE_WAYS = ("default:kernel:4", *WAYS)  # `auto` passes over a kernel that fails; by itself it says why
 TINY_WAYS = ("none:auto:1", "none:kernel:1")
 BUDGET, SMOKE_BUDGET = 420.0, 75.0  # seconds
 
@@ -73,7 +74,7 @@ def _defaults(given: argparse.Namespace) -> dict[str, Any]:
     if given.tiny:
         return {"layers": 2, "steps": 2, "rounds": 1, "ways": TINY_WAYS}
     if given.smoke:
-        return {"budget": SMOKE_BUDGET, "layers": 2, "steps": 4, "rounds": 1, "cap": 20.0}
+        return {"budget": SMOKE_BUDGET, "layers": 2, "steps": 4, "rounds": 1, "cap": 20.0, "ways": SMOKE_WAYS}
     return {}
 
 

@@ -12,7 +12,7 @@ from microglia.anatomy import Anatomy
 from microglia.benchmark.costs import weight_bytes
 from microglia.benchmark.latency import Clock
 from microglia.benchmark.pattern import random_keep
-from microglia.execution import Captured, Decision, Request
+from microglia.execution import Captured, Decision, Masked, Request
 from microglia.units import HeadSite, Site, find_sites
 from microglia.units.step import layer_kv_bytes
 
@@ -26,7 +26,7 @@ class Ours:
     def __init__(self, lm: Any, ids: Tensor, way: str, units: Sequence[str], steps: int) -> None:
         self.lm, self.steps, self.clock = lm, steps, Clock(ids.device)
         self.batch, self.context = ids.shape
-        self.mask = torch.ones_like(ids)
+        self.ids, self.mask = ids, torch.ones_like(ids)
         self.sites = find_sites(lm, units)
         compiled, attention, block = way.split(":")
         self.execution = Captured(lm, compiled=compiled != "none" and compiled, attention=attention, block=int(block))
@@ -48,9 +48,7 @@ class Ours:
 
         The same prompt is switched again and again, so its keys end up in wrong places: the times do not know.
         """
-        device = self.mask.device
-        every = [torch.ones(1, site.geometry.count, device=device) for site in self.sites]
-        decision = Decision(every if keep is None else keep)
+        decision = self._decision(keep)
         self.step.clear()
         self.step.prompt_read(self.mask)
         switch = self.clock(lambda: self._decide(decision))
@@ -61,6 +59,25 @@ class Ours:
                 self.step.step()
 
         return self.clock(steps) / self.steps, switch
+
+    def apart(self, keep: Sequence[Tensor] | None) -> float:
+        """How far a step's logits lie from those of masked execution, which is right: ‖ours - masked‖ ÷ ‖masked‖.
+
+        Reads the prompts again, twice, the second time into another cache.
+        """
+        decision, token = self._decision(keep), self.ids[:, -1:]
+        with self.execution.serving(Request(self.mask, self.steps + 2)) as step:
+            self.lm(self.ids, past_key_values=step.cache, logits_to_keep=1)
+            with self.execution.apply(self.sites, decision, step.cache):
+                ours = self.lm(token, past_key_values=step.cache).logits[:, -1].float()
+        cache = self.lm(self.ids, use_cache=True, logits_to_keep=1).past_key_values
+        with Masked().apply(self.sites, decision, cache):
+            masked = self.lm(token, past_key_values=cache).logits[:, -1].float()
+        return float((ours - masked).norm() / masked.norm())
+
+    def _decision(self, keep: Sequence[Tensor] | None) -> Decision:
+        every = [torch.ones(1, site.geometry.count, device=self.mask.device) for site in self.sites]
+        return Decision(every if keep is None else keep)
 
     def _decide(self, decision: Decision) -> None:
         with self.execution.apply(self.sites, decision, self.step.cache):

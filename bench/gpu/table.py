@@ -30,6 +30,8 @@ def _steps(variants: Mapping[str, Sequence[Row]]) -> Iterator[str]:
                 share = "" if extra["realised_share"] is None else f"{extra['realised_share']:.0%}"
                 line += f"   ×{extra['ratio_to_dense']:.3f} of ×{extra['ceiling']:.3f} {share:>6}"
                 line += f"   switch {extra['switch_ms']:.2f} ms"
+            if extra.get("apart") is not None:
+                line += f"   apart {extra['apart']:.1g}"
             if extra.get("first_s"):
                 line += f"   first {extra['first_s']:.1f} s"
             tried = ", ".join(f"{way} {ms:.2f}" for way, ms in extra.get("ways_ms", {}).items())

@@ -1,6 +1,7 @@
 """What the GPU's benchmark measures, on tiny models and whatever device is here."""
 
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,3 +119,12 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         options(None, ["--weights", f"smollm2={tmp_path}"])
     assert "give NAME=FOLDER, a folder that holds a config.json" in capsys.readouterr().err
+
+
+def test_a_step_that_says_something_else_than_masked_execution_is_called_wrong(bench, monkeypatch):
+    monkeypatch.setattr("bench.gpu.ours.Masked.apply", lambda *arguments: nullcontext())  # prunes nothing
+    said, records = bench("qwen2.5-3b 1x512")
+    steps = decoded(records)
+    assert steps["dense", "none:auto:1"].extra["apart"] < 1e-5 < steps["compact 0.75", "none:auto:1"].extra["apart"]
+    assert "qwen2.5-3b 1 × 24, none:auto:1, compact 0.75: wrong, logits lie" in said
+    assert "gpu_cell" not in {r.name for r in records}
