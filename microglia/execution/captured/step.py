@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from microglia.anatomy import Anatomy, View, stock_attention, swap, with_attention
 from microglia.execution.base import Decision
+from microglia.execution.captured import kernels
 from microglia.execution.captured.attention import ADDED_MASK, StepLayer, step_attention, uncompiled
 from microglia.execution.captured.buckets import Bucket
 from microglia.execution.captured.buffers import CHECK, StaticBuffers
 from microglia.execution.captured.graphs import Capture, Graph
 from microglia.execution.captured.kv import LayerCache, StaticKV
+from microglia.execution.captured.moves import Copy, Moves
 from microglia.execution.captured.rope import Rotary
 from microglia.execution.captured.variants import DecisionBuffers, Variant
 from microglia.execution.captured.ways import timed, worth_trying
@@ -71,6 +73,7 @@ class CapturedStep:
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[tuple[int, Variant], Graph] = {}
         self.switches: dict[tuple[int, Variant], Graph] = {}
+        self.moves: dict[tuple[int, Variant], Moves | None] = {}  # what the switches read, where a kernel makes them
         self.ways: dict[Variant, dict[str, float]] = {}  # seconds of each way that was tried, the one taken first
         self.captures = 0
         self.dense = Variant("dense", model.buckets[0])
@@ -155,11 +158,13 @@ class CapturedStep:
         if variant.is_cut:
             with self.capture.recording():
                 for block in range(len(self.model.blocks)):
-                    self._switch(block, variant)  # once uncaptured, so that nothing is allocated in the capture
+                    moves = self._moves(block, variant)
+                    self._switch(block, variant, moves)  # once uncaptured: a capture allocates and compiles nothing
                     graph = self.capture.graph()
                     graph.begin()
-                    self._switch(block, variant)
+                    self._switch(block, variant, moves)
                     graph.end()
+                    self.moves[block, variant] = moves
                     self.switches[block, variant] = graph
         self.captures += 1
 
@@ -198,7 +203,7 @@ class CapturedStep:
         before = position.clone()
         position.fill_(self.buffers.length - 1)  # a place that the step which comes to it writes again
         try:
-            return timed(lambda: [piece.replay() for piece in pieces], position.device)
+            return timed([piece.replay for piece in pieces], position.device)
         finally:
             position.copy_(before)
 
@@ -262,14 +267,30 @@ class CapturedStep:
                 swap(stack, module, "forward", cutter.layer(index, forward))
             return self._forward()
 
-    def _switch(self, block: int, variant: Variant) -> None:
+    def _switch(self, block: int, variant: Variant, moves: Moves | None) -> None:
+        """The copies of a block, by the kernel that makes all of them or one by one."""
+        if variant.kind == "rows":
+            self.decision.set_rows(block, variant.bucket)
+        if moves is not None:
+            moves.make()
+            return
         for index in self.model.blocks[block]:
             slots = self.decision.slots_of(index, variant.bucket)
             self.kv(self.model.sites[index]).move(slots)
             if variant.kind == "shared":
                 self.model.weights[index].gather(variant.bucket, slots)
-            else:
-                self.decision.set_rows(index, variant.bucket)
+
+    def _moves(self, block: int, variant: Variant) -> Moves | None:
+        """A block's copies for one kernel, if there is one that can make them."""
+        if not kernels.usable(self.model.lm.device):
+            return None
+        parts: list[list[Copy] | None] = []
+        for index in self.model.blocks[block]:
+            where = self.decision.places_of(index, variant.bucket)
+            parts.append(self.kv(self.model.sites[index]).copies(where))
+            if variant.kind == "shared":
+                parts.append(self.model.weights[index].copies(variant.bucket, where))
+        return Moves.of(parts, self.decision.slots)
 
     @contextmanager
     def _as(self, variant: Variant, way: str) -> Iterator[None]:
