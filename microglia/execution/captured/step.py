@@ -84,7 +84,8 @@ class CapturedStep:
         self.pieces: dict[Part, Graph] = {}
         self.switches: dict[Part, Graph] = {}
         self.moves: dict[Part, Moves | None] = {}  # what the switches read, where a kernel makes them
-        self.channel_switches: dict[tuple[range, int, int], Graph] = {}  # by layers, channels and run
+        # By layers, channels and run; with what was captured, since a graph keeps none of the tensors that it reads.
+        self.channel_switches: dict[tuple[range, int, int], tuple[Graph, Callable[[], None]]] = {}
         self.ways: dict[Variant, dict[str, float]] = {}  # of attention: seconds of those tried
         self.captures = 0
         self.dense = self._everywhere(self.decision.dense)
@@ -160,7 +161,7 @@ class CapturedStep:
             if part in self.switches:
                 yield self.switches[part]
             if layout is not None and part.variant.mlp is not None and part.variant.mlp.is_cut:
-                yield self.channel_switches[part.layers, part.variant.mlp.channels, layout.run]
+                yield self.channel_switches[part.layers, part.variant.mlp.channels, layout.run][0]
 
     def step(self) -> None:
         """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
@@ -210,7 +211,8 @@ class CapturedStep:
                 key = layers, variant.mlp.channels, layout.run
                 if key not in self.channel_switches:
                     self.channels.reset()
-                    self.channel_switches[key] = self._captured(functools.partial(self.channels.gather, *key))
+                    switch = self.channels.switch(*key)
+                    self.channel_switches[key] = self._captured(switch), switch
 
     def _capture(self, parts: Sequence[Part]) -> None:
         """Capture parts that are not there yet, no two of the same layer; the others' layers are left out."""
