@@ -104,8 +104,8 @@ def slot_map(keep: Tensor, geometry: HeadGeometry, bucket: Bucket) -> SlotMap:
         one = slot_map(keep[..., :1, :], geometry, bucket)
         row = torch.arange(batch, device=keep.device)[:, None]
         size = *keep.shape[:-1], -1
-        same = [x.expand(size) for x in (one.groups, one.heads, one.kept)]
-        return SlotMap(*same, one.source * batch + row, one.target * batch + row)
+        groups, heads, kept = (x.expand(size) for x in (one.groups, one.heads, one.kept))
+        return SlotMap(groups, heads, kept, one.source * batch + row, one.target * batch + row)
     grouped = geometry.by_group(keep > 0)  # (…, B, G, Q)
     in_use = grouped.any(-1)
     staying, coming = in_use[..., :count], in_use[..., count:]
