@@ -7,7 +7,7 @@ what any of them keeps, and each row's own gate acts on it; where that is nearly
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,14 @@ from torch import Tensor
 from microglia.anatomy import Layer
 from microglia.anatomy.geometry import true_first
 from microglia.anatomy.projection import weight_dim
+from microglia.execution.captured import kernels
 from microglia.execution.captured.kv import widest
+from microglia.execution.captured.moves import Copy, Moves, copies_of_units
 from microglia.execution.captured.weights import CompactProjections
 from microglia.units import ChannelGeometry, ChannelSite
 
 STEPS = 8  # buckets lie an eighth of the channels apart
+SHORTEST = 64  # bytes in a row of a run: of shorter ones a kernel that copies run by run would mostly wait
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,31 @@ class ChannelWeights(CompactProjections[int]):
                 target.mul_(kept.view([-1 if d == dim else 1 for d in range(3)]))
             if bias is not None:
                 torch.index_select(inner.bias.detach().unflatten(0, (-1, run)), 0, index, out=bias.view(-1, run))
+
+    def copies(self, size: int, run: int, at: int, kept_at: int) -> list[Copy] | None:
+        """What `gather` copies, as data: where in the slots the first run stands, and whether it is kept.
+
+        None for weights in pieces, and runs too short to be copied one by one.
+        """
+        mlp, count = self.layer.family.mlp, self.channels // run
+        slots = torch.arange(size // run)
+        first, numbered = mlp.cuts(count, torch.zeros_like(slots)), mlp.cuts(count, slots)
+        found: list[Copy] = []
+        for cut, start, number in zip(self.cuts[size], first, numbered, strict=True):
+            inner, places = self._inner(cut.projection), (number.index - start.index).tolist()
+            units = [
+                (at + place, begin, kept_at + place if cut.of_inputs else -1)
+                for place, begin in zip(places, start.index.tolist(), strict=True)
+            ]
+            for part, dim in (("weight", weight_dim(inner, of_inputs=cut.of_inputs)), ("bias", 0)):
+                target = self.view(cut, part)
+                if target is None:
+                    continue
+                source = getattr(inner, part).detach()
+                if not source.is_contiguous() or run * source.element_size() < SHORTEST:
+                    return None
+                found += copies_of_units(source, target, dim, run, units)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,9 +188,9 @@ class Mlps:
 class ChannelBuffers:
     """Static tensors that hold a decision about channels, of every layer, for `batch` rows.
 
-    runs, kept: (L, I), of which the first R count: where the runs of channels stand, and whether any row keeps them.
-    gates: (L, B, 1, I), each row's own decision in that order. bias: (L, B, 1, hidden), what pruned channels leave
-    behind; None where they leave nothing.
+    slots: (2, L, I), of which the first R count: where the runs of channels stand, and whether any row keeps them.
+    kept: the latter as weights are stored. gates: (L, B, 1, I), each row's own decision in that order. bias:
+    (L, B, 1, hidden), what pruned channels leave behind; None where they leave nothing.
     """
 
     def __init__(self, mlps: Mlps, batch: int, bias: Tensor | None) -> None:
@@ -171,24 +199,37 @@ class ChannelBuffers:
         like = next(mlps.layers[0].mlp.parameters())
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, device=like.device)
-            self.runs = zeros(count, channels, dtype=torch.long)
+            self.slots = zeros(2, count, channels, dtype=torch.long)
             self.kept = zeros(count, channels, dtype=like.dtype)
             self.gates = zeros(count, batch, 1, channels, dtype=like.dtype)
             self.bias = None if bias is None else [torch.zeros_like(bias) for _ in range(count)]
 
     def reset(self) -> None:
         """Numbers of runs that every layout has."""
-        self.runs.zero_()
+        self.slots.zero_()
 
     def gate(self, layer: int, shape: MlpShape) -> Tensor | None:
         """(B, 1, k) by which the channels of a layer are multiplied in a step of this shape: a view; None for none."""
         return self.gates[layer][..., : shape.channels] if shape.is_gated else None
 
-    def gather(self, layers: range, size: int, run: int) -> None:
-        """Copy the channels of these layers' decisions into their compact weights."""
-        count = size // run
-        for layer in layers:
-            self.mlps.weights[layer].gather(size, run, self.runs[layer, :count], self.kept[layer, :count])
+    def switch(self, layers: range, size: int, run: int) -> Callable[[], None]:
+        """What copies the channels of these layers' decisions into their compact weights.
+
+        One launch of a kernel where there is one that can make it.
+        """
+        count, weights = size // run, self.mlps.weights
+        if kernels.usable(self.slots.device):
+            runs_at, kept_at = (part * self.slots[0].numel() for part in range(2))
+            width = self.slots.shape[2]
+            copies = (weights[at].copies(size, run, runs_at + at * width, kept_at + at * width) for at in layers)
+            if (moves := Moves.of(copies, self.slots)) is not None:
+                return moves.make
+
+        def gather() -> None:
+            for at in layers:
+                weights[at].gather(size, run, self.slots[0, at, :count], self.kept[at, :count])
+
+        return gather
 
     def write(self, keep: Tensor, layout: Layout, in_place: Sequence[bool]) -> None:
         """Decisions (L, B, U). in_place: of each layer, whether its channels stand as they do in the model.
@@ -200,8 +241,9 @@ class ChannelBuffers:
         kept = (keep > 0).any(1).gather(1, blocks)  # (L, R)
         still = torch.tensor(in_place, device=keep.device)[:, None]
         order = torch.where(still, torch.arange(count, device=keep.device), true_first(kept))
-        self.runs[:, :count].copy_(order)
-        self.kept[:, :count].copy_(kept.gather(1, order))
+        self.slots[0, :, :count].copy_(order)
+        self.slots[1, :, :count].copy_(kept.gather(1, order))
+        self.kept.copy_(self.slots[1])
         rows = blocks.gather(1, order)[:, None].expand(-1, keep.shape[1], -1)  # (L, B, R)
         self.gates.squeeze(2).unflatten(-1, (count, run)).copy_(keep.gather(2, rows)[..., None])
 

@@ -56,7 +56,7 @@ def by_kernel(
     key, value = keys.transpose(0, 1), values.transpose(0, 1)
     cap = softcap or None
     if own is None:
-        return by_products(query, key, value, mask, scale=scale, softcap=cap)
+        return by_products(query, key, value, mask, scale=scale, softcap=cap).contiguous()
     heads, kept = own.clamp(min=0), own >= 0
     output = by_products(take_rows(query, heads), key, value, mask, scale=scale, softcap=cap)
     output = output.masked_fill(~kept[:, None, :, None], 0)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from microglia.anatomy import HeadGeometry, RowShape
 from microglia.errors import MicrogliaError
 from microglia.execution.captured.buckets import SlotMap
+from microglia.execution.captured.moves import Copy, copies_of_blocks
 from microglia.units.kv import take_rows
 
 
@@ -87,6 +88,11 @@ class StaticKV(CacheLayerMixin):
         for tensor in self.stored:
             whole = widest(tensor.view(tensor.shape[0] * tensor.shape[1], -1))  # (G·B, room·D) in 16-byte words
             whole.index_copy_(0, target, whole.index_select(0, source))
+
+    def copies(self, where: SlotMap) -> list[Copy]:
+        """What `move` copies, as data: `where` in all slots those of this site stand."""
+        moves = list(zip(where.source.flatten().tolist(), where.target.flatten().tolist(), strict=True))
+        return [copy for x in self.stored for copy in copies_of_blocks(x.flatten(0, 1), moves)]
 
     def get_seq_length(self) -> Any:
         """Tokens so far; within a step as a tensor (1,), as the library's own static layers have it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from microglia.anatomy import Anatomy, View, stock_attention, swap
 from microglia.execution.base import Decision
+from microglia.execution.captured import kernels
 from microglia.execution.captured.attention import ADDED_MASK, StepLayer
 from microglia.execution.captured.buckets import Bucket
 from microglia.execution.captured.buffers import CHECK, StaticBuffers
@@ -25,6 +26,7 @@ from microglia.execution.captured.cutter import Cutter
 from microglia.execution.captured.graphs import Capture, Graph
 from microglia.execution.captured.install import install
 from microglia.execution.captured.kv import StaticKV
+from microglia.execution.captured.moves import Copy, Moves
 from microglia.execution.captured.parts import ByLayer, Part, parts_of
 from microglia.execution.captured.rope import Rotary
 from microglia.execution.captured.sublayers import Compiler
@@ -81,7 +83,9 @@ class CapturedStep:
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[Part, Graph] = {}
         self.switches: dict[Part, Graph] = {}
-        self.channel_switches: dict[tuple[range, int, int], Graph] = {}  # by layers, channels and run
+        self.moves: dict[Part, Moves | None] = {}  # what the switches read, where a kernel makes them
+        # By layers, channels and run; with what was captured, since a graph keeps none of the tensors that it reads.
+        self.channel_switches: dict[tuple[range, int, int], tuple[Graph, Callable[[], None]]] = {}
         self.ways: dict[Variant, dict[str, float]] = {}  # of attention: seconds of those tried
         self.captures = 0
         self.dense = self._everywhere(self.decision.dense)
@@ -157,7 +161,7 @@ class CapturedStep:
             if part in self.switches:
                 yield self.switches[part]
             if layout is not None and part.variant.mlp is not None and part.variant.mlp.is_cut:
-                yield self.channel_switches[part.layers, part.variant.mlp.channels, layout.run]
+                yield self.channel_switches[part.layers, part.variant.mlp.channels, layout.run][0]
 
     def step(self) -> None:
         """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
@@ -207,7 +211,8 @@ class CapturedStep:
                 key = layers, variant.mlp.channels, layout.run
                 if key not in self.channel_switches:
                     self.channels.reset()
-                    self.channel_switches[key] = self._captured(functools.partial(self.channels.gather, *key))
+                    switch = self.channels.switch(*key)
+                    self.channel_switches[key] = self._captured(switch), switch
 
     def _capture(self, parts: Sequence[Part]) -> None:
         """Capture parts that are not there yet, no two of the same layer; the others' layers are left out."""
@@ -219,11 +224,12 @@ class CapturedStep:
             self._keep_fastest(level, [part for part in parts if part.variant.level == level], {})
         for part in parts:
             if part.variant.is_cut:
-                self.switches[part] = self._captured(functools.partial(self._switch, part))
+                self.moves[part] = self._moves(part)
+                self.switches[part] = self._captured(functools.partial(self._switch, part, self.moves[part]))
         self.captures += 1
 
     def _captured(self, work: Callable[[], None]) -> Graph:
-        """Work as a graph, done once before so that nothing is allocated in the capture."""
+        """Work as a graph, done once before: a capture allocates and compiles nothing."""
         with self.capture.recording():
             work()
             graph = self.capture.graph()
@@ -267,7 +273,7 @@ class CapturedStep:
         before = position.clone()
         position.fill_(self.buffers.length - 1)  # a place that the step which comes to it writes again
         try:
-            return timed(lambda: _replay(pieces), position.device)
+            return timed([piece.replay for piece in pieces], position.device)
         finally:
             position.copy_(before)
 
@@ -330,15 +336,31 @@ class CapturedStep:
                 swap(stack, site.layer.module, "forward", cutter.layer(site, self.model.compiler))
             return self._forward()
 
-    def _switch(self, part: Part) -> None:
+    def _switch(self, part: Part, moves: Moves | None) -> None:
+        """The copies of a part's heads, by the kernel that makes all of them or one by one."""
         layers, variant = part
+        if variant.kind == "rows":
+            self.decision.set_rows(layers, variant.bucket)
+        if moves is not None:
+            moves.make()
+            return
         for index in layers:
             slots = self.decision.slots_of(index, variant.bucket)
             self.kv(self.model.sites[index]).move(slots)
             if variant.kind == "shared":
                 self.model.weights[index].gather(variant.bucket, slots)
-            else:
-                self.decision.set_rows(index, variant.bucket)
+
+    def _moves(self, part: Part) -> Moves | None:
+        """A part's copies for one kernel, if there is one that can make them."""
+        if not kernels.usable(self.model.lm.device):
+            return None
+        copies: list[list[Copy] | None] = []
+        for index in part.layers:
+            where = self.decision.places_of(index, part.variant.bucket)
+            copies.append(self.kv(self.model.sites[index]).copies(where))
+            if part.variant.kind == "shared":
+                copies.append(self.model.weights[index].copies(part.variant.bucket, where))
+        return Moves.of(copies, self.decision.slots)
 
     @contextmanager
     def _as(self, parts: Sequence[Part], way: str) -> Iterator[None]:

@@ -72,12 +72,11 @@ class DecisionBuffers:
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
             heads, groups = self.geometry.heads, self.geometry.kv_heads
-            self.keep = [torch.ones(batch, heads, device=device) for _ in sites]
+            self.keep = torch.ones(len(sites), batch, heads, device=device)
             self.slots = zeros(len(sites), batch, packed_size(self.geometry, buckets))  # slot maps, packed
-            self.groups = [zeros(batch, groups) for _ in sites]
-            self.heads = [zeros(batch, heads) for _ in sites]
-            self.kept = [torch.zeros_like(k) for k in self.keep]
-            self.own = [zeros(batch, heads) for _ in sites]  # heads as the kernel takes them, see `StepLayer`
+            self.groups = zeros(len(sites), batch, groups)
+            self.heads, self.own = zeros(len(sites), batch, heads), zeros(len(sites), batch, heads)  # see `StepLayer`
+            self.kept = torch.zeros_like(self.keep)
             self.bias = None if bias is None else [torch.zeros_like(bias) for _ in sites]
 
     def slots_of(self, index: int, bucket: Bucket) -> SlotMap:
@@ -92,17 +91,23 @@ class DecisionBuffers:
             self.kept[index][:, : bucket.heads],
         )
 
-    def set_rows(self, index: int, bucket: Bucket) -> None:
-        """Copy a site's slots to where a step over rows of own heads reads them."""
-        source, target = self.slots_of(index, bucket), self.rows_of(index, bucket)
-        target.groups.copy_(source.groups)
-        target.heads.copy_(source.heads)
-        target.kept.copy_(source.kept)
-        self.own[index][:, : bucket.heads].copy_(torch.where(source.kept > 0, source.heads, -1))
+    def set_rows(self, layers: range, bucket: Bucket) -> None:
+        """Copy the slots of these layers' sites to where a step over rows of own heads reads them."""
+        sites = slice(layers.start, layers.stop)
+        slots = SlotMap.unpacked(self.slots[sites], self.geometry, bucket)
+        self.groups[sites, :, : bucket.groups].copy_(slots.groups)
+        self.heads[sites, :, : bucket.heads].copy_(slots.heads)
+        self.kept[sites, :, : bucket.heads].copy_(slots.kept)
+        self.own[sites, :, : bucket.heads].copy_(torch.where(slots.kept > 0, slots.heads, -1))
+
+    def places_of(self, index: int, bucket: Bucket) -> SlotMap:
+        """Where in `slots`, counted over all of them, those of a site stand; on the host."""
+        every = torch.arange(self.slots.numel()).view(self.slots.shape)
+        return SlotMap.unpacked(every[index], self.geometry, bucket)
 
     def write(self, keep: Tensor, fill: Sequence[Tensor | None] | None) -> None:
         """The gates (sites, B, H) of a decision, and what its pruned heads leave behind."""
-        torch._foreach_copy_(self.keep, list(keep))
+        self.keep.copy_(keep)
         for site, k, f in zip(self.sites, keep, fill or [], strict=False):
             if self.bias is not None and f is not None:
                 self.bias[site.index].copy_(site.fill_bias(k, f))
@@ -114,8 +119,7 @@ class DecisionBuffers:
 
     def reset(self, parts: Sequence[tuple[range, Variant]]) -> None:
         """Every head kept, laid out for variants of some layers."""
-        for buffer in self.keep:
-            buffer.fill_(1)
+        self.keep.fill_(1)
         self.place(parts, torch.ones(len(self.sites), self.batch, self.geometry.heads))
 
     def variants(self, keep: Tensor, blocks: Sequence[range], *, masked: bool = False) -> list[Variant]:

@@ -4,7 +4,7 @@ What is fastest for the dense step need not be so for a smaller one: fewer heads
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -31,18 +31,23 @@ def worth_trying(attention: str, device: torch.device, batch: int, bucket: Bucke
     return (*kinds, "stock") if enough and bucket.queries == 1 else kinds
 
 
-def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds that `work` takes on the device, without what it takes to launch it."""
-    work()
+def timed(work: Sequence[Callable[[], None]], device: torch.device) -> float:
+    """Seconds that `work`, one after the other, takes on the device, without what it takes to launch it."""
+
+    def done() -> None:
+        for part in work:
+            part()
+
+    done()
     if device.type != "cuda":
         began = time.perf_counter()
         for _ in range(REPEATS):
-            work()
+            done()
         return (time.perf_counter() - began) / REPEATS
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(REPEATS):
-        work()
+        done()
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1e3 / REPEATS

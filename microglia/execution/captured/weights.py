@@ -11,6 +11,7 @@ from microglia.anatomy.projection import Cut, check_plain, plain, resized, weigh
 from microglia.errors import MicrogliaError
 from microglia.execution.captured.buckets import Bucket, SlotMap
 from microglia.execution.captured.kv import widest
+from microglia.execution.captured.moves import Copy, copies_of_units
 from microglia.units import HeadSite
 
 Shape = TypeVar("Shape")
@@ -85,6 +86,30 @@ class CompactWeights(CompactProjections[Bucket]):
         """Of some heads and groups of a bucket: what counts here is how many."""
         heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
         return self.site.layer.family.attention.cuts(self.site.geometry, heads, groups)
+
+    def copies(self, bucket: Bucket, where: SlotMap) -> list[Copy] | None:
+        """What `gather` copies, as data: `where` in all slots those of this site stand; None for weights in pieces."""
+        geometry, size = self.site.geometry, self.site.geometry.head_dim
+        whole = HeadGeometry(geometry.heads, geometry.kv_heads, 1)
+        layout = self.site.layer.family.attention
+        heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
+        first = layout.cuts(whole, torch.zeros_like(heads), torch.zeros_like(groups))
+        numbered = layout.cuts(whole, heads, bucket.heads + groups)
+        places, kept = torch.cat([where.heads[0], where.groups[0]]).tolist(), where.kept[0].tolist()
+        found: list[Copy] = []
+        for cut, start, number in zip(self.cuts[bucket], first, numbered, strict=True):
+            starts, slots = start.index.tolist(), (number.index - start.index).tolist()
+            units = [(places[i], at, kept[i] if cut.of_inputs else -1) for i, at in zip(slots, starts, strict=True)]
+            inner = self._inner(cut.projection)
+            for part, dim in (("weight", weight_dim(inner, of_inputs=cut.of_inputs)), ("bias", 0)):
+                target = self.view(cut, part)
+                if target is None:
+                    continue
+                source = getattr(inner, part).detach()
+                if not source.is_contiguous():
+                    return None
+                found += copies_of_units(source, target, dim, size, units)
+        return found
 
     def gather(self, bucket: Bucket, slots: SlotMap) -> None:
         """Copy the heads of a decision that all rows share into the buffers; heads that only fill up write nothing."""

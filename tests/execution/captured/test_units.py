@@ -184,7 +184,7 @@ def test_switching_units_captures_nothing_and_moves_nothing():
 
     def places():
         step = step_of(captured)
-        tensors = [*step.edges, step.channels.runs, step.channels.kept, step.channels.gates, step.scales]
+        tensors = [*step.edges, step.channels.slots, step.channels.kept, step.channels.gates, step.scales]
         tensors += [x for weights in captured.model.mlps.weights for x in weights.flat.values()]
         return [x.data_ptr() for x in tensors]
 
