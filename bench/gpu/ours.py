@@ -18,7 +18,7 @@ from microglia.units.step import layer_kv_bytes
 
 
 class Ours:
-    """One way (compile:attention:block) with its prompts read.
+    """One way (see `way_options`) with its prompts read.
 
     units: kinds of what is decided about. Raises ConfigError where captured steps cannot prune them.
     """
@@ -28,8 +28,7 @@ class Ours:
         self.batch, self.context = ids.shape
         self.ids, self.mask = ids, torch.ones_like(ids)
         self.sites = find_sites(lm, units)
-        compiled, attention, block = way.split(":")
-        self.execution = Captured(lm, compiled=compiled != "none" and compiled, attention=attention, block=int(block))
+        self.execution = Captured(lm, **way_options(way))
         self.execution.check_sites(self.sites)
         began = time.monotonic()
         self.execution.step_for(self.batch, self.context + steps + 2)
@@ -106,6 +105,18 @@ class Ours:
             kv[site.layer.index] = round(kv[site.layer.index] * site.kv_share(k))
         cut = (self.sites, keep) if shared else ()
         return weight_bytes(self.lm, *cut, rows=self.batch) + sum(kv)
+
+
+def way_options(way: str) -> dict[str, Any]:
+    """What Captured is given for compile:attention:block, or for compile:attention:block:linear."""
+    compiled, attention, block, *linear = way.split(":")
+    given = {"compiled": compiled != "none" and compiled, "attention": attention, "block": int(block)}
+    return given | ({"linear": linear[0]} if linear else {})
+
+
+def of_one_row(way: str) -> bool:
+    """Whether a way makes products as only a single row can have them."""
+    return "linear" in way_options(way)
 
 
 def random_units(sites: Sequence[Site], ratio: float, *, rows: int = 1) -> list[Tensor]:
