@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from microglia.anatomy import Anatomy, View, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
 from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_heads_only
+from microglia.execution.captured import linear as linears
 from microglia.execution.captured.buckets import buckets
 from microglia.execution.captured.buffers import END_TOKENS
 from microglia.execution.captured.graphs import Capture, capture_for
@@ -47,6 +48,7 @@ class Captured(Execution):
         compiler given.
     attention: `stock` is the model's own, `products` and `kernel` read keys and values on the whole device, see
         `attention`; `auto` measures at every level which is fastest.
+    linear: `stock` products are the library's; `kernel` makes those of a single row by a kernel of our own.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     kept_steps: how many pairs of batch size and length stay captured; the one used longest ago goes first.
 
@@ -68,6 +70,7 @@ class Captured(Execution):
         lowest: float = 0.5,
         compiled: bool | str | Callable[..., Any] = False,
         attention: str = "auto",
+        linear: str = "stock",
         capture: Capture | None = None,
         kept_steps: int = 2,
     ) -> None:
@@ -77,6 +80,8 @@ class Captured(Execution):
             raise ConfigError(f"block={block} and kept_steps={kept_steps} were given; both must be at least 1")
         if attention not in KINDS:
             raise ConfigError(f"attention={attention!r} is unknown; choose {listed(KINDS)}")
+        if linear not in linears.KINDS:
+            raise ConfigError(f"linear={linear!r} is unknown; choose {listed(linears.KINDS)}")
         _check(anatomy, compiled=bool(compiled))
         every = buckets(sites[0].geometry, lowest)
         with torch.inference_mode(False):
@@ -90,6 +95,7 @@ class Captured(Execution):
             block,
             _compiler(compiled),
             attention,
+            linear,
         )
         self.capture = capture or capture_for(anatomy.lm.device)
         self.kept_steps, self.steps = kept_steps, OrderedDict[tuple[int, int, bool], CapturedStep]()

@@ -22,6 +22,7 @@ from microglia.execution.captured.buckets import Bucket
 from microglia.execution.captured.buffers import CHECK, StaticBuffers
 from microglia.execution.captured.graphs import Capture, Graph
 from microglia.execution.captured.kv import LayerCache, StaticKV
+from microglia.execution.captured.linear import one_row_at_a_time
 from microglia.execution.captured.moves import Copy, Moves
 from microglia.execution.captured.rope import Rotary
 from microglia.execution.captured.variants import DecisionBuffers, Variant
@@ -47,6 +48,7 @@ class StepModel:
     block: int
     compiler: Callable[..., Any] | None
     attention: str
+    linear: str = "stock"
 
     @property
     def lm(self) -> Any:
@@ -272,8 +274,7 @@ class CapturedStep:
         if variant.kind == "rows":
             self.decision.set_rows(block, variant.bucket)
         if moves is not None:
-            moves.make()
-            return
+            return moves.make()
         for index in self.model.blocks[block]:
             slots = self.decision.slots_of(index, variant.bucket)
             self.kv(self.model.sites[index]).move(slots)
@@ -308,6 +309,8 @@ class CapturedStep:
                 rotary.install(swaps)
             for site in self.model.sites:
                 self._install(swaps, site, variant, way)
+            if self.model.linear == "kernel" and self.buffers.batch == 1:
+                one_row_at_a_time(swaps, self.model.lm.modules())
             yield
 
     def _install(self, stack: ExitStack, site: HeadSite, variant: Variant, way: str) -> None:
