@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from microglia.anatomy import swap
 from microglia.execution.captured import kernels
 
-KINDS = ("stock", "kernel")
-
 
 @torch.library.custom_op("microglia::product_of_one_row", mutates_args=())
 def of_one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,10 +7,14 @@ import sys
 import pytest
 import torch
 
-from microglia.execution import Captured
+from microglia.execution import Captured, Decision
 from microglia.execution.captured import kernels
+from microglia.execution.captured.channels import MlpShape
 from microglia.execution.captured.decode import by_kernel
 from microglia.execution.captured.linear import of_one_row
+from microglia.execution.captured.moves import Moves
+from microglia.execution.captured.parts import Part
+from microglia.units import Arrangement, find_sites
 from tests.execution.captured.test_captured import answer
 from tests.tiny import tiny_model, uneven
 
@@ -121,17 +125,46 @@ def test_one_launch_makes_the_copies_of_a_switch(family, dtype, kind, monkeypatc
             keep = (torch.rand(2, 3, 8, generator=generator) < 0.6).float()
             keep[..., 5], keep[..., 2:4] = 1, 0
             keep = keep[:, :1].expand(-1, 3, -1) if kind == "shared" else keep
-            variants = step.decision.variants(keep)
-            assert variants[0].kind == kind
+            (variant,) = step.decision.variants(keep, captured.model.blocks)
+            assert variant.kind == kind
+            part = Part(captured.model.blocks[0], variant)
             with torch.inference_mode():
-                step.prepare(variants[0])
-                step.decision.place(variants, keep)
-                step.switches[0, variants[0]].replay()
-            assert (step.moves[0, variants[0]] is not None) == by_one
+                step.prepare(variant)
+                step.decision.place([part], keep)
+                step.switches[part].replay()
+            assert (step.moves[part] is not None) == by_one
         caches = [x.clone() for layer in step.cache.layers for x in layer.stored]
         weights = [x.clone() for weights in captured.model.weights for x in weights.flat.values()]
         states.append([*caches, *weights, step.decision.own.clone()])
     for ours, truth in zip(*states, strict=True):
+        assert ours.equal(truth)
+
+
+@runs
+@pytest.mark.parametrize(("family", "dtype"), [
+    ("llama", torch.float32), ("llama", torch.bfloat16), ("phi3", torch.bfloat16), ("gpt2", torch.float32),
+])  # fmt: skip
+def test_one_launch_copies_channels(family, dtype, monkeypatch):
+    model = tiny_model(family, dtype=dtype, intermediate_size=512, n_inner=512)
+    model.to("cuda" if CUDA else "cpu")
+    sites = find_sites(model, ("channel",), Arrangement(block=32))
+    keep, states, made = torch.ones(2, 1, 16), [], []
+    keep[0, 0, [1, 2, 7, 9, 15]], keep[1, 0, [0, 3]] = 0, 0
+    plain = Moves.make
+    monkeypatch.setattr(Moves, "make", lambda moves: made.append(plain(moves)))
+    for by_one in (True, False):
+        with monkeypatch.context() as patch:
+            if not by_one:
+                patch.setattr(kernels, "usable", lambda device: False)
+            captured = Captured(model, block=2, attention="products")
+            step = captured.step_for(1, 64)
+            step.decide(Decision(list(keep.to(model.device))), sites)
+            assert step.variants[0].mlp == MlpShape("shared", 448)
+            assert bool(made) == by_one
+            made.clear()
+        states.append([x.clone() for weights in captured.model.mlps.weights for x in weights.flat.values()])
+    for ours, truth in zip(*states, strict=True):
+        assert ours.any()
         assert ours.equal(truth)
 
 
