@@ -275,10 +275,8 @@ def _step(variant: str) -> str:
     if variant in named:
         return named[variant]
     kind, _, ratio = variant.partition(" ")
-    of = {"compact": "heads", "rows": "heads, each row its own"}.get(kind) or " and ".join(
-        f"{x}s" for x in kind.split("+")
-    )
-    return f"{float(ratio):.0%} of {of}"
+    of = {"compact": "the heads", "rows": "the heads, each row its own"}.get(kind)
+    return f"{float(ratio):.0%} of {of or 'all bytes, ' + ' and '.join(f'{unit}s' for unit in kind.split('+'))}"
 
 
 def _prefill(row: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def bars(rows: Sequence[Row]) -> list[Bar]:
         Bar("75% of the heads, 1 × 512", 1.1, speed(one, "compact 0.75")),
         Bar("75% of the heads, 16 × 4,096", 1.2, speed(long, "compact 0.75")),
         Bar("75% of the heads, each row its own, 16 × 4,096", 1.15, speed(long, "rows 0.75")),
-        Bar("75% of heads and channels, 1 × 512", 1.25, speed(one, "head+channel 0.75")),
+        Bar("75% of all bytes, heads and channels, 1 × 512", 1.25, speed(one, "head+channel 0.75")),
     ]
     for name in ("compact 0.75", "compact 0.5"):
         of = f"{float(name.split()[1]):.0%} of the heads"

@@ -14,9 +14,9 @@ from bench.gpu.bench import Bench
 from bench.gpu.decoding import Decoding
 from bench.gpu.library import COMPILED, EAGER
 from bench.gpu.options import Options
-from bench.gpu.ours import of_one_row
 from bench.gpu.prompts import looking
 from bench.gpu.training import training
+from microglia.execution.captured.captured import ONE_ROW
 
 # Contexts and batches of --tiny, as far from each other as the real ones are in kind.
 TINY_SIZES = {512: 24, 4096: 40, 16: 3, 8: 2}
@@ -36,11 +36,11 @@ class Cell:
 def cells(options: Options) -> Iterator[Cell]:
     """All of them, with the names that `--only` and `--skip` take."""
     one, long = (1, 512), (16, 4096)
-    yield _decoding(options, "phi3-mini", *one, cap=85, library=(EAGER, COMPILED), ways=options.ways, kernels=True)
+    yield _decoding(options, "phi3-mini", *one, cap=80, library=(EAGER, COMPILED), ways=options.ways, kernels=True)
     if not options.smoke:  # nothing in it that its neighbours do not show
         yield _decoding(options, "phi3-mini", 8, 512, cap=30, library=(EAGER,), ways=options.ways, own_rows=False)
     yield _decoding(options, "phi3-mini", *long, cap=75, library=(EAGER,), ways=options.ways, kernels=True)
-    yield _decoding(options, "phi3-mini", *one, cap=35, units=("head", "channel"), kernels=True)
+    yield _decoding(options, "phi3-mini", *one, cap=40, units=("head", "channel"), ways=options.ways, kernels=True)
     yield Cell("contextual", 0.0, _nothing, "no execution here decides token by token on a GPU")
     for name, cap in (REAL | {name: 45.0 for name in sorted(options.weights.keys() - REAL.keys())}).items():
         if folder := options.weights.get(name):
@@ -58,7 +58,7 @@ def _decoding(options: Options, shape: str, batch: int, context: int, *, cap: fl
     """Decode steps, by default in the first way alone."""
     what = {"ways": options.ways[:1], "keep": (0.75,) if options.smoke else (0.75, 0.5)} | what
     name = f"{shape} {batch}x{context}" + ("" if "units" not in what else " " + "+".join(what["units"]))
-    what["ways"] = [way for way in what["ways"] if batch == 1 or not of_one_row(way)]
+    what["ways"] = [way for way in what["ways"] if batch == 1 or not way.startswith(ONE_ROW)]
     if options.tiny:
         batch, context = TINY_SIZES.get(batch, batch), TINY_SIZES[context]
     return Cell(name, cap, Decoding(shape, batch, context, **what).measure)

@@ -29,8 +29,9 @@ class Decoding:
     """What is measured at one place.
 
     ways: of captured steps, each at every level. keep: shares of the units besides everything. units: kinds that are
-    pruned, each to that share. own_rows: whether rows also decide each for itself. library: variants of the library.
-    folder: of the model, if it is not a shape. kernels: whether to list what takes a step's time.
+    pruned; with others than heads a share is one of all bytes. own_rows: whether rows also decide each for itself.
+    library: variants of the library. folder: of the model, if it is not a shape. kernels: whether to list what takes a
+    step's time.
     """
 
     shape: str

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from microglia.execution.captured.captured import ONE_ROW
 from microglia.models import REASONER, reasoner_path
 
 # Ways of captured steps: compile:attention:block, see microglia.execution.Captured; compile is `none` or a mode of
-# torch.compile. `auto` tries at every level what may be the fastest there. A fourth word says how products of a single
-# row are made, where there is one.
-WAYS = ("default:auto:4",)
+# torch.compile. `auto` tries at every level what may be the fastest there.
+WAYS = ("default:auto:4", f"{ONE_ROW}:auto:4")
 SMOKE_WAYS = ("default:kernel:4", *WAYS)  # `auto` passes over a kernel that fails; by itself it says why
 TINY_WAYS = ("none:auto:1", "none:kernel:1")
 BUDGET, SMOKE_BUDGET = 420.0, 75.0  # seconds

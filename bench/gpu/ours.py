@@ -11,14 +11,14 @@ from torch import Tensor
 from microglia.anatomy import Anatomy
 from microglia.benchmark.costs import weight_bytes
 from microglia.benchmark.latency import Clock
-from microglia.benchmark.pattern import random_keep
+from microglia.benchmark.pattern import keep_ratio_for, random_keep
 from microglia.execution import Captured, Decision, Masked, Request
-from microglia.units import HeadSite, Site, find_sites
+from microglia.units import HeadSite, find_sites, step_costs
 from microglia.units.step import layer_kv_bytes
 
 
 class Ours:
-    """One way (see `way_options`) with its prompts read.
+    """One way (compile:attention:block) with its prompts read.
 
     units: kinds of what is decided about. Raises ConfigError where captured steps cannot prune them.
     """
@@ -28,7 +28,8 @@ class Ours:
         self.batch, self.context = ids.shape
         self.ids, self.mask = ids, torch.ones_like(ids)
         self.sites = find_sites(lm, units)
-        self.execution = Captured(lm, **way_options(way))
+        compiled, attention, block = way.split(":")
+        self.execution = Captured(lm, compiled=compiled != "none" and compiled, attention=attention, block=int(block))
         self.execution.check_sites(self.sites)
         began = time.monotonic()
         self.execution.step_for(self.batch, self.context + steps + 2)
@@ -93,8 +94,15 @@ class Ours:
         return dict(sorted(spent.items(), key=lambda item: item[1]))
 
     def keep(self, ratio: float, *, rows: int = 1) -> list[Tensor]:
-        """Random keeps (rows, U) of every site with this share of its units, in every row and layer the same."""
-        return [k.to(self.mask.device) for k in random_units(self.sites, ratio, rows=rows)]
+        """Random keeps (rows, U) of every site, in every row and layer as many.
+
+        `ratio` is a share of the heads, or of all bytes that a step reads where other units can go too.
+        """
+        geometries = [site.geometry for site in self.sites]
+        if not all(isinstance(site, HeadSite) for site in self.sites):
+            costs = step_costs(self.lm, self.sites, batch=self.batch, context=self.context)
+            ratio = keep_ratio_for(geometries, costs, ratio)
+        return [k.to(self.mask.device) for k in random_keep(geometries, ratio, rows=rows)]
 
     def bytes(self, keep: Sequence[Tensor] | None, *, shared: bool = True) -> int:
         """What a step reads: weights, which rows with decisions of their own do not save, and keys and values."""
@@ -105,28 +113,3 @@ class Ours:
             kv[site.layer.index] = round(kv[site.layer.index] * site.kv_share(k))
         cut = (self.sites, keep) if shared else ()
         return weight_bytes(self.lm, *cut, rows=self.batch) + sum(kv)
-
-
-def way_options(way: str) -> dict[str, Any]:
-    """What Captured is given for compile:attention:block, or for compile:attention:block:linear."""
-    compiled, attention, block, *linear = way.split(":")
-    given = {"compiled": compiled != "none" and compiled, "attention": attention, "block": int(block)}
-    return given | ({"linear": linear[0]} if linear else {})
-
-
-def of_one_row(way: str) -> bool:
-    """Whether a way makes products as only a single row can have them."""
-    return "linear" in way_options(way)
-
-
-def random_units(sites: Sequence[Site], ratio: float, *, rows: int = 1) -> list[Tensor]:
-    """Random keeps (rows, U) of every site: heads as `random_keep` has them, others in number."""
-    heads = [site.geometry for site in sites if isinstance(site, HeadSite)]
-    of_heads = iter(random_keep(heads, ratio, rows=rows))
-    generator = torch.Generator().manual_seed(0)
-
-    def others(count: int) -> Tensor:
-        places = torch.rand(rows, count, generator=generator).argsort(-1)
-        return (places < max(1, round(ratio * count))).float()
-
-    return [next(of_heads) if isinstance(site, HeadSite) else others(site.geometry.count) for site in sites]
