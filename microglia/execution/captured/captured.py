@@ -29,10 +29,12 @@ from microglia.units import ChannelSite, HeadSite, Site, SublayerSite, find_site
 
 LENGTHS = 64  # lengths of caches are multiples of it, so that requests of similar length share what was captured
 # What torch.compile is asked for. With coordinate descent the compiler writes products with a single row itself, as
-# sums that read the weights nearly as fast as memory gives them.
+# sums that read the weights nearly as fast as memory gives them. With one-row a kernel of our own makes them.
+ONE_ROW = "one-row"
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "coordinate-descent": {"options": {"coordinate_descent_tuning": True}},
+    ONE_ROW: {},
     "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
 }
 
@@ -95,6 +97,7 @@ class Captured(Execution):
             block,
             _compiler(compiled),
             attention,
+            compiled == ONE_ROW,
         )
         self.capture = capture or capture_for(anatomy.lm.device)
         self.kept_steps, self.steps = kept_steps, OrderedDict[tuple[int, int, bool], CapturedStep]()

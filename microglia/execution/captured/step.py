@@ -26,6 +26,7 @@ from microglia.execution.captured.cutter import Cutter
 from microglia.execution.captured.graphs import Capture, Graph
 from microglia.execution.captured.install import install
 from microglia.execution.captured.kv import StaticKV
+from microglia.execution.captured.linear import one_row_at_a_time
 from microglia.execution.captured.moves import Copy, Moves
 from microglia.execution.captured.parts import ByLayer, Part, parts_of
 from microglia.execution.captured.rope import Rotary
@@ -54,6 +55,7 @@ class StepModel:
     block: int
     compiler: Compiler
     attention: str
+    one_row: bool = False
 
     @property
     def lm(self) -> Any:
@@ -379,6 +381,8 @@ class CapturedStep:
             for layers, variant in parts:
                 for site in self.model.sites[layers.start : layers.stop]:
                     install(swaps, self, site, variant, way)
+            if self.model.one_row and self.buffers.batch == 1:
+                one_row_at_a_time(swaps, self.model.lm.modules())
             yield
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_captured_is_masked(family, backend, make):
     pruner, captured = make(model), Captured(model, block=1, lowest=0.1)
     assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
     assert kinds(captured) & ({"shared"} if make is uneven else {"rows", "masked"})
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma2"])
+def test_products_of_a_single_row_may_be_our_own(family):
+    model = tiny_model(family, backend="eager")
+    pruner, captured = uneven(model), Captured(model, block=1, lowest=0.1)
+    captured.model = replace(captured.model, one_row=True)  # as compiled="one-row" has it
+    assert answer(model, pruner, captured, PROMPTS[:1]).equal(answer(model, pruner, "masked", PROMPTS[:1]))
+    (step,) = captured.steps.values()
+    graph = step.pieces[step.parts[0]]
+    products = [function for function, *_ in graph.calls if function.name().startswith("microglia::product_of_one_row")]
+    assert len(products) == {"llama": 7, "phi3": 4, "gpt2": 0, "gemma2": 7}[family]  # every projection of a layer
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
@@ -121,8 +134,11 @@ class Silent:
         return self
 
 
-@pytest.mark.parametrize("attention", ["stock", "products", "kernel"])
-def test_one_compiled_code_serves_all_layers(attention):
+@pytest.mark.parametrize(
+    ("attention", "one_row", "rows"),
+    [("stock", False, 3), ("products", False, 3), ("kernel", False, 3), ("kernel", True, 1)],
+)
+def test_one_compiled_code_serves_all_layers(attention, one_row, rows):
     """A variant costs one compilation, not one for each layer: what differs between layers is data.
 
     Keys and values go in as the views that the bucket uses. Cut out of the whole cache within compiled code, they would
@@ -140,7 +156,8 @@ def test_one_compiled_code_serves_all_layers(attention):
         model = tiny_model("llama", num_hidden_layers=layers)
         compiler = functools.partial(torch.compile, backend=backend, dynamic=False)
         captured = Captured(model, block=1, compiled=compiler, attention=attention, capture=Silent())
-        step, counts = captured.step_for(3, 64), [len(graphs)]
+        captured.model = replace(captured.model, one_row=one_row)
+        step, counts = captured.step_for(rows, 64), [len(graphs)]
         bucket = captured.model.buckets[1]
         with torch.inference_mode():
             for kind in ("shared", "rows"):
@@ -149,7 +166,7 @@ def test_one_compiled_code_serves_all_layers(attention):
         compilations.append(counts)
         for part in graphs:
             assert all(shape[0] in (bucket.groups, 8) for shape in part if shape[2] == 64)
-        assert any((bucket.groups, 3, 64, 6) in part for part in graphs)
+        assert any((bucket.groups, rows, 64, 6) in part for part in graphs)
     assert compilations[0] == compilations[1]
     pieces = [after - before for before, after in itertools.pairwise(compilations[0])]
     assert min(pieces) > 0
@@ -304,7 +321,7 @@ def test_what_a_captured_step_cannot_follow_is_refused():
     with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock, products, kernel or auto"):
         Captured(model, attention="flash")
     with pytest.raises(
-        ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"
+        ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, one-row, max"
     ):
         Captured(model, compiled="reduce-overhead")
     model.config._attn_implementation = "flash_attention_2"

@@ -11,6 +11,7 @@ from microglia.execution import Captured, Decision
 from microglia.execution.captured import kernels
 from microglia.execution.captured.channels import MlpShape
 from microglia.execution.captured.decode import by_kernel
+from microglia.execution.captured.linear import of_one_row
 from microglia.execution.captured.moves import Moves
 from microglia.execution.captured.parts import Part
 from microglia.units import Arrangement, find_sites
@@ -60,6 +61,19 @@ def test_attention_in_parts(batch, heads, groups, size, room, position, softcap,
         truth = plainly(*[x.cpu().double() for x in given], *rest)
         assert ours.shape == truth.shape == (batch, 1, count, size)
         assert (ours - truth).abs().max() <= {4: 1e-5, 2: 4e-3 if dtype == torch.float16 else 3e-2}[dtype.itemsize]
+
+
+@runs
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 33), (1100, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_product_of_one_row(inputs, outputs, bias):
+    torch.manual_seed(0)
+    device, dtype = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
+    x, weight, b = torch.randn(1, 1, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
+    x, weight, b = (t.to(device, dtype) for t in (x, weight, b))
+    ours = of_one_row(x, weight, b if bias else None)
+    truth = torch.nn.functional.linear(x.double(), weight.double(), b.double() if bias else None)
+    torch.testing.assert_close(ours.double(), truth, atol=1e-3, rtol=1e-2 if CUDA else 1e-5)
 
 
 def plainly(query, keys, values, mask, position, own, scale, softcap):
