@@ -15,7 +15,7 @@ from microglia.execution.captured.channels import MlpShape, channel_buckets
 from microglia.execution.captured.parts import Part
 from microglia.execution.captured.variants import Variant
 from microglia.generation import generate
-from microglia.units import ChannelGeometry
+from microglia.units import Arrangement, ChannelGeometry
 from tests.execution.captured.test_captured import Silent
 from tests.tiny import Fixed, positions, pruner_of, tiny_model, tiny_prompts, tiny_tokenizer
 from tests.units.many import KINDS, LAYERS, deep_model, shuffled, some
@@ -177,6 +177,7 @@ def test_switching_units_captures_nothing_and_moves_nothing():
         some(model),
         some(model, 3),
         some(model, seed=8, arrangement=shuffled(model, seed=9, block=2)),
+        some(model, seed=8, arrangement=Arrangement()),  # copied in longer runs, fewer in number
         some(model, 3, ("channel",), arrangement=shuffled(model, seed=11, block=4)),
         some(model, 1, ("head",)),
         some(model, 3, ("sublayer",)),
