@@ -54,6 +54,11 @@ class Bench:
         print(line, flush=True)
         self.lines.append(line)
 
+    def say_once(self, line: str) -> None:
+        """A line that holds for several variants."""
+        if line not in self.lines:
+            self.say(line)
+
     # --- records ----------------------------------------------------------------------------------------------------
 
     def known(self, name: str, **key: Any) -> bool:

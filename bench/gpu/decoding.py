@@ -104,6 +104,10 @@ class Decoding:
         ratio = self.variants()[name]
         keep = None if name == "dense" else ours.keep(ratio, rows=self.batch if own else 1)
         first = ours.capture(keep) + (ours.first_s if name == "dense" else 0.0)
+        for passed_over, why in ours.step.failed.items():
+            bench.say_once(
+                f"{self.place}, {way}: attention by {passed_over} was passed over, {why.splitlines()[0]:.200}"
+            )
         apart = ours.apart(keep) if self.batch == 1 or bench.options.smoke or bench.options.tiny else None
         if apart is not None and not apart <= TOLERANCE[lm.dtype]:  # NaN is not
             bench.failed(f"{self.place}, {way}, {name}: wrong, logits lie {apart:.2g} from those of masked execution")
