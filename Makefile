@@ -20,7 +20,7 @@ CORE := $(addprefix tests/, anatomy units execution test_models.py test_attach.p
 	cli/test_cli.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo fetch llm test fuzz check format docs notebooks reasoner bench wheel lowest clean
+.PHONY: help setup demo fetch llm test fuzz check format docs notebooks reasoner bench wheel lowest rehearse clean
 
 help: ## list the verbs
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -125,6 +125,23 @@ $(LOWEST): pyproject.toml constraints.txt scripts/lowest_versions.py
 lowest: setup $(LOWEST) ## test the core with the lowest versions that pyproject.toml allows
 	@echo "lowest: pytest -q $(CORE)"
 	@OMP_NUM_THREADS=1 build/lowest/bin/python -m pytest -q -m "not slow" $(SPREAD) $(CORE) $(ARGS)
+
+# What runs on a GPU runs here first, with the versions that are there. REHEARSAL may be an environment that has them.
+REHEARSAL ?= build/rehearsal
+REHEARSED := $(addprefix tests/, bench benchmark signals execution/captured execution/test_execution_for.py \
+	execution/test_compact.py execution/test_units.py)
+$(REHEARSAL)/.installed: bench/versions.txt
+	@echo "rehearse: installing bench/versions.txt in $(REHEARSAL) (several gigabytes)"
+	@rm -rf $(REHEARSAL)
+	@for p in python3.12 python3.13 python3.11 "$(PYTHON)"; do \
+		"$$p" -m venv $(REHEARSAL) >/dev/null 2>&1 && break; done
+	@$(REHEARSAL)/bin/python -m pip install -qq --disable-pip-version-check -r bench/versions.txt
+	@touch $@
+
+rehearse: $(REHEARSAL)/.installed ## the GPU's benchmark on a CPU, and the tests below it, with that machine's versions
+	@echo "rehearse: bench/gpu.py --tiny; pytest -q $(REHEARSED) $(ARGS)"
+	@OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python bench/gpu.py --tiny
+	@OMP_NUM_THREADS=1 PYTHONPATH=. $(REHEARSAL)/bin/python -m pytest -q -m "not slow" $(SPREAD) $(REHEARSED) $(ARGS)
 
 clean: ## remove .venv, caches and build products; runs and checkpoints stay
 	@echo "clean: removing .venv, caches and build products"

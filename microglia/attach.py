@@ -261,7 +261,7 @@ class _Session:
         """Decisions are made in the policy's own precision, in mixed-precision training as in inference."""
         policy, gate = self.pruner.policy, self.pruner.gate
         self.trace.signals = [values.at(site, policy.signals) for site in self.sites]
-        self.trace.features = [values.features(site, policy.signals) for site in self.sites]
+        self.trace.features = values.every_features(self.sites, policy.signals)
         device = self.trace.features[0].device.type
         with torch.set_grad_enabled(gate.trains), torch.autocast(device, enabled=False):
             self.trace.logits = policy(self.trace.features)

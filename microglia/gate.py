@@ -59,15 +59,16 @@ class Gate:
             uniform = torch.rand_like(logits.new_empty(self.rows.stop if self.rows else len(logits), logits.shape[1]))
             drawn = uniform if self.rows is None else uniform[self.rows.start :: self.rows.step]
             logits = logits + self.noise * torch.logit(drawn.clamp(1e-6, 1 - 1e-6))
+        if self.mode == "soft":
+            return self._soft(logits, geometry)
+        hard = geometry.rectangle(self._requested(logits), self.bucket).to(logits.dtype)
+        return hard if self.mode == "hard" else straight_through(self._soft(logits, geometry), hard)
+
+    def _soft(self, logits: Tensor, geometry: Geometry) -> Tensor:
         soft = torch.sigmoid((logits - self.threshold) / self.temperature)
         if geometry.protected:
             soft = torch.cat([torch.ones_like(soft[:, : geometry.protected]), soft[:, geometry.protected :]], -1)
-        if self.mode == "soft":
-            return soft
-        hard = geometry.rectangle(self._requested(logits), self.bucket).to(logits.dtype)
-        if self.mode == "hard":
-            return hard
-        return straight_through(soft, hard)
+        return soft
 
     def _requested(self, logits: Tensor) -> Tensor:
         """Logits (B, U) less the threshold, above 0 for the units that are asked for, the least of them included."""

@@ -286,7 +286,8 @@ class MicrogliaPruningSystem:
     ) -> Promise:
         """Prune as far as a promise allows, on held-out prompts that training did not use.
 
-        aim: fields of `experiments.calibrate.Aim`: max_drop with confidence, or keep_ratio, or latency_ratio.
+        aim: fields of `experiments.calibrate.Aim`: max_drop with confidence, or keep_ratio, or byte_share,
+            or latency_ratio.
         ledger: a file that remembers the answers, so that an interrupted calibration goes on.
         """
         task = get_task(dataset_name)

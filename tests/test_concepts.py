@@ -229,7 +229,7 @@ def test_two_kinds_of_units_go_together(family, mlps):
 def test_units_that_an_execution_cannot_prune_are_refused(mlps):
     model = tiny_model("llama")
     pruner = largest(model)
-    sentence = "captured steps prune attention heads, but units='mlp' was given; use execution='compact'"
+    sentence = "captured steps prune heads, channels and sublayers, but units='mlp' was given; use execution='compact'"
     for execution in ("captured", Captured(model)):
         with pytest.raises(ConfigError, match=sentence):
             answer(model, pruner, execution)

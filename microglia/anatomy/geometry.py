@@ -96,6 +96,9 @@ class HeadGeometry:
         heads first). In multi-head attention, where a group is a head: the requested heads, rounded up to the bucket.
         """
         bucket = bucket or self.default_bucket
+        if self.queries_per_group == 1:
+            counts = round_up((scores > 0).sum(-1).clamp(min=1), bucket).clamp(max=self.heads)
+            return rank(scores) < counts[:, None]
         grouped = self.by_group(scores)  # (B, G, Q)
         best = grouped.amax(-1)  # (B, G)
         groups_with_any = (best > 0).sum(-1).clamp(min=1)
@@ -143,11 +146,15 @@ class RowShape:
 
 def true_first(x: Tensor) -> Tensor:
     """Indices along the last dimension, those of true values first, otherwise in order."""
+    if x.shape[-1] == 1:  # one query head in every group: nothing to sort
+        return torch.zeros_like(x, dtype=torch.long)
     return (~x).to(torch.uint8).argsort(dim=-1, stable=True)
 
 
 def rank(scores: Tensor) -> Tensor:
     """0 for the best along the last dimension; ties go to the lower index."""
+    if scores.shape[-1] == 1:
+        return torch.zeros_like(scores, dtype=torch.long)
     return scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
 
 

@@ -13,9 +13,10 @@ from microglia.benchmark.requests import (
 from microglia.benchmark.rows import records
 from microglia.benchmark.run import Plan, benchmark
 from microglia.benchmark.shapes import SHAPES, random_model
-from microglia.benchmark.subjects import Prompted, random_subject, text_subject
+from microglia.benchmark.subjects import RANDOM_UNITS, Prompted, random_subject, text_subject
 
 __all__ = [
+    "RANDOM_UNITS",
     "SHAPES",
     "Plan",
     "Prompted",

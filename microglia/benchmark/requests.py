@@ -160,7 +160,7 @@ class _Requests:
     def _decided(self, pruner: Pruner, sites: Sequence[Any], values: Any) -> tuple[Decision, float]:
         """A decision from what was measured, and the milliseconds that it took."""
         keep: list[Tensor] = []
-        features = [values.features(site, pruner.policy.signals) for site in sites]
+        features = values.every_features(sites, pruner.policy.signals)
 
         def decide() -> None:
             keep.extend(pruner.keep(pruner.policy(features), [site.geometry for site in sites]))

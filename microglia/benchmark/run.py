@@ -23,7 +23,7 @@ from microglia.results import BenchmarkResult, BenchmarkRow, Circumstances
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: every combination of batch size, context and keep ratio.
+    """What to measure: every combination of batch size, context and budget: a keep ratio, or a share of the bytes.
 
     new_tokens: length of an answer, for whole requests and for spreading decision and slicing over its tokens.
     num_runs: repetitions of the decode steps; prefills are repeated a fifth as often, whole requests a tenth.
@@ -34,13 +34,14 @@ class Plan:
     batch_sizes: Sequence[int] = (1,)
     contexts: Sequence[int] = (128, 1024)
     keep_ratios: Sequence[float | None] = (0.75,)
+    byte_shares: Sequence[float] = ()
     new_tokens: int = 64
     num_runs: int = 20
     executions: Sequence[str | Execution] = ("dense", "masked", "compact")
 
     def __post_init__(self) -> None:
         for name in ("batch_sizes", "contexts", "keep_ratios"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (name == "keep_ratios" and self.byte_shares):
                 raise ConfigError(f"{name} is empty; give at least one value")
         for name in ("batch_sizes", "contexts"):
             if min(getattr(self, name)) < 1:
@@ -71,11 +72,14 @@ def benchmark(
     lm: Any = causal_lm(model)
     executions = [execution_for(one, lm) for one in plan.executions]
     rows: list[BenchmarkRow] = []
-    cases = list(product(plan.keep_ratios, plan.batch_sizes, plan.contexts))
-    for done, (ratio, batch, context) in enumerate(cases):
+    budgets: list[tuple[float | None, dict[str, float]]] = [(ratio, {}) for ratio in plan.keep_ratios]
+    budgets += [(None, {"byte_share": share}) for share in plan.byte_shares]
+    cases = list(product(budgets, plan.batch_sizes, plan.contexts))
+    for done, ((ratio, other), batch, context) in enumerate(cases):
         if progress is not None:
             progress("decode steps", done, len(cases))
-        measured = _measure(Case(lm, subject(batch, context, ratio), plan.new_tokens), executions, plan.num_runs)
+        case = Case(lm, subject(batch, context, ratio, **other), plan.new_tokens)
+        measured = _measure(case, executions, plan.num_runs)
         rows += [row for execution in executions for row in measured.rows(execution)]
     measured_on = Circumstances(**circumstances(lm.device))
     return BenchmarkResult(rows=tuple(rows), subject=description, circumstances=measured_on)

@@ -26,6 +26,7 @@ def benchmark(
     random_weights: Annotated[str | None, SHAPES, "phi3-mini, 4 layers"] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Number of its layers.", show_default="all")] = None,
     keep_ratio: Annotated[o.Many, "One or several keep ratios: 0.75,0.5.", "0.75, or as the checkpoint decides"] = None,
+    bytes: Annotated[o.Many, "Or shares of a dense step's bytes; of random weights channels go too.", "none"] = None,
     batch_sizes: Annotated[o.Many, "Batch sizes: 1,8.", "1"] = None,
     context: Annotated[o.Many, "Lengths of the prompt in tokens.", "128,1024"] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Length of an answer in tokens.")] = 64,
@@ -40,9 +41,9 @@ def benchmark(
 
     microglia benchmark --model-path checkpoints --batch-sizes 1,8
 
-    microglia benchmark --random-weights phi3-mini --layers 4 --keep-ratio 0.75,0.5
+    microglia benchmark --random-weights phi3-mini --layers 4 --bytes 0.75,0.5
     """
-    from microglia.benchmark import Plan, records
+    from microglia.benchmark import RANDOM_UNITS, Plan, records
     from microglia.benchmark import benchmark as measure
     from microglia.record import append_records
 
@@ -50,10 +51,14 @@ def benchmark(
         raise ConfigError("--model-path and --random-weights were both given; a benchmark measures one of them")
     o.check_output(output and output.parent)
     ratios: list[Any] = o.numbers("--keep-ratio", keep_ratio, float)
+    shares = o.numbers("--bytes", bytes, float)
+    if ratios and shares:
+        raise ConfigError("--keep-ratio and --bytes were both given; a budget is one of them")
     plan = Plan(
         batch_sizes=o.numbers("--batch-sizes", batch_sizes, int) or (1,),
         contexts=o.numbers("--context", context, int) or (128, 1024),
-        keep_ratios=ratios or ([0.75] if model_path is None else [None]),
+        keep_ratios=ratios or ([] if shares else [0.75] if model_path is None else [None]),
+        byte_shares=shares,
         new_tokens=new_tokens,
         num_runs=num_runs,
         executions=("dense", *o.names(executions or ["masked,compact"])),
@@ -63,6 +68,8 @@ def benchmark(
     else:
         lm, subject, about = of_checkpoint(model_path, loading, per_row, seed)
     about |= {"dtype": str(lm.dtype).removeprefix("torch."), "seed": seed}
+    if model_path is None and shares:
+        about["units"] = ",".join(RANDOM_UNITS)
     if loading.quantize is not None:
         about["dtype"] += f", weights {loading.quantize}"
     with progress("measuring") as update:
@@ -101,7 +108,10 @@ def of_checkpoint(folder: str, loading: o.Loading, per_row: bool, seed: int) -> 
     texts = [x.question + "\n" + x.answer for x in ArithmeticTask().load("test", limit=TEXTS, seed=seed)]
     subject = text_subject(system.pruner, system.tokenizer, texts, per_row=per_row)
     anatomy, name = Anatomy(system.model), system.checkpoint().config.base_model
-    return anatomy.lm, subject, {"model": name, "layers": len(anatomy.layers), "weights": Path(folder).name}
+    about = {"model": name, "layers": len(anatomy.layers), "weights": Path(folder).name}
+    if system.pruner.units != ("head",):
+        about["units"] = ",".join(system.pruner.units)
+    return anatomy.lm, subject, about
 
 
 def views(report: Any) -> list[Any]:
@@ -111,7 +121,8 @@ def views(report: Any) -> list[Any]:
     starts = [place for place, row in enumerate(report.rows) if row.variant == "dense"]
     for start, end in pairwise([*starts, len(report.rows)]):
         rows = report.rows[start:end]
-        parts += ["", variants(rows), *(summary(rows[0], row) for row in rows if row.variant.endswith("_total"))]
+        totals = [summary(rows[0], row) for row in rows if row.variant.endswith("_total")]
+        parts += ["", variants(rows, "units" if "units" in about else "heads"), *totals]
     parts += [
         "",
         "speed-up: dense time ÷ this time, median of interleaved pairs. ceiling: its best possible value, by bytes.",
@@ -122,7 +133,7 @@ def views(report: Any) -> list[Any]:
     return parts
 
 
-def variants(timings: Sequence[Any]) -> Any:
+def variants(timings: Sequence[Any], units: str) -> Any:
     """The variants of one combination."""
     rows = []
     for row in timings:
@@ -132,8 +143,8 @@ def variants(timings: Sequence[Any]) -> Any:
         memory = [f"{row.kv_bytes / MIB:,.1f}", "" if row.peak_bytes is None else f"{row.peak_bytes / MIB:,.0f}"]
         speed = [""] * len(speed) if row.variant == "dense" else speed
         rows.append([row.variant, f"{row.ms_per_token:.2f}", *speed, *memory])
-    heads = f"{share(row.keep_ratio, 0)} of the heads, decided {row.decides}"
-    title = f"batch {row.batch_size}, context {row.context:,}, {heads}"
+    kept = f"{share(row.keep_ratio, 0)} of the {units}, decided {row.decides}"
+    title = f"batch {row.batch_size}, context {row.context:,}, {kept}"
     return table(title, ("", "ms/token", "speed-up", "95 %", "ceiling", "share", "KV MiB", "peak MiB"), rows)
 
 

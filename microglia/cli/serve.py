@@ -24,6 +24,7 @@ def serve(
     name: Annotated[str | None, "Name of the model in requests.", "the checkpoint's"] = None,
     api_key: Annotated[str | None, "Bearer token that clients must send.", f"${API_KEY}"] = None,
     keep_ratio: o.KeepRatio = None,
+    bytes: o.Bytes = None,
     execution: o.Execution = "compact",
     max_batch: Annotated[int, "Prompts that are answered together."] = 16,
     max_waiting: Annotated[int, "Prompts in the queue; more are refused with 429."] = 64,
@@ -60,8 +61,8 @@ def serve(
     config = ServingConfig(**given)
     kind_of(execution)  # what is wrong with it is better known before loading a model
     system = loading.system(checkpoint)
-    if keep_ratio is not None:
-        system.set_keep_ratio(keep_ratio)
+    if keep_ratio is not None or bytes is not None:
+        system.set_keep_ratio(keep_ratio, byte_share=bytes)
     model = PrunedModel(system.model, system.tokenizer, system.pruner, system.template, execution)
     app = create_app(model, config)
     with suppress(KeyboardInterrupt):  # the server has caught it first and let every answer end

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from microglia.errors import ConfigError, MicrogliaError
 from microglia.registry import Registry
-from microglia.units import HeadSite, Site
+from microglia.units import Site
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,10 @@ class Execution(ABC):
         """While inside, the sites are pruned as decided. `cache` is the prompt's; what it loses is gone for good."""
 
 
-def check_heads_only(sites: Sequence[Site], who: str) -> None:
-    """Raise ConfigError, in the name of who cannot prune anything else, for other units than heads."""
-    if other := {site.unit for site in sites if not isinstance(site, HeadSite)}:
-        raise ConfigError(
-            f"{who} prune attention heads, but units={', '.join(sorted(other))!r} was given; use execution='compact'"
-        )
+def check_kinds(sites: Sequence[Site], kinds: tuple[type[Site], ...], rule: str) -> None:
+    """Raise ConfigError, which begins with the rule, for sites of other kinds."""
+    if other := {site.unit for site in sites if not isinstance(site, kinds)}:
+        raise ConfigError(f"{rule}, but units={', '.join(sorted(other))!r} was given; use execution='compact'")
 
 
 def check_hard(site: Site, keep: Tensor, who: str) -> None:

@@ -52,23 +52,24 @@ class Aim:
     """What is wanted: the fewest heads that can be promised to lose at most `max_drop`, with a confidence.
 
     loss: of accuracy, of agreement (share of a text's tokens) or kl (nats per token), see `experiments.losses`.
-    keep_ratio, latency_ratio: the setting that reaches one of them instead, with the limit of what it loses; the
-    gentlest of `keep_ratios` for a latency ratio, which is measured on a fixed set of prompts.
+    keep_ratio, byte_share, latency_ratio: the setting that reaches one of them instead, with the limit of what it
+    loses; the gentlest of `keep_ratios` for a latency ratio, which is measured on a fixed set of prompts.
     """
 
     max_drop: float = 0.02
     confidence: float = 0.95
     keep_ratio: float | None = None
+    byte_share: float | None = None
     latency_ratio: float | None = None
     keep_ratios: Sequence[float] = KEEP_RATIOS
     loss: str = "accuracy"
 
     def __post_init__(self) -> None:
         check_choice("loss", self.loss, LOSSES)
-        if self.keep_ratio is not None and self.latency_ratio is not None:
-            raise ConfigError(
-                f"keep_ratio={self.keep_ratio} and latency_ratio={self.latency_ratio} were given; choose one of them"
-            )
+        wanted = {"keep_ratio": self.keep_ratio, "bytes": self.byte_share, "latency_ratio": self.latency_ratio}
+        given = [f"{name}={value}" for name, value in wanted.items() if value is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{' and '.join(given)} were given; choose one of them")
         _ = self.needed, _checked(self.keep_ratios)  # each checks itself
 
     @property
@@ -98,7 +99,8 @@ def calibrate(
         timed = fixed_prompts(setup.model, setup.tokenizer, setup.prompts, setup.answer_tokens)
         speed = step_speed(setup.model, timed, pruner, setup.execution)
         keep_ratio = gentlest_reaching(aim.latency_ratio, speed, ratios)
-    if keep_ratio is None and prompts < aim.needed:
+    fixed = None if keep_ratio is None and aim.byte_share is None else pruner.at(keep_ratio, byte_share=aim.byte_share)
+    if fixed is None and prompts < aim.needed:
         return _promise(aim, None, [], aim.max_drop, prompts=prompts, needed=aim.needed)
     tried = list[Tried]()
 
@@ -110,8 +112,11 @@ def calibrate(
             tried.append(loss.tried(at, ratio))
             yield tried[-1]
 
-    if keep_ratio is not None:
-        count, limit = len(list(settings([keep_ratio]))), None
+    if fixed is not None:
+        assert fixed.budget is not None
+        target = fixed.budget.keep_ratio(fixed.gate.threshold) if keep_ratio is None else keep_ratio
+        tried.append(loss.tried(fixed, target))
+        count, limit = 1, None
     else:
         count, limit = (
             passed((loss.p_value(one, aim.max_drop) for one in settings(ratios)), aim.confidence),

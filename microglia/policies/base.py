@@ -93,4 +93,9 @@ class Standardiser(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, F) → (B, F), in the statistics' own type."""
-        return ((features.to(self.mean) - self.mean) / self.std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+        return standardised(features, self.mean, self.std)
+
+
+def standardised(features: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Features in standard deviations from their mean, clipped, in the statistics' own type."""
+    return ((features.to(mean) - mean) / std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)

@@ -13,6 +13,7 @@ from microglia.signals.base import Prompt, Signal
 from microglia.signals.queries import Queries
 from microglia.units import HeadSite, Site
 
+FEW = 2**23  # elements of a site's keys that may wait for the end of the prompt: of more, the copies count
 PARTS, PART = 8, 256  # keys go to the kernel in at most so many parts, of at least so many
 
 
@@ -107,29 +108,95 @@ def partial_entropy(
         step = length // parts
         keys = key[0].unfold(1, length - (parts - 1) * step, step).permute(1, 0, 3, 2)  # (S, G, T', D), a view
         repeated = last.expand(parts, -1, -1, -1)
+    mean, lse = _attention(repeated, keys, bias, scale)
+    return PartialEntropy(last, mean, lse[..., : last.shape[2]], scale, weight, queries.count)  # the kernel pads lse
+
+
+def _attention(query: Tensor, keys: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Weighted means of keys (B, G, T, D) for queries (B, G, N, D), and logsumexp (B, G, N or padded)."""
     if query.is_cuda:
         mean, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            repeated, keys, keys, bias, True, 0.0, False, scale=scale
+            query, keys, keys, bias, True, 0.0, False, scale=scale
         )
     else:
         mean, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            repeated, keys, keys, 0.0, False, attn_mask=bias, scale=scale
+            query, keys, keys, 0.0, False, attn_mask=bias, scale=scale
         )
-    return PartialEntropy(last, mean, lse[..., : last.shape[2]], scale, weight, queries.count)  # the kernel pads lse
+    return mean, lse
 
 
 def entropies(partials: Sequence[PartialEntropy]) -> Tensor:
     """Mean normalised entropies (L, B, H) of L partials of one kind; see `attention_entropy`."""
     first = partials[0]
-    query = torch.stack([g.query for g in partials]).float()[:, None]  # (L, 1, B, G, N, D)
+    query = torch.stack([g.query for g in partials])
     parts = len(first.mean) // len(first.query)
-    mean = torch.stack([g.mean for g in partials]).unflatten(1, (parts, -1)).float()
-    lse = torch.stack([g.lse for g in partials]).unflatten(1, (parts, -1)).float()
+    mean = torch.stack([g.mean for g in partials]).unflatten(1, (parts, -1))
+    lse = torch.stack([g.lse for g in partials]).unflatten(1, (parts, -1))
+    return _joined(query, mean, lse, first)
+
+
+def _joined(query: Tensor, mean: Tensor, lse: Tensor, like: "PartialEntropy | WaitingEntropy") -> Tensor:
+    """Entropies (L, B, H) of query (L, B, G, N, D), mean (L, S, B, G, N, D) and lse (L, S, B, G, N)."""
+    query, mean, lse = query.float()[:, None], mean.float(), lse.float()
     whole = lse.logsumexp(1)  # (L, B, G, N)
     products = ((lse - whole[:, None]).exp() * (query * mean).sum(-1)).sum(1)
-    entropy = (whole - first.scale * products).unflatten(-1, (-1, first.weight.shape[1])).flatten(2, 3)  # (L, B, H, b)
-    mean_entropy: Tensor = (entropy.clamp(min=0) * first.weight[:, None]).sum(-1) / first.count
+    entropy = (whole - like.scale * products).unflatten(-1, (-1, like.weight.shape[1])).flatten(2, 3)  # (L, B, H, b)
+    mean_entropy: Tensor = (entropy.clamp(min=0) * like.weight[:, None]).sum(-1) / like.count
     return mean_entropy
+
+
+@dataclass(frozen=True)
+class WaitingEntropy:
+    """The last queries (B, G, N, D) of one site and its keys (B, G, T, D), which attend when the prompt was read.
+
+    Of all sites together that is one attention; at each of them, the host would launch some more small kernels, and
+    reading a short prompt waits for the host.
+    """
+
+    query: Tensor
+    key: Tensor
+    queries: Queries
+    scale: float
+    sliding_window: int | None
+
+    @property
+    def weight(self) -> Tensor:
+        """As in `Queries`, (B, b)."""
+        ((_, _, weight),) = self.queries.blocks(self.sliding_window)
+        return weight
+
+    @property
+    def count(self) -> Tensor:
+        """As in `Queries`, (B, 1)."""
+        return self.queries.count
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Equal for those that attend together."""
+        return self.query.shape, self.key.shape, self.query.dtype, self.query.device, self.scale, self.sliding_window
+
+
+def waiting_entropy(
+    query: Tensor, key: Tensor, queries: Queries, *, scale: float, sliding_window: int | None = None
+) -> WaitingEntropy:
+    """Of queries (B, H, T, D) and keys (B, G, T, D): one copy of the few queries, and nothing else yet."""
+    last = queries.take(query.detach(), queries.columns).contiguous()
+    return WaitingEntropy(
+        last.view(len(last), key.shape[1], -1, last.shape[-1]), key.detach(), queries, scale, sliding_window
+    )
+
+
+def attended(waiting: Sequence[WaitingEntropy]) -> Tensor:
+    """Mean normalised entropies (L, B, H) of L sites of one kind; see `attention_entropy`."""
+    first, sites = waiting[0], len(waiting)
+    query = torch.stack([w.query for w in waiting])  # (L, B, G, N, D)
+    keys = torch.stack([w.key for w in waiting]).flatten(0, 1)  # (L·B, G, T, D)
+    (_, batch, groups, count, _), b = query.shape, len(first.queries.columns)
+    together = sites if batch > 1 else 1  # the bias of one prompt is the same memory for all sites
+    bias = first.queries.bias(first.sliding_window, count // b, 1, query.dtype, together)
+    mean, lse = _attention(query.flatten(0, 1), keys, bias.expand(sites * batch, groups, -1, -1), first.scale)
+    lse = lse[..., :count].unflatten(0, (sites, 1, batch))
+    return _joined(query, mean.unflatten(0, (sites, 1, batch)), lse, first)
 
 
 class Entropy(Signal):
@@ -150,8 +217,12 @@ class Entropy(Signal):
             scale = query.shape[-1] ** -0.5 if kwargs.get("scaling") is None else kwargs["scaling"]
             sliding, softcap = kwargs.get("sliding_window"), kwargs.get("softcap")
             filled = key[:, :, : query.shape[2]]  # a static cache returns its empty places too
+            kernel = queries.few and by_kernel(query, softcap)
+            if kernel and filled.numel() <= FEW:
+                put(waiting_entropy(query, filled, queries, scale=scale, sliding_window=sliding))
+                return stock(module, query, key, value, mask, **kwargs)
             with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-                if queries.few and by_kernel(query, softcap):
+                if kernel:
                     put(partial_entropy(query, filled, queries, scale=scale, sliding_window=sliding))
                 else:
                     put(attention_entropy(query, filled, queries, scale=scale, sliding_window=sliding, softcap=softcap))
@@ -163,13 +234,15 @@ class Entropy(Signal):
         """All sites of a kind together: one by one they would be many small kernels."""
         kinds: dict[Any, list[int]] = {}
         for index, value in enumerate(values):
-            if isinstance(value, PartialEntropy):
-                kinds.setdefault(value.kind, []).append(index)
+            if isinstance(value, PartialEntropy | WaitingEntropy):
+                kinds.setdefault((type(value), value.kind), []).append(index)
         finished = list(values)
-        with torch.no_grad():
-            for places in kinds.values():
-                for index, entropy in zip(places, entropies([values[i] for i in places]), strict=True):
-                    finished[index] = entropy
+        for (kind, _), places in kinds.items():
+            alike = [values[index] for index in places]
+            with torch.no_grad(), torch.autocast(alike[0].query.device.type, enabled=False):
+                together = attended(alike) if kind is WaitingEntropy else entropies(alike)
+            for index, entropy in zip(places, together.unbind(), strict=True):
+                finished[index] = entropy
         return finished
 
     def score(self, values: Tensor) -> Tensor:

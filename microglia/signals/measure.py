@@ -78,6 +78,23 @@ class Measured:
             else self.prompt.weight.new_zeros(len(self.prompt.weight), 0)
         )
 
+    def every_features(self, sites: Sequence[Site], signals: Sequence[str]) -> list[Tensor]:
+        """`features` of all sites; of those of one shape together, as each by itself would be a kernel more."""
+        found: dict[int, Tensor] = {}
+        alike: dict[Any, list[int]] = {}
+        values = [self.at(site, signals) for site in sites]
+        for place, named in enumerate(values):
+            kind = [(name, x.shape, x.dtype, x.device) for name, x in named.items()]
+            alike.setdefault(tuple(kind), []).append(place)
+        for places in alike.values():
+            names = tuple(values[places[0]])
+            if len(places) > 1 and names:
+                stacked = {name: torch.stack([values[place][name] for place in places]) for name in names}
+                found |= dict(zip(places, stack_features(stacked, names).unbind(), strict=True))  # (L, B, F)
+            else:
+                found |= {place: self.features(sites[place], signals) for place in places}
+        return [found[place] for place in range(len(sites))]
+
     def means(self, sites: Sequence[Site]) -> list[Tensor | None] | None:
         """What the pruned units of every site leave behind; None where no mean was measured."""
         found = {index: value for mean in MEANS for index, value in self.values.get(mean.name, {}).items()}

@@ -38,13 +38,13 @@ class Queries:
             return query[:, :, self._first : self._first + len(block)]
         return query[:, :, block]
 
-    def bias(self, sliding_window: int | None, repeats: int, parts: int, dtype: torch.dtype) -> Tensor:
-        """What to add to the logits of the one block: (S·B, 1, repeats · b, T') for S parts of the keys.
+    def bias(self, sliding_window: int | None, repeats: int, parts: int, dtype: torch.dtype, sites: int = 1) -> Tensor:
+        """What to add to the logits of the one block: (sites · S·B, 1, repeats · b, T') for S parts of the keys.
 
         Parts have equal lengths, so neighbours overlap by a few keys, of which the first does not see its own. Finite,
         so that a part in which nothing is visible gives no NaN but next to no weight.
         """
-        case = sliding_window, repeats, parts, dtype
+        case = sliding_window, repeats, parts, dtype, sites
         if case not in self._biases:
             ((_, visible, _),) = self.blocks(sliding_window)
             step = visible.shape[2] // parts
@@ -56,7 +56,7 @@ class Queries:
             # Rows of the kernel's bias start at multiples of 16 bytes.
             padded = torch.zeros(*hidden.shape[:-1], -(-length // 8) * 8, dtype=dtype, device=hidden.device)
             padded[..., :length].masked_fill_(hidden, torch.finfo(dtype).min / 4)
-            self._biases[case] = padded.repeat(1, 1, repeats, 1)[..., :length]
+            self._biases[case] = padded.repeat(sites, 1, repeats, 1)[..., :length]
         return self._biases[case]
 
     def blocks(self, sliding_window: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

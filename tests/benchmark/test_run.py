@@ -196,6 +196,7 @@ def test_a_shape_is_built_in_the_type_asked_for(shape: str, monkeypatch) -> None
         (lambda: Plan(executions=("dense", "compact", Compact())), "executions=dense,compact,compact was given"),
         (lambda: benchmark(tiny_model("phi3"), None, Plan(executions=("dense", "quick")), {}), "execution='quick'"),
         (lambda: random_subject(tiny_model("phi3"))(1, 8, None), "give keep_ratio"),
+        (lambda: random_subject(tiny_model("phi3"))(1, 8, byte_share=0.1), "bytes=0.1 was given; .* at least 0.2"),
         (lambda: random_subject(tiny_model("phi3"))(1, 8, 1.5), "keep_ratio=1.5 was given"),
     ],
 )

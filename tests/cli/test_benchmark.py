@@ -62,6 +62,22 @@ def test_the_table_says_what_its_figures_are(shape) -> None:
         assert words in done.stdout
 
 
+def test_a_share_of_the_bytes_takes_heads_and_channels(shape) -> None:
+    executions = ["--executions", "compact,captured"]
+    done = run("--random-weights", shape, *QUICK, "--bytes", "0.8,0.6", "--batch-sizes", "2", *executions, "--json")
+    assert done.exit_code == 0, done.stderr
+    data = json.loads(done.stdout)
+    assert data["subject"]["units"] == "head,channel"
+    for bytes_share, start in ((0.8, 0), (0.6, 5)):
+        rows = data["rows"][start : start + 5]
+        assert [row["variant"] for row in rows] == ["dense", "compact", "compact_total", "captured", "captured_total"]
+        reached = rows[1]["bytes_per_token"] / rows[0]["bytes_per_token"]
+        assert bytes_share <= reached + 1e-6 < bytes_share + 0.07  # of eight heads and eight blocks
+        assert {row["keep_ratio"] for row in rows[1:]} == {rows[1]["keep_ratio"]}
+    shown = run("--random-weights", shape, *QUICK, "--bytes", "0.6", "--executions", "compact").stdout
+    assert "of the units, decided together" in shown
+
+
 def test_a_share_above_one_is_explained() -> None:
     from types import SimpleNamespace as Values
 
@@ -99,6 +115,7 @@ def test_numbers_may_be_separated_or_repeated() -> None:
         ("--random-weights phi3-mini --layers 99", "phi3-mini has 32, give 1 to that many"),
         ("--random-weights phi3-mini --model-path x", "were both given"),
         ("--keep-ratio many", "--keep-ratio many was given; give numbers"),
+        ("--keep-ratio 0.5 --bytes 0.5", "--keep-ratio and --bytes were both given; a budget is one of them"),
         ("--model-path nowhere/", "there is no checkpoint folder nowhere/"),
         ("--batch-sizes 0", "every value must be at least 1"),
     ],

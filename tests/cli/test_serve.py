@@ -14,6 +14,7 @@ from openai import AuthenticationError, OpenAI
 from typer.testing import CliRunner
 
 from microglia.cli.main import app
+from microglia.errors import ConfigError
 from microglia.system import MicrogliaPruningSystem
 from tests.tiny_folder import opinionated, save_tiny_model
 
@@ -102,6 +103,22 @@ def test_what_cannot_be_served_is_said_in_one_sentence(flags, sentence, monkeypa
     assert result.exit_code == 2
     assert sentence in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
+
+
+def test_a_share_of_the_bytes_is_set_before_anything_is_served(checkpoint, monkeypatch):
+    served = []
+
+    def stops(model, tokenizer, pruner, *rest):
+        served.append(pruner.gate.threshold)
+        raise ConfigError("seen enough")
+
+    monkeypatch.setattr("microglia.serving.model.PrunedModel", stops)
+    for flags in (["--bytes", "0.97"], ["--keep-ratio", "0.9"]):
+        assert "seen enough" in CliRunner().invoke(app, ["serve", str(checkpoint[0]), *flags]).stderr
+    pruner = checkpoint[1].pruner
+    assert served == [pruner.at(byte_share=0.97).gate.threshold, pruner.at(0.9).gate.threshold]
+    refused = CliRunner().invoke(app, ["serve", str(checkpoint[0]), "--bytes", "0.97", "--keep-ratio", "0.9"])
+    assert "bytes=0.97 was given beside keep_ratio=0.9; a budget is one of them" in refused.stderr
 
 
 def test_without_the_web_libraries_the_extra_is_named(monkeypatch):

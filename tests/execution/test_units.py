@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from microglia.attach import attached
-from microglia.errors import ConfigError, MicrogliaError
+from microglia.errors import MicrogliaError
 from microglia.gate import Gate
 from microglia.generation import generate
 from microglia.policies import StaticPolicy
 from microglia.pruner import Pruner
 from microglia.units import find_sites
-from tests.tiny import step_logits, tiny_model, tiny_prompts, tiny_tokenizer
+from tests.tiny import step_logits, tiny_prompts, tiny_tokenizer
 from tests.units.many import KINDS, deep_model, some
 
 IDS, MASK = tiny_prompts(14, 9, 3)
@@ -142,13 +142,6 @@ def test_what_is_gone_is_gone(family):
         assert cache.layers[2].get_seq_length() == 15
         assert cache.layers[2].keys.numel() == 0
     assert {kind.__name__ for kind in calls} <= {type(m).__name__ for m in layer.norms_around(0)}
-
-
-def test_captured_steps_send_other_units_elsewhere():
-    model = tiny_model("llama")
-    pruner = Pruner(StaticPolicy.all_kept([s.geometry for s in find_sites(model, ("channel",))]), units=("channel",))
-    with pytest.raises(ConfigError, match="captured steps prune attention heads, but units='channel' was given"):
-        generate(model, tiny_tokenizer(), ["7*8-2="], pruner, execution="captured", max_new_tokens=4)
 
 
 def test_soft_keeps_of_channels_are_refused_where_they_would_be_cut():

@@ -234,7 +234,11 @@ def test_an_interrupted_calibration_goes_on(tmp_path) -> None:
         ({"confidence": 1}, r"confidence is 1 but must lie between 0 and 1"),
         ({"keep_ratios": ()}, r"keep_ratios=\[\] was given; give at least one"),
         ({"keep_ratios": (1.0,)}, r"keep_ratios=\[1.0\] was given"),
-        ({"keep_ratio": 0.5, "latency_ratio": 1.1}, r"were given; choose one of them"),
+        (
+            {"keep_ratio": 0.5, "latency_ratio": 1.1},
+            r"keep_ratio=0.5 and latency_ratio=1.1 were given; choose one",
+        ),
+        ({"byte_share": 0.5, "latency_ratio": 1.1}, r"bytes=0.5 and latency_ratio=1.1 were given; choose one of them"),
     ],
 )
 def test_what_is_out_of_range_is_refused(options, sentence) -> None:
@@ -378,6 +382,14 @@ def test_the_system_is_calibrated_saved_and_loaded(system, tmp_path) -> None:
     assert (dense.keep_ratio, dense.needed) == (1.0, 150)
     system.generate(["What is 5 plus 6?", "What is 70 minus 6?"], 2)
     assert system.get_sparsity() == 0  # the dense model, from now on
+
+
+def test_a_share_of_the_bytes_that_is_asked_for_is_set(system) -> None:
+    promise = system.calibrate(byte_share=0.95, limit=4, max_new_tokens=2)
+    assert promise.threshold == system.pruner.gate.threshold == system.pruner.at(byte_share=0.95).gate.threshold
+    (tried,) = promise.tried
+    assert tried.target == system.pruner.budget.keep_ratio(promise.threshold)
+    assert promise.max_drop is None
 
 
 def test_a_speed_is_reached_by_measuring(system, monkeypatch) -> None:

@@ -4,6 +4,8 @@
 keys and computes 64 rows of products where one is needed: at small batch and long context most of the device is idle.
 `products` writes the same as two matrix products with a softmax between them. They read every key and value once, on
 the whole device, and need no copy of a group's keys for each of its query heads.
+`kernel` does so in one pass: it needs no tensor of scores, reads no place that is still empty, and takes the queries of
+each row's own heads from where they are. Where there is no Triton it is made of products.
 """
 
 import functools
@@ -16,10 +18,10 @@ from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from microglia.anatomy.attention import AttentionFunction
+from microglia.execution.captured.decode import by_kernel, by_products
 from microglia.execution.captured.kv import StaticKV
 from microglia.units.head import attend_rows
 
-KINDS = ("stock", "products")
 ADDED_MASK = "microglia_added"  # the name by which the library finds `added_mask`
 
 
@@ -27,21 +29,27 @@ ADDED_MASK = "microglia_added"  # the name by which the library finds `added_mas
 class StepLayer:
     """What differs between the layers of a step; each layer's config holds its own.
 
-    kv: its cache. stock: the attention function that it calls by itself. products: whether attention is two products
-    instead. gate: (B, H), where every head is computed and multiplied.
+    kv: its cache. stock: the attention function that it calls by itself. way: how attention is made, see above.
+    gate: (B, H), where every head is computed and multiplied. own: (B, g·q), the query heads of each row by its groups
+    and -1 for none, where rows have their own heads.
     """
 
     kv: StaticKV
     stock: AttentionFunction
-    products: bool
+    way: str = "stock"
     gate: Tensor | None = None
+    own: Tensor | None = None
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """(B, 1, H, D) and nothing else, as attention functions return it."""
-        if self.products:
-            scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        if self.way == "stock":
+            return self.stock(module, query, key, value, mask, **kwargs)
+        scale, softcap = kwargs.get("scaling"), kwargs.get("softcap")
+        if self.way == "products":
             return by_products(query, key, value, mask, scale=scale, softcap=softcap), None
-        return self.stock(module, query, key, value, mask, **kwargs)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        keys, values = key.transpose(0, 1), value.transpose(0, 1)  # as they are stored
+        return by_kernel(query, keys, values, mask, self.kv.place.position, self.own, scale, softcap or 0.0), None
 
 
 def step_attention(
@@ -49,7 +57,7 @@ def step_attention(
 ) -> tuple[Tensor, None]:
     """The attention of a step, with what its variant adds: q (B, H, 1, D) → (B, 1, H, D), in every layer."""
     layer: StepLayer = module.config.step_layer
-    if layer.kv.rows is not None:
+    if layer.kv.rows is not None and layer.way != "kernel":
         return attend_rows(layer.attend, module, layer.kv.rows, query, key, value, mask, **kwargs), None
     output = layer.attend(module, query, key, value, mask, **kwargs)[0]
     return (output if layer.gate is None else output * layer.gate[:, None, :, None].to(output.dtype)), None
@@ -67,25 +75,6 @@ def added_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
 
 
 AttentionMaskInterface.register(ADDED_MASK, added_mask)
-
-
-def by_products(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    *,
-    scale: float | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """q (B, H, 1, D), k and v (B, G, T, D), mask (B, 1, 1, T) to be added → (B, 1, H, D); the softmax in float32."""
-    grouped: Tensor = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, G, H/G, D)
-    scores = (grouped @ key.transpose(-1, -2)).float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores + mask
-    return (scores.softmax(-1).to(value.dtype) @ value).flatten(1, 2)[:, None]
 
 
 @functools.cache

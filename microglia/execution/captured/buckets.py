@@ -58,7 +58,7 @@ class SlotMap:
 
     groups: (…, B, g), the group in each slot. heads: (…, B, g·q), the query heads in order. kept: (…, B, g·q), which of
     them the decision keeps; the rest fills up. source, target: (…, B, M), groups to move and the slots that they move
-    to, counted over all rows: b·G + group.
+    to, counted as the cache stores them: group·B + b.
     """
 
     groups: Tensor
@@ -99,7 +99,13 @@ def slot_map(keep: Tensor, geometry: HeadGeometry, bucket: Bucket) -> SlotMap:
     A kept group below g stays in its slot; one above moves to a slot below that is free. So at most min(g, G - g)
     groups of the cache are copied, none of them onto another that is kept, and doing it twice changes nothing.
     """
-    count = bucket.groups
+    count, batch = bucket.groups, keep.shape[-2]
+    if batch > 1 and bool((keep == keep[..., :1, :]).all()):  # found once, for all rows
+        one = slot_map(keep[..., :1, :], geometry, bucket)
+        row = torch.arange(batch, device=keep.device)[:, None]
+        size = *keep.shape[:-1], -1
+        groups, heads, kept = (x.expand(size) for x in (one.groups, one.heads, one.kept))
+        return SlotMap(groups, heads, kept, one.source * batch + row, one.target * batch + row)
     grouped = geometry.by_group(keep > 0)  # (…, B, G, Q)
     in_use = grouped.any(-1)
     staying, coming = in_use[..., :count], in_use[..., count:]
@@ -111,5 +117,5 @@ def slot_map(keep: Tensor, geometry: HeadGeometry, bucket: Bucket) -> SlotMap:
     source = torch.where(real, source, target)
     groups = torch.arange(count, device=keep.device).expand(staying.shape).scatter(-1, target, source)
     shape = geometry.filled(grouped, groups, bucket.queries)
-    first = torch.arange(keep.shape[-2], device=keep.device)[:, None] * geometry.kv_heads
-    return SlotMap(groups, shape.heads, shape.kept, first + source, first + target)
+    row = torch.arange(batch, device=keep.device)[:, None]
+    return SlotMap(groups, shape.heads, shape.kept, source * batch + row, target * batch + row)

@@ -15,23 +15,26 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microglia.anatomy import Anatomy, View, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_heads_only
-from microglia.execution.captured.attention import KINDS
+from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_kinds
 from microglia.execution.captured.buckets import buckets
 from microglia.execution.captured.buffers import END_TOKENS
+from microglia.execution.captured.channels import Mlps
 from microglia.execution.captured.graphs import Capture, capture_for
 from microglia.execution.captured.rope import rotaries
 from microglia.execution.captured.step import CapturedStep, StepModel
+from microglia.execution.captured.ways import KINDS
 from microglia.execution.captured.weights import CompactWeights
 from microglia.registry import listed
-from microglia.units import HeadSite, Site, find_sites
+from microglia.units import ChannelSite, HeadSite, Site, SublayerSite, find_sites
 
 LENGTHS = 64  # lengths of caches are multiples of it, so that requests of similar length share what was captured
 # What torch.compile is asked for. With coordinate descent the compiler writes products with a single row itself, as
-# sums that read the weights nearly as fast as memory gives them.
+# sums that read the weights nearly as fast as memory gives them. With one-row a kernel of our own makes them.
+ONE_ROW = "one-row"
 MODES: dict[str, dict[str, Any]] = {
     "default": {},
     "coordinate-descent": {"options": {"coordinate_descent_tuning": True}},
+    ONE_ROW: {},
     "max-autotune-no-cudagraphs": {"mode": "max-autotune-no-cudagraphs"},
 }
 
@@ -42,15 +45,18 @@ class Captured(Execution):
 
     block: neighbouring layers that share a bucket. 1 follows every site's own count with one launch per layer, the
         number of layers makes one launch of the whole step and rounds all sites up to the greediest.
-    lowest: the smallest bucket as a share of the heads; sites that need less are filled up to it.
+    lowest, lowest_channels: the smallest bucket as a share of the heads, and of the channels; sites that need less are
+        filled up to it.
     compiled: fuse the small operations of a layer before capturing: with torch.compile, in one of MODES, or with the
         compiler given.
-    attention: `stock` is the model's own, `products` reads keys and values on the whole device; see `attention`.
+    attention: `stock` is the model's own, `products` and `kernel` read keys and values on the whole device, see
+        `attention`; `auto` measures at every level which is fastest.
     capture: how work is captured; None is CUDA graphs on a CUDA device and tapes elsewhere.
     kept_steps: how many pairs of batch size and length stay captured; the one used longest ago goes first.
 
     Memory: the cache is reserved for every head, because the prompt is read with all of them, and the compact weights
-    come on top of the model's own. Pruning here saves what a step reads, not what is reserved.
+    come on top of the model's own, those of MLPs from the first decision about channels on. Pruning here saves what a
+    step reads, not what is reserved.
     """
 
     name: ClassVar[str] = "captured"
@@ -65,8 +71,9 @@ class Captured(Execution):
         *,
         block: int = 4,
         lowest: float = 0.5,
+        lowest_channels: float = 0.25,
         compiled: bool | str | Callable[..., Any] = False,
-        attention: str = "stock",
+        attention: str = "auto",
         capture: Capture | None = None,
         kept_steps: int = 2,
     ) -> None:
@@ -85,10 +92,12 @@ class Captured(Execution):
             sites,
             every,
             weights,
+            Mlps(anatomy.layers, lowest_channels),
             rotaries(anatomy.lm),
             block,
             _compiler(compiled),
-            attention == "products",
+            attention,
+            compiled == ONE_ROW,
         )
         self.capture = capture or capture_for(anatomy.lm.device)
         self.kept_steps, self.steps = kept_steps, OrderedDict[tuple[int, int, bool], CapturedStep]()
@@ -119,7 +128,18 @@ class Captured(Execution):
         return self.steps[key]
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        check_heads_only(sites, "captured steps")
+        check_kinds(sites, (HeadSite, ChannelSite, SublayerSite), "captured steps prune heads, channels and sublayers")
+        kind = type(self.model.lm).__name__
+        channels = {site.geometry.channels for site in sites if isinstance(site, ChannelSite)}
+        if len(channels) > 1:
+            raise UnsupportedModelError(f"the layers of this {kind} differ in their channels; use execution='compact'")
+        if not self.model.anatomy.family.steps and any(isinstance(site, SublayerSite) for site in sites):
+            raise UnsupportedModelError(
+                f"the layers of this {kind} may be more than attention and MLP, so captured steps cannot leave out one "
+                "of these; use execution='compact'"
+            )
+        if channels:
+            self.model.mlps.reserve()
 
     def check_generation(self, config: GenerationConfig) -> None:
         ends = config.eos_token_id
@@ -158,14 +178,14 @@ class Captured(Execution):
     def apply(
         self, sites: Sequence[Site], decision: Decision, cache: Cache | None = None, *, masked: bool = False
     ) -> Iterator[None]:
-        """The step that holds the prompt takes the decision. masked: every head is still computed, for comparison."""
+        """The step that holds the prompt takes the decision. masked: every unit is still computed, for comparison."""
         step = next((step for step in self.steps.values() if step.cache is cache), None)
         if step is None:
             raise MicrogliaError(
                 "the prompt was not read into the cache of this captured execution; use generate, or read it inside "
                 "Captured.prepared"
             )
-        step.decide(decision, masked=masked)
+        step.decide(decision, sites, masked=masked)
         yield
 
 

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from microglia.anatomy import HeadGeometry, RowShape
 from microglia.errors import MicrogliaError
 from microglia.execution.captured.buckets import SlotMap
+from microglia.execution.captured.moves import Copy, copies_of_blocks
 from microglia.units.kv import take_rows
 
 
@@ -29,6 +30,8 @@ class Place:
 class StaticKV(CacheLayerMixin):
     """Keys and values (B, G, T, D) of one site. The prompt fills all groups; a bucket continues the first `groups`.
 
+    They are stored as (G, B, T, D): what a bucket uses is one contiguous piece from the start, which matrix products
+    read as it is. With rows outermost they would first copy it, every key and value in every step.
     Sliding layers keep everything too: their window is a matter of the mask, which is data.
     """
 
@@ -39,9 +42,12 @@ class StaticKV(CacheLayerMixin):
         self, geometry: HeadGeometry, batch: int, length: int, place: Place, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        shape = (batch, geometry.kv_heads, length, geometry.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (geometry.kv_heads, batch, length, geometry.head_dim)
+        self.stored = (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
+        self.keys, self.values = (x.transpose(0, 1) for x in self.stored)
         self.place, self.is_initialized = place, True
         self.active = self.first(geometry.kv_heads)
         self.rows: RowShape | None = None  # each row's own heads, where rows decide for themselves
@@ -61,29 +67,32 @@ class StaticKV(CacheLayerMixin):
         if self.rows is not None:
             key_states, value_states = (take_rows(x, self.rows.groups) for x in (key_states, value_states))
         keys, values = self.active
-        keys.index_copy_(2, self.place.position, key_states)
-        values.index_copy_(2, self.place.position, value_states)
-        return keys, values
+        keys.index_copy_(2, self.place.position, key_states.transpose(0, 1))
+        values.index_copy_(2, self.place.position, value_states.transpose(0, 1))
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def first(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first `groups` (B, g, room, D), as views that a step writes and reads.
+        """Keys and values of the first `groups` as stored, (g, B, room, D): what a step writes and reads.
 
         Made once and not in the step: a compiler that saw the cut would write to a copy, and copy it back, every time.
         """
-        assert self.keys is not None
-        assert self.values is not None
         with torch.inference_mode(False):
-            return self.keys[:, :groups], self.values[:, :groups]
+            keys, values = (x[:groups] for x in self.stored)
+        return keys, values
 
     def move(self, slots: SlotMap) -> None:
         """Bring the groups that a decision keeps to the front, each row its own."""
         source, target = slots.source.flatten(), slots.target.flatten()
         if len(source) == 0:  # every group has its slot
             return
-        for tensor in (self.keys, self.values):
-            assert tensor is not None
-            whole = widest(tensor.view(tensor.shape[0] * tensor.shape[1], -1))  # (B·G, room·D) in 16-byte words
+        for tensor in self.stored:
+            whole = widest(tensor.view(tensor.shape[0] * tensor.shape[1], -1))  # (G·B, room·D) in 16-byte words
             whole.index_copy_(0, target, whole.index_select(0, source))
+
+    def copies(self, where: SlotMap) -> list[Copy]:
+        """What `move` copies, as data: `where` in all slots those of this site stand."""
+        moves = list(zip(where.source.flatten().tolist(), where.target.flatten().tolist(), strict=True))
+        return [copy for x in self.stored for copy in copies_of_blocks(x.flatten(0, 1), moves)]
 
     def get_seq_length(self) -> Any:
         """Tokens so far; within a step as a tensor (1,), as the library's own static layers have it."""

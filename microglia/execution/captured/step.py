@@ -2,11 +2,12 @@
 
 A step is a head (embedding, mask, positions), one piece per block of layers, and a tail (last norm, logits, the next
 token, what has ended). The pieces come from the model's own forward pass, cut where a block begins and ends; nothing of
-the model is rewritten. Each block is captured once per variant (see `variants`). Next to it stands its *switch*: the
-copies that a new decision needs, captured like the step itself.
+the model is rewritten. Each block is captured once per variant (see `variants`), or its layers are, one by one (see
+`parts`). Next to it stands its *switch*: the copies that a new decision needs, captured like the step itself.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from microglia.anatomy import Anatomy, View, stock_attention, swap, with_attention
+from microglia.anatomy import Anatomy, View, stock_attention, swap
 from microglia.execution.base import Decision
-from microglia.execution.captured.attention import ADDED_MASK, StepLayer, step_attention, uncompiled
+from microglia.execution.captured import kernels
+from microglia.execution.captured.attention import ADDED_MASK, StepLayer
 from microglia.execution.captured.buckets import Bucket
 from microglia.execution.captured.buffers import CHECK, StaticBuffers
+from microglia.execution.captured.channels import ChannelBuffers, Layout, Mlps
+from microglia.execution.captured.cutter import Cutter
 from microglia.execution.captured.graphs import Capture, Graph
-from microglia.execution.captured.kv import LayerCache, StaticKV
+from microglia.execution.captured.install import install
+from microglia.execution.captured.kv import StaticKV
+from microglia.execution.captured.linear import one_row_at_a_time
+from microglia.execution.captured.moves import Copy, Moves
+from microglia.execution.captured.parts import ByLayer, Part, parts_of
 from microglia.execution.captured.rope import Rotary
+from microglia.execution.captured.sublayers import Compiler
 from microglia.execution.captured.variants import DecisionBuffers, Variant
+from microglia.execution.captured.ways import timed, worth_trying
 from microglia.execution.captured.weights import CompactWeights
-from microglia.units import HeadSite
+from microglia.units import ChannelSite, HeadSite, Site
 
 WARM_UP = 2  # runs before a capture: a compiler works in the first and may settle only in the second
 
@@ -33,18 +43,19 @@ WARM_UP = 2  # runs before a capture: a compiler works in the first and may sett
 class StepModel:
     """What is the same for all batch sizes and lengths of a model.
 
-    block: neighbouring layers that share a bucket. products: attention as two products instead of the model's own; see
-    `attention`.
+    block: neighbouring layers that share a bucket. attention: one of `ways.KINDS`.
     """
 
     anatomy: Anatomy
     sites: Sequence[HeadSite]
     buckets: Sequence[Bucket]
     weights: Sequence[CompactWeights]
+    mlps: Mlps
     rotaries: Sequence[Rotary]
     block: int
-    compiler: Callable[..., Any] | None
-    products: bool
+    compiler: Compiler
+    attention: str
+    one_row: bool = False
 
     @property
     def lm(self) -> Any:
@@ -64,20 +75,26 @@ class CapturedStep:
         self.model, self.capture = model, capture
         self.buffers = StaticBuffers(model.anatomy, batch, length)
         lm = model.lm
-        bias = torch.zeros(batch, 1, model.anatomy.hidden_size, dtype=lm.dtype, device=lm.device) if fill else None
-        self.decision = DecisionBuffers(model.sites, model.buckets, model.blocks, batch, bias)
-        self.layers = [
-            StepLayer(self.kv(site), stock_attention(site.attention), model.products) for site in model.sites
-        ]
-        self.edges: list[Tensor] = []  # what goes into each block, and out of the last
+        zeros = functools.partial(torch.zeros, dtype=lm.dtype, device=lm.device)
+        self.bias = zeros(batch, 1, model.anatomy.hidden_size) if fill else None  # a template
+        self.decision = DecisionBuffers(model.sites, model.buckets, model.blocks, batch, self.bias)
+        self.channels: ChannelBuffers | None = None  # from the first decision about channels on
+        self.scales = zeros(len(model.sites), 2, batch, 1, 1)  # whether each row has attention and MLP
+        self.layers = [StepLayer(self.kv(site), stock_attention(site.attention)) for site in model.sites]
+        self.edges: list[Tensor] = []  # what goes into each layer, and out of the last
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
-        self.pieces: dict[tuple[int, Variant], Graph] = {}
-        self.switches: dict[tuple[int, Variant], Graph] = {}
-        self.head, self.tail = capture.graph(), capture.graph()
+        self.pieces: dict[Part, Graph] = {}
+        self.switches: dict[Part, Graph] = {}
+        self.failed: dict[str, str] = {}  # ways of attention that were passed over, and why
+        self.moves: dict[Part, Moves | None] = {}  # what the switches read, where a kernel makes them
+        # By layers, channels and run; with what was captured, since a graph keeps none of the tensors that it reads.
+        self.channel_switches: dict[tuple[range, int, int], tuple[Graph, Callable[[], None]]] = {}
+        self.ways: dict[Variant, dict[str, float]] = {}  # of attention: seconds of those tried
         self.captures = 0
-        self.dense = Variant("dense", model.buckets[0])
-        self.variants = [self.dense] * len(model.blocks)
+        self.dense = self._everywhere(self.decision.dense)
+        self.parts = self.dense
         self._record_first()
+        self.captures += 1
 
     @property
     def cache(self) -> Any:
@@ -95,7 +112,7 @@ class CapturedStep:
     def clear(self, end_tokens: Sequence[int] = (), pad: int = 0) -> None:
         """Ready for a new prompt, dense until a decision comes."""
         self.buffers.clear(end_tokens, pad)
-        self.variants = [self.dense] * len(self.variants)
+        self.parts = self.dense
 
     def prompt_read(self, mask: Tensor) -> None:
         """The prompts of `mask` (B, T), left-padded, have just been read into the cache."""
@@ -103,29 +120,56 @@ class CapturedStep:
             rotary.hold()
         self.buffers.prompt_read(mask)
 
-    @torch.inference_mode()
-    def decide(self, decision: Decision, *, masked: bool = False) -> None:
-        """Continue with a decision: choose each block's variant and copy its heads in.
+    @property
+    def variants(self) -> list[Variant]:
+        """What the present decision is carried out with, part by part."""
+        return [part.variant for part in self.parts]
 
-        masked: multiply by the gates instead, with every head computed.
+    @torch.inference_mode()
+    def decide(self, decision: Decision, sites: Sequence[Site] = (), *, masked: bool = False) -> None:
+        """Continue with a decision about `sites`, the heads of all layers if none are given: each block gets its
+        variant, and what it keeps is copied in.
+
+        masked: multiply by the gates instead, with everything computed.
         """
-        keep = torch.stack([k.expand(self.buffers.batch, -1) for k in decision.keep]).float()  # (sites, B, H)
-        on_host = keep.cpu()  # the one wait
-        variants = self.decision.variants(on_host, masked=masked)
-        for variant in dict.fromkeys(variants):
-            self.prepare(variant)
-        self.decision.write(keep, decision.fill)
-        self.decision.place(variants, on_host)
-        self.variants = variants
-        for block, variant in enumerate(variants):
-            if (block, variant) in self.switches:
-                self.switches[block, variant].replay()
+        keep = ByLayer.of(decision, sites, self.decision.keep[0].expand(len(self.model.sites), -1, -1))
+        on_host = keep.on_host()  # the one wait
+        layout = self._layout(sites)
+        parts = parts_of(on_host, self.decision, self.model.mlps, layout, masked=masked)
+        self._prepare(parts, layout)
+        self.decision.write(keep.heads, keep.head_fill)
+        self.decision.place(parts, on_host.heads)
+        if self.channels is not None and keep.channels is not None and layout is not None:
+            still = [part.variant.mlp is None or not part.variant.mlp.is_cut for part in parts for _ in part.layers]
+            self.channels.write(keep.channels, layout, still)
+            self.channels.leave(layout.sites, keep.channels, keep.channel_fill)
+        if keep.sublayers is not None:
+            self.scales.copy_(keep.sublayers.transpose(1, 2)[..., None, None])
+        self.parts = parts
+        _replay(self._switches(parts, layout))
+
+    def _layout(self, sites: Sequence[Site]) -> Layout | None:
+        """How the channels of a decision lie in the MLPs, for which there are static tensors from now on."""
+        channels = [site for site in sites if isinstance(site, ChannelSite)]
+        if not channels:
+            return None
+        if self.channels is None:
+            self.model.mlps.reserve()
+            self.channels = ChannelBuffers(self.model.mlps, self.buffers.batch, self.bias)
+        return self.model.mlps.layout(channels)
+
+    def _switches(self, parts: Sequence[Part], layout: Layout | None) -> Iterator[Graph]:
+        """All copies for a decision."""
+        for part in parts:
+            if part in self.switches:
+                yield self.switches[part]
+            if layout is not None and part.variant.mlp is not None and part.variant.mlp.is_cut:
+                yield self.channel_switches[part.layers, part.variant.mlp.channels, layout.run][0]
 
     def step(self) -> None:
         """One token more in every row: reads `token`, leaves `logits` (B, V) and the likeliest next token."""
         self.head.replay()
-        for block, variant in enumerate(self.variants):
-            self.pieces[block, variant].replay()
+        _replay(self.pieces[part] for part in self.parts)
         self.tail.replay()
         self.cache.place.length += 1
 
@@ -149,28 +193,118 @@ class CapturedStep:
         May be called while a prompt waits: what a warm-up writes is written again by the step, and with every head kept
         a switch moves nothing.
         """
-        if (0, variant) in self.pieces:
+        self._capture(self._everywhere(variant))
+
+    def _everywhere(self, variant: Variant) -> list[Part]:
+        return [Part(block, variant) for block in self.model.blocks]
+
+    def _prepare(self, parts: Sequence[Part], layout: Layout | None) -> None:
+        """Capture what parts need and is not there: of heads alone in every block, since few shapes serve all of them;
+        of the many that heads, channels and sublayers have together, only what is needed now.
+        """
+        blocks = self.model.blocks
+        of_heads = (part.variant for part in parts if part.variant.is_of_heads and part.layers in blocks)
+        for variant in dict.fromkeys(of_heads):
+            self.prepare(variant)
+        self._capture(parts)
+        if layout is None or self.channels is None:
             return
-        self.decision.reset(variant)
-        with self.capture.recording(), self._as(variant):
-            for _ in range(WARM_UP):
-                self._cut_forward(variant, None)
-            self._cut_forward(variant, self.capture)
-        if variant.is_cut:
-            with self.capture.recording():
-                for block in range(len(self.model.blocks)):
-                    self._switch(block, variant)  # once uncaptured, so that nothing is allocated in the capture
-                    graph = self.capture.graph()
-                    graph.begin()
-                    self._switch(block, variant)
-                    graph.end()
-                    self.switches[block, variant] = graph
+        for layers, variant in parts:
+            if variant.mlp is not None and variant.mlp.is_cut:
+                key = layers, variant.mlp.channels, layout.run
+                if key not in self.channel_switches:
+                    self.channels.reset()
+                    switch = self.channels.switch(*key)
+                    self.channel_switches[key] = self._captured(switch), switch
+
+    def _capture(self, parts: Sequence[Part]) -> None:
+        """Capture parts that are not there yet, no two of the same layer; the others' layers are left out."""
+        parts = [part for part in parts if part not in self.pieces]
+        if not parts:
+            return
+        self.decision.reset(parts)
+        for level in dict.fromkeys(part.variant.level for part in parts):
+            self._keep_fastest(level, [part for part in parts if part.variant.level == level], {})
+        for part in parts:
+            if part.variant.is_cut:
+                self.moves[part] = self._moves(part)
+                self.switches[part] = self._captured(functools.partial(self._switch, part, self.moves[part]))
         self.captures += 1
+
+    def _captured(self, work: Callable[[], None]) -> Graph:
+        """Work as a graph, done once before: a capture allocates and compiles nothing."""
+        with self.capture.recording():
+            work()
+            graph = self.capture.graph()
+            graph.begin()
+            work()
+            graph.end()
+            return graph
+
+    def _worth_trying(self, level: Variant) -> tuple[str, ...]:
+        """The ways of attention for a level: those that may be the fastest, or the one that was when it was new."""
+        if level in self.ways:
+            return tuple(self.ways[level])[:1]
+        return worth_trying(self.model.attention, self.model.lm.device, self.buffers.batch, level.bucket)
+
+    def _keep_fastest(self, level: Variant, parts: Sequence[Part], known: dict[str, list[Graph]]) -> None:
+        """Capture parts of a level in each way of attention that is worth trying and not `known`; the fastest stays.
+
+        A way that fails, as where a compiler breaks, is passed over unless it was the last.
+        """
+        kinds, pieces = self._worth_trying(level), dict(known)
+        for way in kinds:
+            if way in known:
+                continue
+            try:
+                with self.capture.recording(), self._as(parts, way):
+                    for _ in range(WARM_UP):
+                        self._cut_forward(parts, None)
+                    self._cut_forward(parts, self.capture)
+                pieces[way] = [self.pieces[part] for part in parts]
+            except Exception as error:
+                for part in parts:
+                    self.pieces.pop(part, None)
+                self._pass_over(way, error, last=way == kinds[-1] and not pieces)
+        seconds = {way: self._seconds(pieces[way]) if len(pieces) > 1 else 0.0 for way in pieces}
+        fastest = min(seconds, key=seconds.__getitem__)
+        self.ways.setdefault(level, dict(sorted(seconds.items(), key=lambda item: item[1])))
+        self.pieces |= dict(zip(parts, pieces[fastest], strict=True))
+
+    def _pass_over(self, way: str, error: Exception, *, last: bool) -> None:
+        """Note why a way failed; called where it did. Time that is over is no failure of a way."""
+        if last or isinstance(error, TimeoutError):
+            raise error
+        self.failed[way] = f"{type(error).__name__}: {error}"
+
+    def _seconds(self, pieces: Sequence[Graph]) -> float:
+        """How long the layers of a step take that reads the whole cache, however many tokens are in it now."""
+        position = self.cache.place.position
+        before = position.clone()
+        position.fill_(self.buffers.length - 1)  # a place that the step which comes to it writes again
+        try:
+            return timed([piece.replay for piece in pieces], position.device)
+        finally:
+            position.copy_(before)
 
     def _record_first(self) -> None:
         """Capture the dense step with its head and tail; its tensors are those that all other pieces join."""
+        level = self.decision.dense
+        kinds = self._worth_trying(level)
+        for way in kinds:
+            try:
+                self._record(way)
+            except Exception as error:
+                self._pass_over(way, error, last=way == kinds[-1])
+                continue
+            with torch.inference_mode():
+                self._keep_fastest(level, self.dense, {way: [self.pieces[part] for part in self.dense]})
+            return
+
+    def _record(self, way: str) -> None:
         buffers, compiler = self.buffers, self.model.compiler
-        with self.capture.recording(), self._as(self.dense), ExitStack() as swaps:
+        self.head, self.tail = self.capture.graph(), self.capture.graph()
+        with self.capture.recording(), self._as(self.dense, way), ExitStack() as swaps:
             if compiler is not None:
                 head = self.model.lm.get_output_embeddings()
                 swap(swaps, head, "forward", compiler(head.forward))
@@ -186,7 +320,6 @@ class CapturedStep:
             buffers.choose()
             buffers.advance()
             self.tail.end()
-        self.captures += 1
 
     def _forward(self) -> Tensor:
         """Logits (B, V) of the model's own forward pass on the static tensors."""
@@ -202,30 +335,45 @@ class CapturedStep:
         logits: Tensor = output.logits[:, -1]
         return logits
 
-    def _cut_forward(self, variant: Variant, capture: Capture | None, *, first: bool = False) -> Tensor:
-        """`_forward`, cut into pieces; without a capture it only warms up."""
+    def _cut_forward(self, parts: Sequence[Part], capture: Capture | None, *, first: bool = False) -> Tensor:
+        """`_forward`, cut into parts; without a capture it only warms up."""
         if first:
             self.edges, self.inputs = [], []
-        cutter = _Cutter(self, variant, capture, first)
+        cutter = Cutter(self, parts, capture, first)
         with ExitStack() as stack:
-            for index, site in enumerate(self.model.sites):
-                module, compiler = site.layer.module, self.model.compiler
-                forward = module.forward if compiler is None else compiler(module.forward)
-                swap(stack, module, "forward", cutter.layer(index, forward))
+            for site in self.model.sites:
+                swap(stack, site.layer.module, "forward", cutter.layer(site, self.model.compiler))
             return self._forward()
 
-    def _switch(self, block: int, variant: Variant) -> None:
-        for index in self.model.blocks[block]:
+    def _switch(self, part: Part, moves: Moves | None) -> None:
+        """The copies of a part's heads, by the kernel that makes all of them or one by one."""
+        layers, variant = part
+        if variant.kind == "rows":
+            self.decision.set_rows(layers, variant.bucket)
+        if moves is not None:
+            moves.make()
+            return
+        for index in layers:
             slots = self.decision.slots_of(index, variant.bucket)
             self.kv(self.model.sites[index]).move(slots)
             if variant.kind == "shared":
                 self.model.weights[index].gather(variant.bucket, slots)
-            else:
-                self.decision.set_rows(index, variant.bucket)
+
+    def _moves(self, part: Part) -> Moves | None:
+        """A part's copies for one kernel, if there is one that can make them."""
+        if not kernels.usable(self.model.lm.device):
+            return None
+        copies: list[list[Copy] | None] = []
+        for index in part.layers:
+            where = self.decision.places_of(index, part.variant.bucket)
+            copies.append(self.kv(self.model.sites[index]).copies(where))
+            if part.variant.kind == "shared":
+                copies.append(self.model.weights[index].copies(part.variant.bucket, where))
+        return Moves.of(copies, self.decision.slots)
 
     @contextmanager
-    def _as(self, variant: Variant) -> Iterator[None]:
-        """While inside, the model's forward pass is a step of this variant."""
+    def _as(self, parts: Sequence[Part], way: str) -> Iterator[None]:
+        """While inside, the model's forward pass is a step with these parts, with attention made in this way."""
         with ExitStack() as swaps:
             if self.model.compiler is not None:  # one code for all layers, but one for every variant
                 import torch._dynamo.config as limits  # slow to import, and needed here only
@@ -237,91 +385,14 @@ class CapturedStep:
             swap(swaps, stack, "config", View(stack.config, _attn_implementation=ADDED_MASK))
             for rotary in self.model.rotaries:
                 rotary.install(swaps)
-            for site in self.model.sites:
-                self._install(swaps, site, variant)
+            for layers, variant in parts:
+                for site in self.model.sites[layers.start : layers.stop]:
+                    install(swaps, self, site, variant, way)
+            if self.model.one_row and self.buffers.batch == 1:
+                one_row_at_a_time(swaps, self.model.lm.modules())
             yield
 
-    def _install(self, stack: ExitStack, site: HeadSite, variant: Variant) -> None:
-        kv, attention, bucket, layer = self.kv(site), site.attention, variant.bucket, self.layers[site.index]
-        kv.active = kv.first(bucket.groups)
-        kv.rows = self.decision.rows_of(site.index, bucket) if variant.kind == "rows" else None
-        layer.gate = self.decision.keep[site.index] if variant.kind == "masked" else None
-        if variant.kind == "shared":
-            site.rewrite(stack, site.geometry.kept(bucket.heads, bucket.groups))
-            for name, module in self.model.weights[site.index].projections(bucket).items():
-                swap(stack, attention, name, module)
-        if self.decision.bias is not None and variant.kind != "dense":
-            output = _WithBias(site.output, self.decision.bias[site.index])
-            swap(stack, attention, site.layer.family.attention.o, output)
-        compiled = self.model.compiler is not None
-        function = uncompiled() if compiled and not self.model.products else step_attention
-        swap(stack, attention, "config", with_attention(attention.config, function, step_layer=layer))
-        if compiled:  # another number would make every layer another one for the compiler; see LayerCache
-            swap(stack, attention, "layer_idx", 0)
 
-
-class _Cutter:
-    """Cuts one forward pass of a variant at the edges of blocks, and captures the pieces where there is a capture."""
-
-    def __init__(self, step: CapturedStep, variant: Variant, capture: Capture | None, first: bool) -> None:
-        self.step, self.variant, self.capture, self.first = step, variant, capture, first
-        blocks = step.model.blocks
-        self.starts = {block.start: i for i, block in enumerate(blocks)}
-        self.ends = {block.stop - 1: i for i, block in enumerate(blocks)}
-        self.graph: Graph | None = None
-
-    def layer(self, index: int, stock: Callable[..., Any]) -> Callable[..., Tensor]:
-        """The forward of layer `index`, cut where a block begins or ends."""
-
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if index in self.starts:
-                hidden = self._begin(index, hidden)
-            if self.first:
-                self.step.inputs.append(self._inputs(index, args, kwargs))
-            args, kwargs = self.step.inputs[index]
-            hidden = stock(hidden, *args, **kwargs)
-            return self._end(index, hidden) if index in self.ends else hidden
-
-        return forward
-
-    def _inputs(self, index: int, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """What the layer gets besides the hidden states, with its own part of the cache in place of the whole."""
-        whole, part = self.step.cache, LayerCache(self.step.layers[index].kv)
-        given = {name: part if value is whole else value for name, value in kwargs.items()}
-        return tuple(part if value is whole else value for value in args), given
-
-    def _begin(self, index: int, hidden: Tensor) -> Tensor:
-        step = self.step
-        if self.first and index == 0:
-            if self.capture is not None:
-                step.head.end()
-            step.edges.append(hidden)
-        if self.capture is not None:
-            self.graph = self.capture.graph()
-            self.graph.begin()
-        return step.edges[self.starts[index]]
-
-    def _end(self, index: int, hidden: Tensor) -> Tensor:
-        step, block = self.step, self.ends[index]
-        if self.first:
-            step.edges.append(hidden)
-        else:
-            step.edges[block + 1].copy_(hidden)
-        if self.capture is not None and self.graph is not None:
-            self.graph.end()
-            step.pieces[block, self.variant] = self.graph
-            if self.first and block == len(step.model.blocks) - 1:
-                step.tail.begin()
-        return step.edges[block + 1]
-
-
-class _WithBias(nn.Module):
-    """An output projection, and what the pruned heads left behind added to it."""
-
-    def __init__(self, inner: nn.Module, bias: Tensor) -> None:
-        super().__init__()
-        self.inner, self.bias = inner, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.inner(x)
-        return output + self.bias
+def _replay(graphs: Iterable[Graph]) -> None:
+    for graph in graphs:
+        graph.replay()

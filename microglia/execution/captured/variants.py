@@ -1,10 +1,13 @@
 """What a block of layers is captured for, and where the heads of the present decision stand in its static tensors.
 
+Of attention there are four kinds:
 - `dense`: every head, the model's own weights;
 - `masked`: the same, each head's output multiplied by its gate (for decisions between the full bucket and the next, and
   for comparison);
 - `shared`: compact weights, for rows that agree;
 - `rows`: dense projections, each row's own heads in the cache.
+
+MLPs have shapes of their own beside them, see `channels`.
 """
 
 import functools
@@ -17,20 +20,38 @@ from torch import Tensor
 
 from microglia.anatomy import HeadGeometry, RowShape
 from microglia.execution.captured.buckets import Bucket, SlotMap, covering, packed_size, slot_map
+from microglia.execution.captured.channels import MlpShape
 from microglia.units import HeadSite
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of step and the bucket of its shapes."""
+    """A kind of step and the bucket of its shapes.
+
+    kind, bucket: of attention. mlp: of the MLP, None for the model's own. gone: whether there is no attention, and no
+    MLP; of a layer by itself only. scaled: whether each row's own decision multiplies what they add.
+    """
 
     kind: Literal["dense", "masked", "shared", "rows"]
     bucket: Bucket
+    mlp: MlpShape | None = None
+    gone: tuple[bool, bool] = (False, False)
+    scaled: bool = False
 
     @property
     def is_cut(self) -> bool:
         """Whether heads must be copied into their slots before it runs."""
         return self.kind in ("shared", "rows")
+
+    @property
+    def level(self) -> "Variant":
+        """Its attention, beside MLPs and sublayers of the model's own."""
+        return Variant(self.kind, self.bucket)
+
+    @property
+    def is_of_heads(self) -> bool:
+        """Whether MLPs and sublayers are the model's own."""
+        return self == self.level
 
 
 class DecisionBuffers:
@@ -51,11 +72,11 @@ class DecisionBuffers:
         with torch.inference_mode(False):
             zeros = functools.partial(torch.zeros, dtype=torch.long, device=device)
             heads, groups = self.geometry.heads, self.geometry.kv_heads
-            self.keep = [torch.ones(batch, heads, device=device) for _ in sites]
+            self.keep = torch.ones(len(sites), batch, heads, device=device)
             self.slots = zeros(len(sites), batch, packed_size(self.geometry, buckets))  # slot maps, packed
-            self.groups = [zeros(batch, groups) for _ in sites]
-            self.heads = [zeros(batch, heads) for _ in sites]
-            self.kept = [torch.zeros_like(k) for k in self.keep]
+            self.groups = zeros(len(sites), batch, groups)
+            self.heads, self.own = zeros(len(sites), batch, heads), zeros(len(sites), batch, heads)  # see `StepLayer`
+            self.kept = torch.zeros_like(self.keep)
             self.bias = None if bias is None else [torch.zeros_like(bias) for _ in sites]
 
     def slots_of(self, index: int, bucket: Bucket) -> SlotMap:
@@ -70,29 +91,39 @@ class DecisionBuffers:
             self.kept[index][:, : bucket.heads],
         )
 
-    def set_rows(self, index: int, bucket: Bucket) -> None:
-        """Copy a site's slots to where a step over rows of own heads reads them."""
-        source, target = self.slots_of(index, bucket), self.rows_of(index, bucket)
-        target.groups.copy_(source.groups)
-        target.heads.copy_(source.heads)
-        target.kept.copy_(source.kept)
+    def set_rows(self, layers: range, bucket: Bucket) -> None:
+        """Copy the slots of these layers' sites to where a step over rows of own heads reads them."""
+        sites = slice(layers.start, layers.stop)
+        slots = SlotMap.unpacked(self.slots[sites], self.geometry, bucket)
+        self.groups[sites, :, : bucket.groups].copy_(slots.groups)
+        self.heads[sites, :, : bucket.heads].copy_(slots.heads)
+        self.kept[sites, :, : bucket.heads].copy_(slots.kept)
+        self.own[sites, :, : bucket.heads].copy_(torch.where(slots.kept > 0, slots.heads, -1))
+
+    def places_of(self, index: int, bucket: Bucket) -> SlotMap:
+        """Where in `slots`, counted over all of them, those of a site stand; on the host."""
+        every = torch.arange(self.slots.numel()).view(self.slots.shape)
+        return SlotMap.unpacked(every[index], self.geometry, bucket)
 
     def write(self, keep: Tensor, fill: Sequence[Tensor | None] | None) -> None:
         """The gates (sites, B, H) of a decision, and what its pruned heads leave behind."""
-        torch._foreach_copy_(self.keep, list(keep))
+        self.keep.copy_(keep)
         for site, k, f in zip(self.sites, keep, fill or [], strict=False):
             if self.bias is not None and f is not None:
                 self.bias[site.index].copy_(site.fill_bias(k, f))
 
-    def reset(self, variant: Variant) -> None:
-        """Every head kept, laid out for a variant."""
-        for buffer in self.keep:
-            buffer.fill_(1)
-        every = torch.ones(len(self.sites), self.batch, self.geometry.heads)
-        self.place([variant] * len(self.blocks), every)
+    @property
+    def dense(self) -> Variant:
+        """The model itself."""
+        return Variant("dense", self.buckets[0])
 
-    def variants(self, keep: Tensor, *, masked: bool = False) -> list[Variant]:
-        """The variant of every block for decisions (sites, B, H) on the host."""
+    def reset(self, parts: Sequence[tuple[range, Variant]]) -> None:
+        """Every head kept, laid out for variants of some layers."""
+        self.keep.fill_(1)
+        self.place(parts, torch.ones(len(self.sites), self.batch, self.geometry.heads))
+
+    def variants(self, keep: Tensor, blocks: Sequence[range], *, masked: bool = False) -> list[Variant]:
+        """The variant of every block of layers for decisions (sites, B, H) on the host."""
         grouped = self.geometry.by_group(keep > 0)
         groups = grouped.any(-1).sum(-1).amax(-1).tolist()  # of each site
         queries = grouped.sum(-1).flatten(1).amax(-1).tolist()
@@ -109,17 +140,16 @@ class DecisionBuffers:
                 return Variant("masked", full)
             return Variant("shared" if all(agreed[sites]) else "rows", bucket)
 
-        return [variant(block) for block in self.blocks]
+        return [variant(block) for block in blocks]
 
-    def place(self, variants: Sequence[Variant], keep: Tensor) -> None:
+    def place(self, parts: Sequence[tuple[range, Variant]], keep: Tensor) -> None:
         """Find the slots of decisions (sites, B, H) on the host and copy them to the device at once.
 
         On the device it would be some twenty kernels at every site, for a few hundred numbers.
         """
         slots = torch.zeros(self.slots.shape, dtype=torch.long)
-        for bucket in {variant.bucket for variant in variants if variant.is_cut}:
-            blocks = [b for b, variant in zip(self.blocks, variants, strict=True) if variant.bucket == bucket]
-            sites = [index for block in blocks for index in block]
+        for bucket in {variant.bucket for _, variant in parts if variant.is_cut}:
+            sites = [index for layers, variant in parts if variant.bucket == bucket for index in layers]
             packed = slot_map(keep[sites], self.geometry, bucket).packed()
             slots[sites, :, : packed.shape[-1]] = packed
         self.slots.copy_(slots)

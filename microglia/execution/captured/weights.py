@@ -1,7 +1,7 @@
 """Compact weights in buffers that never move: a bucket is a view of them, a new prompt copies its heads in."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,39 +11,37 @@ from microglia.anatomy.projection import Cut, check_plain, plain, resized, weigh
 from microglia.errors import MicrogliaError
 from microglia.execution.captured.buckets import Bucket, SlotMap
 from microglia.execution.captured.kv import widest
+from microglia.execution.captured.moves import Copy, copies_of_units
 from microglia.units import HeadSite
 
+Shape = TypeVar("Shape")
 
-class CompactWeights:
-    """The projections of one site with the heads of the present decision.
 
-    Every bucket below the full one is a contiguous view from the start of one flat buffer per tensor: no bucket has
-    memory of its own, and what a captured step reads never moves. The full bucket is the model's own weights.
+class CompactProjections(Generic[Shape]):
+    """The projections of one module with the units of the present decision.
+
+    Every shape below the full one is a contiguous view from the start of one flat buffer per tensor: no shape has
+    memory of its own, and what a captured step reads never moves. The full shape is the model's own weights.
     """
 
-    def __init__(self, site: HeadSite, every: Sequence[Bucket]) -> None:
-        self.site = site
-        self.cuts = {bucket: self._cuts(bucket) for bucket in every if bucket != every[0]}
+    def __init__(self, holder: nn.Module, name: str, cuts: Mapping[Shape, Sequence[Cut]]) -> None:
+        """holder: the module, called `name`. cuts: of every smaller shape, its rows and columns: how many counts."""
+        self.holder, self.cuts = holder, cuts
         self.flat: dict[tuple[str, str], Tensor] = {}
-        self.modules: dict[tuple[Bucket, str], nn.Module] = {}
-        for cut in next(iter(self.cuts.values()), []):
-            inner, name = self._inner(cut.projection), f"{site.name}.{cut.projection}"
-            if inner is not getattr(site.attention, cut.projection):
+        self.modules: dict[tuple[Shape, str], nn.Module] = {}
+        for cut in next(iter(cuts.values()), []):
+            inner, path = self._inner(cut.projection), f"{name}.{cut.projection}"
+            if inner is not getattr(holder, cut.projection):
                 raise MicrogliaError(
-                    f"{name} carries an adapter, which captured steps do not follow; merge it first, "
+                    f"{path} carries an adapter, which captured steps do not follow; merge it first, "
                     "model = model.merge_and_unload(), or use execution='compact'"
                 )
-            check_plain(inner.weight, inner, name, "captured steps follow float weights only, use execution='compact'")
+            check_plain(inner.weight, inner, path, "captured steps follow float weights only, use execution='compact'")
             for part in ("weight", "bias"):
                 self._reserve(cut.projection, part)
 
     def _inner(self, projection: str) -> Any:
-        return plain(getattr(self.site.attention, projection))
-
-    def _cuts(self, bucket: Bucket) -> list[Cut]:
-        """Of some heads and groups of a bucket: what counts here is how many."""
-        heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
-        return self.site.layer.family.attention.cuts(self.site.geometry, heads, groups)
+        return plain(getattr(self.holder, projection))
 
     def _shape(self, cut: Cut, part: str) -> list[int] | None:
         inner = self._inner(cut.projection)
@@ -61,20 +59,57 @@ class CompactWeights:
             self.flat[projection, part] = torch.zeros(max(sizes), dtype=like.dtype, device=like.device)
 
     def view(self, cut: Cut, part: str) -> Tensor | None:
-        """The part of the buffer that a cut fills; None for what the cut does not change (a bias after the heads)."""
+        """The part of the buffer that a cut fills; None for what the cut does not change (a bias after the units)."""
         shape = self._shape(cut, part)
         return None if shape is None else self.flat[cut.projection, part][: torch.Size(shape).numel()].view(shape)
 
-    def projections(self, bucket: Bucket) -> dict[str, nn.Module]:
-        """The compact projections of a bucket by their names; the same modules every time."""
-        for cut in self.cuts[bucket]:
-            if (bucket, cut.projection) not in self.modules:
+    def projections(self, shape: Shape) -> dict[str, nn.Module]:
+        """The compact projections of a shape by their names; the same modules every time."""
+        for cut in self.cuts[shape]:
+            if (shape, cut.projection) not in self.modules:
                 inner, weight, bias = self._inner(cut.projection), self.view(cut, "weight"), self.view(cut, "bias")
                 assert weight is not None
                 bias = inner.bias if bias is None else bias
                 module = resized(inner, weight, bias, len(cut.index), of_inputs=cut.of_inputs)
-                self.modules[bucket, cut.projection] = module
-        return {name: module for (at, name), module in self.modules.items() if at == bucket}
+                self.modules[shape, cut.projection] = module
+        return {name: module for (at, name), module in self.modules.items() if at == shape}
+
+
+class CompactWeights(CompactProjections[Bucket]):
+    """The projections of one attention layer with the heads of the present decision."""
+
+    def __init__(self, site: HeadSite, every: Sequence[Bucket]) -> None:
+        self.site = site
+        super().__init__(site.holder, site.name, {bucket: self._cuts(bucket) for bucket in every if bucket != every[0]})
+
+    def _cuts(self, bucket: Bucket) -> list[Cut]:
+        """Of some heads and groups of a bucket: what counts here is how many."""
+        heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
+        return self.site.layer.family.attention.cuts(self.site.geometry, heads, groups)
+
+    def copies(self, bucket: Bucket, where: SlotMap) -> list[Copy] | None:
+        """What `gather` copies, as data: `where` in all slots those of this site stand; None for weights in pieces."""
+        geometry, size = self.site.geometry, self.site.geometry.head_dim
+        whole = HeadGeometry(geometry.heads, geometry.kv_heads, 1)
+        layout = self.site.layer.family.attention
+        heads, groups = torch.arange(bucket.heads), torch.arange(bucket.groups)
+        first = layout.cuts(whole, torch.zeros_like(heads), torch.zeros_like(groups))
+        numbered = layout.cuts(whole, heads, bucket.heads + groups)
+        places, kept = torch.cat([where.heads[0], where.groups[0]]).tolist(), where.kept[0].tolist()
+        found: list[Copy] = []
+        for cut, start, number in zip(self.cuts[bucket], first, numbered, strict=True):
+            starts, slots = start.index.tolist(), (number.index - start.index).tolist()
+            units = [(places[i], at, kept[i] if cut.of_inputs else -1) for i, at in zip(slots, starts, strict=True)]
+            inner = self._inner(cut.projection)
+            for part, dim in (("weight", weight_dim(inner, of_inputs=cut.of_inputs)), ("bias", 0)):
+                target = self.view(cut, part)
+                if target is None:
+                    continue
+                source = getattr(inner, part).detach()
+                if not source.is_contiguous():
+                    return None
+                found += copies_of_units(source, target, dim, size, units)
+        return found
 
     def gather(self, bucket: Bucket, slots: SlotMap) -> None:
         """Copy the heads of a decision that all rows share into the buffers; heads that only fill up write nothing."""

@@ -13,11 +13,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from microglia.anatomy import Anatomy, swap
 from microglia.errors import ConfigError, MicrogliaError, UnsupportedModelError
-from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_heads_only
+from microglia.execution.base import EXECUTIONS, Decision, Execution, Prepared, Request, check_kinds
 from microglia.execution.captured.rope import rotaries
 from microglia.execution.cpu.plan import Plan, Thresholds, signature
 from microglia.execution.cpu.request import Steps
-from microglia.units import Site
+from microglia.units import HeadSite, Site
 
 
 @EXECUTIONS.register("fast")
@@ -67,7 +67,7 @@ class Fast(Execution):
         return self.plan.extra_bytes
 
     def check_sites(self, sites: Sequence[Site]) -> None:
-        check_heads_only(sites, "fast steps")
+        check_kinds(sites, (HeadSite,), "fast steps prune attention heads")
 
     def check_generation(self, config: GenerationConfig) -> None:
         if max(config.num_beams or 1, config.num_return_sequences or 1) > 1:

@@ -77,3 +77,17 @@ def test_with_every_head_kept_a_move_moves_nothing():
     slots = slot_map(torch.ones(2, 8), geometry, Bucket(5, 1))
     assert slots.source.equal(slots.target)
     assert slots.groups.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_rows_that_agree_have_the_slots_of_each_alone():
+    geometry, bucket = LLAMA, Bucket(6, 2)
+    keep = torch.zeros(2, 3, 32)
+    keep[0, :, [1, 2, 28, 30]] = keep[1, :, [0, 9, 17, 31]] = 1
+    together = slot_map(keep, geometry, bucket)
+    for site in range(2):
+        for row in range(3):
+            alone = slot_map(keep[site, row : row + 1], geometry, bucket)
+            for name in ("groups", "heads", "kept"):
+                assert getattr(together, name)[site, row].equal(getattr(alone, name)[0])
+            for name in ("source", "target"):
+                assert getattr(together, name)[site, row].equal(getattr(alone, name)[0] * 3 + row)

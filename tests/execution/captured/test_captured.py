@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,6 +47,18 @@ def test_captured_is_masked(family, backend, make):
     pruner, captured = make(model), Captured(model, block=1, lowest=0.1)
     assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
     assert kinds(captured) & ({"shared"} if make is uneven else {"rows", "masked"})
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "gemma2"])
+def test_products_of_a_single_row_may_be_our_own(family):
+    model = tiny_model(family, backend="eager")
+    pruner, captured = uneven(model), Captured(model, block=1, lowest=0.1)
+    captured.model = replace(captured.model, one_row=True)  # as compiled="one-row" has it
+    assert answer(model, pruner, captured, PROMPTS[:1]).equal(answer(model, pruner, "masked", PROMPTS[:1]))
+    (step,) = captured.steps.values()
+    graph = step.pieces[step.parts[0]]
+    products = [function for function, *_ in graph.calls if function.name().startswith("microglia::product_of_one_row")]
+    assert len(products) == {"llama": 7, "phi3": 4, "gpt2": 0, "gemma2": 7}[family]  # every projection of a layer
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
@@ -121,8 +134,11 @@ class Silent:
         return self
 
 
-@pytest.mark.parametrize("attention", ["stock", "products"])
-def test_one_compiled_code_serves_all_layers(attention):
+@pytest.mark.parametrize(
+    ("attention", "one_row", "rows"),
+    [("stock", False, 3), ("products", False, 3), ("kernel", False, 3), ("kernel", True, 1)],
+)
+def test_one_compiled_code_serves_all_layers(attention, one_row, rows):
     """A variant costs one compilation, not one for each layer: what differs between layers is data.
 
     Keys and values go in as the views that the bucket uses. Cut out of the whole cache within compiled code, they would
@@ -140,7 +156,8 @@ def test_one_compiled_code_serves_all_layers(attention):
         model = tiny_model("llama", num_hidden_layers=layers)
         compiler = functools.partial(torch.compile, backend=backend, dynamic=False)
         captured = Captured(model, block=1, compiled=compiler, attention=attention, capture=Silent())
-        step, counts = captured.step_for(3, 64), [len(graphs)]
+        captured.model = replace(captured.model, one_row=one_row)
+        step, counts = captured.step_for(rows, 64), [len(graphs)]
         bucket = captured.model.buckets[1]
         with torch.inference_mode():
             for kind in ("shared", "rows"):
@@ -148,23 +165,24 @@ def test_one_compiled_code_serves_all_layers(attention):
                 counts.append(len(graphs))
         compilations.append(counts)
         for part in graphs:
-            assert all(shape[1] in (bucket.groups, 8) for shape in part if shape[2] == 64)
-        assert any((3, bucket.groups, 64, 6) in part for part in graphs)
+            assert all(shape[0] in (bucket.groups, 8) for shape in part if shape[2] == 64)
+        assert any((bucket.groups, rows, 64, 6) in part for part in graphs)
     assert compilations[0] == compilations[1]
     pieces = [after - before for before, after in itertools.pairwise(compilations[0])]
     assert min(pieces) > 0
-    assert pieces == [1, 1] or attention == "stock"  # with products, a layer is one piece of code
+    assert pieces == [1, 1] or attention == "stock"  # in the other ways, a layer is one piece of code
 
 
 @pytest.mark.parametrize(("family", "backend"), BACKENDS)
-def test_attention_by_products_says_the_same(family, backend):
+@pytest.mark.parametrize("attention", ["products", "kernel"])
+def test_attention_in_other_ways_says_the_same(family, backend, attention):
     model = tiny_model(family, backend=backend)
     for pruner in (uneven(model), uneven(model, 3)):
-        captured = Captured(model, block=1, lowest=0.1, attention="products")
+        captured = Captured(model, block=1, lowest=0.1, attention=attention)
         assert answer(model, pruner, captured).equal(answer(model, pruner, "masked"))
 
 
-@pytest.mark.parametrize("attention", ["stock", "products"])
+@pytest.mark.parametrize("attention", ["stock", "products", "kernel"])
 @pytest.mark.parametrize("rows", [1, 3], ids=["shared", "own"])
 def test_in_half_precision_the_error_is_the_masked_models(rows, attention):
     """At most twice its error against float32, over a few steps with given tokens."""
@@ -300,10 +318,10 @@ def test_what_a_captured_step_cannot_follow_is_refused():
     captured = Captured(model)
     with pytest.raises(MicrogliaError, match="the prompt was not read into the cache of this captured execution"):
         captured.apply([], Decision([]), cache=None).__enter__()
-    with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock or products"):
+    with pytest.raises(ConfigError, match="attention='flash' is unknown; choose stock, products, kernel or auto"):
         Captured(model, attention="flash")
     with pytest.raises(
-        ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, max"
+        ConfigError, match="compiled='reduce-overhead' is unknown; choose default, coordinate-descent, one-row, max"
     ):
         Captured(model, compiled="reduce-overhead")
     model.config._attn_implementation = "flash_attention_2"

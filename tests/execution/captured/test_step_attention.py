@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from microglia.execution.captured.attention import by_products
+from microglia.execution.captured.decode import by_products
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
