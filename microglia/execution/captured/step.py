@@ -85,6 +85,7 @@ class CapturedStep:
         self.inputs: list[tuple[Any, dict[str, Any]]] = []  # what each layer gets besides
         self.pieces: dict[Part, Graph] = {}
         self.switches: dict[Part, Graph] = {}
+        self.failed: dict[str, str] = {}  # ways of attention that were passed over, and why
         self.moves: dict[Part, Moves | None] = {}  # what the switches read, where a kernel makes them
         # By layers, channels and run; with what was captured, since a graph keeps none of the tensors that it reads.
         self.channel_switches: dict[tuple[range, int, int], tuple[Graph, Callable[[], None]]] = {}
@@ -261,13 +262,20 @@ class CapturedStep:
                         self._cut_forward(parts, None)
                     self._cut_forward(parts, self.capture)
                 pieces[way] = [self.pieces[part] for part in parts]
-            except Exception:
-                if way == kinds[-1] and not pieces:
-                    raise
+            except Exception as error:
+                for part in parts:
+                    self.pieces.pop(part, None)
+                self._pass_over(way, error, last=way == kinds[-1] and not pieces)
         seconds = {way: self._seconds(pieces[way]) if len(pieces) > 1 else 0.0 for way in pieces}
         fastest = min(seconds, key=seconds.__getitem__)
         self.ways.setdefault(level, dict(sorted(seconds.items(), key=lambda item: item[1])))
         self.pieces |= dict(zip(parts, pieces[fastest], strict=True))
+
+    def _pass_over(self, way: str, error: Exception, *, last: bool) -> None:
+        """Note why a way failed; called where it did. Time that is over is no failure of a way."""
+        if last or isinstance(error, TimeoutError):
+            raise error
+        self.failed[way] = f"{type(error).__name__}: {error}"
 
     def _seconds(self, pieces: Sequence[Graph]) -> float:
         """How long the layers of a step take that reads the whole cache, however many tokens are in it now."""
@@ -286,9 +294,8 @@ class CapturedStep:
         for way in kinds:
             try:
                 self._record(way)
-            except Exception:
-                if way == kinds[-1]:
-                    raise
+            except Exception as error:
+                self._pass_over(way, error, last=way == kinds[-1])
                 continue
             with torch.inference_mode():
                 self._keep_fastest(level, self.dense, {way: [self.pieces[part] for part in self.dense]})

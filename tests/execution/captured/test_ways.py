@@ -72,12 +72,30 @@ def test_a_way_that_fails_is_passed_over(monkeypatch):
     assert answer(model, uneven(model), captured).equal(answer(model, uneven(model), "masked"))
     (step,) = captured.steps.values()
     assert {frozenset(ways) for ways in step.ways.values()} == {frozenset({"stock", "products"})}
+    assert step.failed == {"unknown": "RuntimeError: no such kernel"}
 
 
-def failing(way, plain):
+def test_the_last_way_may_not_fail_nor_time_be_over(monkeypatch):
+    model = tiny_model("llama")
+    step = Captured(model, block=1, attention="products").step_for(1, 64)
+    variant = Variant("shared", Bucket(6, 1))
+    for error in (RuntimeError, TimeoutError):
+        with monkeypatch.context() as patch, torch.inference_mode():
+            kinds = ("products",) if error is RuntimeError else ("products", "stock")
+            patch.setattr(steps, "worth_trying", lambda *_, kinds=kinds: kinds)
+            patch.setattr(steps.StepLayer, "attend", failing("products", steps.StepLayer.attend, error))
+            with pytest.raises(error, match="no such kernel"):
+                step.prepare(variant)
+        assert all(part.variant != variant for part in step.pieces)
+    with torch.inference_mode():
+        step.prepare(variant)
+    assert sum(part.variant == variant for part in step.pieces) == 2
+
+
+def failing(way, plain, error=RuntimeError):
     def attend(layer, *args, **kwargs):
         if layer.way == way:
-            raise RuntimeError("no such kernel")
+            raise error("no such kernel")
         return plain(layer, *args, **kwargs)
 
     return attend
