@@ -5,7 +5,7 @@ most of them.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,7 +22,7 @@ METHODS = {
     "random": "random",
 }
 HEADS = (0.9, 0.8, 0.75, 0.7)
-WHOLE = 0.75
+TASKS = {"arc-easy": "ARC-Easy", "gsm8k": "GSM8K"}
 
 
 def records(folder: Path) -> list[Record]:
@@ -37,32 +37,42 @@ def records(folder: Path) -> list[Record]:
 
 
 def heads(folder: Path) -> str:
-    """Heads alone: closeness at every share, accuracies where a quarter of the heads is gone."""
-    rows = _by_method([r for r in records(folder) if not r.extra.get("channels")], "keep_ratio")
-    titles = [f"KL, {1 - share:.0%} pruned" for share in HEADS]
-    titles += ["top-1, 20 %", "ARC-Easy, 25 %", "GSM8K, 25 %"]
-    table = [f"| method | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
-    for name, cells in rows:
-        row = [_kl(cells["kl", "prompts", share]) for share in HEADS]
-        row.append(_share(cells["top1", "prompts", 0.8]))
-        row += [_points(cells["accuracy", task, WHOLE]) for task in ("arc-easy", "gsm8k")]
-        table.append(f"| {name} | {' | '.join(row)} |")
-    return "\n".join(table)
+    """Heads alone, by the share that is pruned."""
+    found = [r for r in records(folder) if not r.extra.get("channels")]
+    return _table(found, "keep_ratio", HEADS, lambda share: f"{1 - share:.0%} pruned")
+
+
+def at(found: Sequence[Record], share: float) -> list[tuple[str, str, str]]:
+    """Of every method: its name, KL and agreement where this share of the heads is kept."""
+    rows = _by_method([r for r in found if not r.extra.get("channels")], "keep_ratio")
+    return [
+        (name, _kl(cells["kl", "prompts", share]), _share(cells["top1", "prompts", share]))
+        for name, cells in rows
+        if cells["kl", "prompts", share]
+    ]
 
 
 def bytes_of_a_step(folder: Path) -> str:
     """Heads and channels under one budget in bytes."""
-    rows = _by_method([r for r in records(folder) if r.extra.get("channels")], "byte_share")
-    shares = (0.75, 0.5)
-    titles = [f"{what}, {share:.0%} of the bytes" for share in shares for what in ("KL", "top-1", "ARC-Easy", "GSM8K")]
-    table = [f"| method | {' | '.join(titles)} |", f"|---|{'---:|' * len(titles)}"]
+    found = [r for r in records(folder) if r.extra.get("channels")]
+    return _table(found, "byte_share", (0.75, 0.5), lambda share: f"{share:.0%} of the bytes")
+
+
+def _table(found: Sequence[Record], share: str, shares: Sequence[float], at: Callable[[float], str]) -> str:
+    """A row per method; a column per measure and share that was measured at all."""
+    rows = _by_method(found, share)
+    measures = [("KL", "kl", "prompts", _kl), ("top-1", "top1", "prompts", _share)]
+    measures += [(title, "accuracy", task, _points) for task, title in TASKS.items()]
+    columns = [
+        (f"{title}, {at(x)}", (measure, data, x), shown)
+        for title, measure, data, shown in measures
+        for x in shares
+        if any(cells[measure, data, x] for _, cells in rows)
+    ]
+    lines = [f"| method | {' | '.join(title for title, _, _ in columns)} |", f"|---|{'---:|' * len(columns)}"]
     for name, cells in rows:
-        row = list[str]()
-        for share in shares:
-            row += [_kl(cells["kl", "prompts", share]), _share(cells["top1", "prompts", share])]
-            row += [_points(cells["accuracy", task, share]) for task in ("arc-easy", "gsm8k")]
-        table.append(f"| {name} | {' | '.join(row)} |")
-    return "\n".join(table)
+        lines.append(f"| {name} | {' | '.join(shown(cells[key]) for _, key, shown in columns)} |")
+    return "\n".join(lines)
 
 
 def _by_method(found: Sequence[Record], share: str) -> list[tuple[str, Any]]:

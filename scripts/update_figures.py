@@ -17,9 +17,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the bars of a GPU stand in its benchmark
 
 from bench.gpu.bars import bars, decoded, share, speed  # noqa: E402
+from scripts import llm_tables  # noqa: E402
 
 RESULTS = ROOT / "results"
 PAGES = [ROOT / "README.md", ROOT / "docs" / "results.md"]
+MODELS = {"smollm2": "SmolLM2-135M-Instruct", "qwen2.5-coder-0.5b": "Qwen2.5-Coder-0.5B-Instruct"}
 LABELS = {"dense": "dense", "pruned": "agents", "static_baseline": "static baseline", "random": "random masks"}
 
 
@@ -295,12 +297,36 @@ def _training_step(row: dict[str, Any]) -> str:
     )
 
 
+def llm() -> str:
+    """Every method on the pretrained models, a table each."""
+    parts = []
+    for name, title in MODELS.items():
+        if (RESULTS / "llm" / name).is_dir():
+            parts.append(f"{title}:\n\n{llm_tables.heads(RESULTS / 'llm' / name)}")
+    return "\n\n".join(parts)
+
+
+def llm_summary() -> str:
+    """The pretrained models on the README: what a fifth of the heads costs, recovered or not."""
+    lines = [
+        "| model | heads pruned | chosen by | KL to dense, nats per token | same likeliest token |",
+        "|---|---|---|---|---|",
+    ]
+    for name, title in MODELS.items():
+        found = llm_tables.records(RESULTS / "llm" / name)
+        for label, kl, top1 in llm_tables.at(found, 0.8):
+            lines.append(f"| {title} | 20% | {label} | {kl} | {top1} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "summary": summary,
     "demo": demo,
     "latency": latency,
     "gpu": gpu,
     "gpu_summary": gpu_summary,
+    "llm": llm,
+    "llm_summary": llm_summary,
 }
 
 

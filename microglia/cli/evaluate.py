@@ -19,7 +19,7 @@ Examples = Annotated[o.Examples, Fields(without=("limit",))]
 @verb()
 def evaluate(
     *,
-    model_path: o.CheckpointPath = None,
+    model_path: o.ShippedOrPath = None,
     output_dir: Annotated[Path | None, "Folder for records, answers and finished batches.", "none"] = None,
     ledger: Annotated[
         Path | None, "File of finished batches; checkpoints that share one share the dense answers.", "in --output-dir"
@@ -49,7 +49,7 @@ def evaluate(
 
     o.check_output(output_dir)
     parts = each(examples, limit)
-    tasks, system = [part.task() for part in parts], loading.system(model_path)
+    tasks, system = [part.task() for part in parts], loading.system(loading.checkpoint(model_path))
     file = ledger or (None if output_dir is None else output_dir / LEDGER)
     with progress("evaluating", f"{file} keeps the finished batches: {GO_ON}" if file else SAID) as update:
         results = {

@@ -17,7 +17,7 @@ def generate(
         list[str] | None, typer.Argument(help="Questions; without any, one is read from stdin.", show_default=False)
     ] = None,
     *,
-    model_path: o.CheckpointPath = None,
+    model_path: o.ShippedOrPath = None,
     keep_ratio: o.KeepRatio = None,
     bytes: o.Bytes = None,
     raw: o.Raw = False,
@@ -33,7 +33,7 @@ def generate(
     from microglia.results import AnswerText, GenerationResult
 
     questions = prompts or [_from_stdin()]
-    system = loading.system(model_path)
+    system = loading.system(loading.checkpoint(model_path))
     budget = {"keep_ratio": keep_ratio, "byte_share": bytes}
     texts = system.generate(questions, generation.max_new_tokens, execution=generation.execution, raw=raw, **budget)
     rows = [

@@ -17,6 +17,14 @@ Many = list[str] | None  # numbers or names, separated by commas, repeated, or b
 CheckpointPath = Annotated[
     str | None, typer.Option("--model-path", help="Checkpoint: a folder that `train` wrote, or a hub id.")
 ]
+ShippedOrPath = Annotated[
+    str | None,
+    typer.Option(
+        "--model-path",
+        help="Checkpoint: a folder that `train` wrote, or a hub id.",
+        show_default="agents that ship for --model",
+    ),
+]
 AnswerLimit = Annotated[
     float | None,
     "Stop an answer at so many times the length of its worked answer, which saves time on hurt models.",
@@ -91,16 +99,19 @@ class Loading:
             )
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
-    def system(self, checkpoint: str | None, **changes: Any) -> Any:
-        """The system of a checkpoint, on another base model if one is given; without one, of the agents that ship."""
+    def checkpoint(self, given: str | None) -> str:
+        """The checkpoint that was given, else that of the agents which come with the package for this model."""
         from microglia.checkpoint.shipped import shipped
         from microglia.models import REASONER
+
+        return given if given is not None else str(shipped(self.model or REASONER))
+
+    def system(self, checkpoint: str | None, **changes: Any) -> Any:
+        """The system of a checkpoint, on another base model if one is given."""
         from microglia.system import MicrogliaPruningSystem
 
         if checkpoint is None:
-            return MicrogliaPruningSystem.from_pretrained(
-                shipped(self.model or REASONER), **{**self.arguments(), **changes}
-            )
+            raise ConfigError("no checkpoint was given; say --model-path FOLDER, which `microglia train` writes")
         return MicrogliaPruningSystem.from_pretrained(checkpoint, self.model, **{**self.arguments(), **changes})
 
 

@@ -203,7 +203,7 @@ def test_each_script_calls_its_verb(name):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("evaluate", "no checkpoint was given; say --model-path FOLDER"),
+        ("evaluate --model gpt2", "no agents come with microglia for model='gpt2'; say --model-path FOLDER"),
         ("evaluate --model-path nowhere/", "there is no checkpoint folder nowhere/"),
         ("generate hello --model-path TINY", "holds no microglia_config.json"),
         ("evaluate --model-path RUN --dataset gsm9k", "there is no task 'gsm9k'; choose one of arithmetic"),
