@@ -57,6 +57,7 @@ def _panel(axis: Any, rows: Sequence[ComparisonRow], places: Sequence[float], fr
         y = [100 * row.accuracy for row, _ in shown]
         ends = [[abs(100 * row.ci95[end] - v) for (row, _), v in zip(shown, y, strict=True)] for end in (0, 1)]
         axis.errorbar(x, y, yerr=ends, marker="osD^vP*X"[number % 8], markersize=4, capsize=2, linewidth=1, label=name)
-    best = sorted((place, 100 * row.accuracy) for row, place in points if getattr(row, front))
-    axis.plot([p for p, _ in best], [a for _, a in best], color="0.2", linewidth=0.8, linestyle="--", label="front")
+    best = [(place, 100 * row.accuracy) for row, place in points if getattr(row, front)]
+    # Rings and no line: what nothing surely beats need not lie in an order.
+    axis.scatter(*zip(*best, strict=True), s=70, facecolors="none", edgecolors="0.2", linewidths=0.8, label="front")
     axis.grid(alpha=0.25)
