@@ -269,7 +269,7 @@ def test_what_is_damaged_or_cannot_be_read_ends_in_one_sentence(model, trained, 
 
 
 def test_verbose_shows_where_an_error_came_from():
-    result = run("evaluate", "--verbose")
+    result = run("evaluate", "--model", "gpt2", "--verbose")
     assert isinstance(result.exception, MicrogliaError)
 
 
