@@ -14,7 +14,8 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 from microglia.cache import cache_folder
@@ -139,8 +140,10 @@ def _wheel(requirement: str, folder: Path) -> Path:
     name, _, version = requirement.partition("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     if (there := next(folder.glob(pattern), None)) is None:
-        if find_spec("pip") is None:
-            raise _Unreachable("there is no pip to ask the package index with")
+        try:
+            version_of("pip")  # not find_spec, at which setuptools warns where somebody has imported distutils
+        except PackageNotFoundError:
+            raise _Unreachable("there is no pip to ask the package index with") from None
         partial = folder / "partial"
         partial.mkdir(parents=True, exist_ok=True)
         # Only wheels: asking for anything else may run code. In its own temporary folder, where its progress is seen.
