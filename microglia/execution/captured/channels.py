@@ -18,7 +18,6 @@ from microglia.anatomy import Layer
 from microglia.anatomy.geometry import true_first
 from microglia.anatomy.projection import weight_dim
 from microglia.execution.captured import kernels
-from microglia.execution.captured.kv import widest
 from microglia.execution.captured.moves import Copy, Moves, copies_of_units
 from microglia.execution.captured.weights import CompactProjections
 from microglia.units import ChannelGeometry, ChannelSite
@@ -67,17 +66,7 @@ class ChannelWeights(CompactProjections[int]):
     def gather(self, size: int, run: int, runs: Tensor, kept: Tensor) -> None:
         """Copy `size` channels in `runs` (size/run,) of `run` neighbours; kept (size/run,) is 0 for what fills up."""
         now = self.layer.family.mlp.cuts(self.channels // run, runs)  # in runs: much faster than one by one
-        for cut, index in zip(self.cuts[size], [cut.index for cut in now], strict=True):
-            inner = self._inner(cut.projection)
-            dim = weight_dim(inner, of_inputs=cut.of_inputs)
-            weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
-            assert weight is not None
-            source, target = (x.unflatten(dim, (-1, run)) for x in (inner.weight.detach(), weight))
-            torch.index_select(widest(source), dim, index, out=widest(target))
-            if cut.of_inputs:
-                target.mul_(kept.view([-1 if d == dim else 1 for d in range(3)]))
-            if bias is not None:
-                torch.index_select(inner.bias.detach().unflatten(0, (-1, run)), 0, index, out=bias.view(-1, run))
+        self.select(self.cuts[size], [cut.index for cut in now], run, kept)
 
     def copies(self, size: int, run: int, at: int, kept_at: int) -> list[Copy] | None:
         """What `gather` copies, as data: where in the slots the first run stands, and whether it is kept.

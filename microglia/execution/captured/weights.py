@@ -74,6 +74,24 @@ class CompactProjections(Generic[Shape]):
                 self.modules[shape, cut.projection] = module
         return {name: module for (at, name), module in self.modules.items() if at == shape}
 
+    def select(self, cuts: Sequence[Cut], indices: Sequence[Tensor], size: int, kept: Tensor) -> None:
+        """Copy units of `size` neighbours each into the buffers, by their numbers in every projection of `cuts`.
+
+        kept: (units,), 0 for what only fills up: its columns become zero.
+        """
+        for cut, index in zip(cuts, indices, strict=True):
+            inner = self._inner(cut.projection)
+            dim = weight_dim(inner, of_inputs=cut.of_inputs)
+            weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
+            assert weight is not None
+            source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
+            torch.index_select(widest(source), dim, index, out=widest(target))
+            if cut.of_inputs:
+                of_type = kept.to(target.dtype)  # of the same type: a mixed product is three times slower
+                target.mul_(of_type.view([-1 if d == dim else 1 for d in range(3)]))
+            if bias is not None:
+                torch.index_select(inner.bias.detach().unflatten(0, (-1, size)), 0, index, out=bias.view(-1, size))
+
 
 class CompactWeights(CompactProjections[Bucket]):
     """The projections of one attention layer with the heads of the present decision."""
@@ -116,15 +134,4 @@ class CompactWeights(CompactProjections[Bucket]):
         geometry, size = self.site.geometry, self.site.geometry.head_dim
         whole = HeadGeometry(geometry.heads, geometry.kv_heads, 1)  # copied head by head: much faster than row by row
         now = self.site.layer.family.attention.cuts(whole, slots.heads[0], slots.groups[0])
-        for cut, index in zip(self.cuts[bucket], [cut.index for cut in now], strict=True):
-            inner = self._inner(cut.projection)
-            dim = weight_dim(inner, of_inputs=cut.of_inputs)
-            weight, bias = self.view(cut, "weight"), self.view(cut, "bias")
-            assert weight is not None
-            source, target = (x.unflatten(dim, (-1, size)) for x in (inner.weight.detach(), weight))
-            torch.index_select(widest(source), dim, index, out=widest(target))
-            if cut.of_inputs:
-                kept = slots.kept[0].to(target.dtype)  # of the same type: a mixed product is three times slower
-                target.mul_(kept.view([-1 if d == dim else 1 for d in range(3)]))
-            if bias is not None:
-                torch.index_select(inner.bias.detach().unflatten(0, (-1, size)), 0, index, out=bias.view(-1, size))
+        self.select(self.cuts[bucket], [cut.index for cut in now], size, slots.kept[0])
